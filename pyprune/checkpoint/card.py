@@ -1,0 +1,124 @@
+"""The model card: what was done, with what result, and how to open it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import yaml
+
+from pyprune.selection.plan import Plan
+from pyprune.surgery import skeleton
+
+_MOST_LAYERS = 200
+
+
+def model_card(
+    model: Any,
+    plan: Plan | None = None,
+    report: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> str:
+    """README.md of a saved model, in Markdown with the hub's header."""
+    name = str(getattr(model.config, "_name_or_path", "") or (report or {}).get("model") or "")
+    parts = [_header(name), f"# {_title(name)}", _what(model, name, plan)]
+    for heading, text in (
+        ("How to open it", _opening(model)),
+        ("Figures", _figures(report)),
+        ("What was cut", _cuts(plan)),
+        ("Recipe", "" if not recipe else f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False).strip()}\n```"),
+    ):
+        if text:
+            parts += [f"## {heading}", text]
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(name: str) -> str:
+    header: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "pyprune"],
+    }
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        header["base_model"] = name
+    return f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---"
+
+
+def _title(name: str) -> str:
+    return f"{name.rstrip('/').rsplit('/', 1)[-1]}, pruned" if name else "A pruned language model"
+
+
+def _what(model: Any, name: str, plan: Plan | None) -> str:
+    source = f" from `{name.rstrip('/').rsplit('/', 1)[-1]}`" if name else ""
+    size = sum(p.numel() for p in model.parameters())
+    made = f"`{type(model).__name__}` with {size:,} parameters"
+    version = _version()
+    if plan is None or not plan.cuts:
+        return f"{made}, saved{source} by pyprune{version}. Nothing was cut."
+    return (
+        f"{made}, made{source} by structural pruning with pyprune{version}: units that matter least were removed, and "
+        "the weight matrices are smaller and dense. `pyprune_plan.json` lists the units that stayed."
+    )
+
+
+def _opening(model: Any) -> str:
+    cls = type(model).__name__
+    if skeleton.is_stock(model.config):
+        return (
+            "Plain transformers opens it; nothing else is needed.\n\n```python\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```'
+        )
+    return (
+        f"Its layers have sizes that the stock `{cls}` does not build (see `per_layer_config`, `head_dim` and "
+        "`pyprune_narrow` in `config.json`), so `AutoModelForCausalLM.from_pretrained` stops with mismatched shapes. "
+        "Open it with pyprune:\n\n"
+        '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```'
+    )
+
+
+def _figures(report: Mapping[str, Any] | None) -> str:
+    """A table of the report's before and after."""
+    if not report:
+        return ""
+    rows: list[tuple[str, ...]] = []
+    for key, values in (report.get("parameters") or {}).items():
+        label = f"parameters ({key.replace('_', ' ')})"
+        rows.append((label, f"{values['before']:,}", f"{values['after']:,}"))
+    size = report.get("weights_bytes")
+    if size:
+        rows.append(("weights, MB", f"{size['before'] / 1e6:,.1f}", f"{size['after'] / 1e6:,.1f}"))
+    perplexity = report.get("perplexity") or {}
+    values = [perplexity.get(k) or {} for k in ("before", "after")]
+    if any(v.get("perplexity") is not None for v in values):
+        shown = [f"{v['perplexity']:.2f}" if v.get("perplexity") is not None else "" for v in values]
+        rows.append(("perplexity", *shown))
+    if not rows:
+        return ""
+    lines = ["| | before | after |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
+    protocol = values[1].get("protocol") or values[0].get("protocol")
+    return "\n".join(lines) + (f"\n\nPerplexity protocol: {protocol}." if protocol else "")
+
+
+def _cuts(plan: Plan | None) -> str:
+    """Units kept of units there were, by role and layer."""
+    if plan is None or not plan.cuts:
+        return ""
+    roles = list(dict.fromkeys(c.group.role for c in plan.cuts))
+    by_layer: dict[int | None, dict[str, list[str]]] = {}
+    for cut in plan.cuts:
+        cells = by_layer.setdefault(cut.group.layer, {}).setdefault(cut.group.role, [])
+        cells.append(f"{cut.width} of {cut.group.units}")
+    lines = [f"| layer | {' | '.join(roles)} |", f"|---|{'---|' * len(roles)}"]
+    for layer in sorted(by_layer, key=lambda i: -1 if i is None else i)[:_MOST_LAYERS]:
+        cells = [", ".join(dict.fromkeys(by_layer[layer].get(role, []))) for role in roles]
+        lines.append(f"| {'all' if layer is None else layer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    try:
+        return f" {metadata.version('pyprune')}"
+    except metadata.PackageNotFoundError:
+        return ""

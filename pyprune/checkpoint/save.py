@@ -1,0 +1,133 @@
+"""Saving a model as a folder that stock transformers opens, complete or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyprune.checkpoint.atomic import check_space, check_target, complete_folder
+from pyprune.checkpoint.card import model_card
+from pyprune.checkpoint.quiet import quiet
+from pyprune.errors import PyPruneError
+from pyprune.selection.plan import Plan
+from pyprune.surgery import gguf, skeleton
+from pyprune.surgery.decoder import structure
+from pyprune.surgery.writable import refusal, stand_in
+
+PLAN = "pyprune_plan.json"
+REPORT = "pyprune_report.json"
+RECIPE = "pyprune_recipe.yaml"
+
+_OTHER_FILES = 32_000_000
+"""Bytes left for tokenizer, plan and report when disk space is checked."""
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    report: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Writes ``model`` as safetensors with ``config.json``, generation settings, tokenizer and a model card.
+
+    The folder appears when everything in it is on the disk; an error, a full disk or an interrupt leaves what was there
+    before. A model with the same widths in every layer is opened by plain transformers; others by
+    :func:`pyprune.load`, while plain transformers stops at the first mismatched shape.
+
+    A model whose own configuration class refuses its widths (Llama, when the number of heads does not divide the
+    hidden size) is saved as a class that computes the same and does not: the card and a warning say so.
+
+    Args:
+        tokenizer: saved alongside; None saves none.
+        plan: written as ``pyprune_plan.json``.
+        report: written as ``pyprune_report.json``: a mapping, or something with ``to_dict()``.
+        recipe: every option's value, written as ``pyprune_recipe.yaml`` and into the card.
+        overwrite: replace an existing folder once the new one is complete.
+        max_shard_size: larger models are split into files of at most this size (``"5GB"`` or bytes).
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        PyPruneError: the folder exists (without ``overwrite``), the disk is or would get full, the model's weights are
+            not in memory, or no configuration describes it.
+    """
+    path = check_target(folder, overwrite)
+    size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    if any(p.is_meta for p in model.parameters()):
+        raise PyPruneError(
+            "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
+        )
+    check_space(path, size + _OTHER_FILES)
+    if gguf.drop_marks(model):
+        warnings.warn("The model came from a GGUF file; it is saved in full precision.", stacklevel=2)
+    written = _writable(model)
+    details = report.to_dict() if hasattr(report, "to_dict") else report
+    with complete_folder(path, overwrite) as work, quiet():
+        written.save_pretrained(work, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        if plan is not None:
+            (work / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
+        if details is not None:
+            (work / REPORT).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+        if recipe is not None:
+            (work / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+        (work / "README.md").write_text(model_card(written, plan, details, recipe), encoding="utf-8")
+        _check_reopens(written, work)
+    return path
+
+
+def _writable(model: Any) -> Any:
+    """``model``, or a twin with the same weights whose configuration can be saved and read again."""
+    problem = refusal(model.config)
+    if problem is None:
+        return model
+    name, other = type(model).__name__, stand_in(model.config)
+    if other is None:
+        raise PyPruneError("model", name, f"has a configuration that {type(model.config).__name__} refuses: {problem}")
+    cls, config = other
+    warnings.warn(
+        f"{name} cannot be saved as it is ({problem}); saved as {cls.__name__}, the same network.", stacklevel=3
+    )
+    return _with_weights_of(model, cls, config)
+
+
+def _with_weights_of(model: Any, cls: type, config: Any) -> Any:
+    """A model of another class that shares ``model``'s tensors, which have the same names there."""
+    config.name_or_path = model.config.name_or_path
+    twin = skeleton.build(cls, config)
+    twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[last] = buffer
+    twin.tie_weights()
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
+
+
+def _check_reopens(model: Any, work: Path) -> None:
+    """The written configuration describes the written weights; written out in full where shortening lost something."""
+    wanted = {n: s for n, s in structure(model).items() if n in dict(model.named_parameters(remove_duplicate=False))}
+    for full in (False, True):
+        if full:
+            model.config.to_json_file(work / "config.json", use_diff=False)
+        config = type(model.config).from_pretrained(work)
+        made = structure(skeleton.build(type(model), config))
+        if all(made.get(name) == shape for name, shape in wanted.items()):
+            return
+    name = next(n for n, s in wanted.items() if made.get(n) != s)
+    raise PyPruneError(
+        "model", name, f"its configuration, written and read again, gives shape {list(made.get(name, ()))}"
+    )

@@ -1,0 +1,84 @@
+"""Finds and loads the compiled parts, once, and keeps the reason when they cannot be used.
+
+Two shared objects sit beside the package: the operator library, which registers ``torch.ops.pyprune.*`` through
+LibTorch's stable ABI, and the extension module ``pyprune._C``, which plans launches and knows how it was built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+LIBRARY_NAME = "libpyprune_ops.so"
+
+
+class Native(NamedTuple):
+    """What is loaded: the extension module and the operator library's path, or why there is none."""
+
+    module: ModuleType | None
+    library: Path | None
+    problem: str
+
+    @property
+    def available(self) -> bool:
+        return self.module is not None
+
+    @property
+    def cuda_compiled(self) -> bool:
+        return self.module is not None and bool(self.module.build_info()["cuda"])
+
+
+@lru_cache(maxsize=1)
+def native() -> Native:
+    """The compiled parts, loaded on the first call; never raises."""
+    path = Path(__file__).resolve().parent.parent / LIBRARY_NAME
+    if not path.exists():
+        return Native(None, None, f"not compiled: {path} does not exist")
+    try:
+        module = importlib.import_module("pyprune._C")
+        torch.ops.load_library(str(path))
+        from pyprune.ops import _fake  # noqa: F401  registers the meta implementations
+    except (ImportError, OSError, RuntimeError) as error:
+        return Native(None, path, f"{type(error).__name__}: {error}".splitlines()[0])
+    return Native(module, path, "")
+
+
+def runs_on(device: torch.device) -> bool:
+    """True when the compiled kernels can serve tensors on ``device``."""
+    found = native()
+    if not found.available:
+        return False
+    if device.type == "cpu":
+        return True
+    return device.type == "cuda" and found.cuda_compiled
+
+
+def backend_info() -> dict[str, Any]:
+    """Which kernels serve the ops here.
+
+    Returns:
+        ``native`` (bool), ``library`` (path or None), ``problem`` (why there is no compiled library, else ""),
+        ``build`` (how it was compiled, a dict), ``cpu_isa`` (instruction set chosen at run time), ``cuda_compiled``
+        and ``cuda_usable`` (bool).
+    """
+    found = native()
+    info: dict[str, Any] = {
+        "native": found.available,
+        "library": None if found.library is None else str(found.library),
+        "problem": found.problem,
+        "build": {},
+        "cpu_isa": None,
+        "cuda_compiled": False,
+        "cuda_usable": False,
+    }
+    if found.module is not None:
+        info["build"] = dict(found.module.build_info())
+        info["cpu_isa"] = found.module.cpu_isa()
+        info["cuda_compiled"] = found.cuda_compiled
+        info["cuda_usable"] = found.cuda_compiled and torch.cuda.is_available()
+    return info

@@ -1,0 +1,48 @@
+"""Squared gradients added to a curvature estimate, for many tensors in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyprune.ops import _check, _native, reference
+
+
+def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
+    """``h += scale * g^2`` in place: the running diagonal of the empirical Fisher matrix.
+
+    Args:
+        curvatures: tensors of any shape, float32 (float64 beside float64 gradients); changed in place.
+        grads: one per curvature, of its shape and on its device, float32 / bfloat16 / float16 (or float64).
+        scale: weight of this sample, for example ``1 / samples`` for a mean.
+
+    Raises:
+        PyPruneError: when the lists or tensors do not match.
+    """
+    curvatures = _check.tensor_list("curvatures", curvatures)
+    grads = _check.tensor_list("grads", grads)
+    _check.same_length("grads", grads, len(curvatures), "curvatures")
+    for i, (h, g) in enumerate(zip(curvatures, grads, strict=True)):
+        _check.same_place(f"grads[{i}]", g, h, "its curvature")
+        _check.floating(f"grads[{i}]", g)
+        _check.curvature_dtype(f"curvatures[{i}]", h, g)
+
+    sets: dict[torch.device, list[int]] = {}
+    for i, h in enumerate(curvatures):
+        sets.setdefault(h.device, []).append(i)
+    with torch.no_grad():
+        for device, members in sets.items():
+            # The kernels walk memory linearly, so a curvature with gaps or permuted strides is left to PyTorch.
+            compiled = [i for i in members if _native.runs_on(device) and _linear(curvatures[i])]
+            plain = sorted(set(members) - set(compiled))
+            if compiled:
+                torch.ops.pyprune.accumulate_square_(
+                    [curvatures[i] for i in compiled], [grads[i] for i in compiled], float(scale)
+                )
+            reference.accumulate_square_([curvatures[i] for i in plain], [grads[i] for i in plain], scale)
+
+
+def _linear(h: Tensor) -> bool:
+    return h.is_contiguous() and not (h.is_cuda and h.dtype == torch.float64)

@@ -1,0 +1,122 @@
+"""Kept slices of many tensors in one call: what makes a pruned model really smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyprune.errors import PyPruneError
+from pyprune.ops import _check, _native, reference
+
+
+def gather(
+    tensors: Sequence[Tensor],
+    indices: Sequence[Mapping[int, Any] | None],
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Copies the kept positions along every given dimension of every tensor.
+
+    ``gather([w], [{0: rows, 1: cols}])[0]`` equals ``w[rows][:, cols]``. Positions may come in any order and repeat.
+    Neighbouring positions are moved together as wide words.
+
+    Args:
+        tensors: 1-D to 3-D, any dtype and strides.
+        indices: for each tensor a mapping from dimension (negative counts from the end) to the kept positions: a 1-D
+            integer tensor or array. Dimensions that are not named stay whole; ``None`` or an empty mapping copies.
+        out: contiguous tensors to write to, of the results' shapes, dtypes and devices; they must not overlap the
+            inputs. Without it new tensors are made.
+
+    Returns:
+        One contiguous tensor for each input, in its dtype, on its device (``out``'s own tensors when given).
+
+    Raises:
+        PyPruneError: on a position outside its dimension, or outputs that do not fit.
+    """
+    tensors = _check.tensor_list("tensors", tensors)
+    if isinstance(indices, Mapping) or not isinstance(indices, Sequence):
+        raise PyPruneError("indices", None, f"must be a list of mappings, got {type(indices).__name__}")
+    _check.same_length("indices", indices, len(tensors), "tensors")
+    kept = [_kept(i, tensor, index or {}) for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True))]
+    shapes = [
+        tuple(len(k[d]) if d in k else size for d, size in enumerate(t.shape))
+        for t, k in zip(tensors, kept, strict=True)
+    ]
+    results = (
+        [t.new_empty(s) for t, s in zip(tensors, shapes, strict=True)]
+        if out is None
+        else _outputs(out, tensors, shapes)
+    )
+
+    sets: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        sets.setdefault(tensor.device, []).append(i)
+    with torch.no_grad():
+        for device, members in sets.items():
+            if _native.runs_on(device):
+                _compiled([tensors[i] for i in members], [kept[i] for i in members], [results[i] for i in members])
+            else:
+                reference.gather(
+                    [tensors[i] for i in members],
+                    [{d: torch.from_numpy(p) for d, p in kept[i].items()} for i in members],
+                    [results[i] for i in members],
+                )
+    return results
+
+
+def _kept(i: int, tensor: Tensor, index: Mapping[int, Any]) -> dict[int, np.ndarray]:
+    """Positions by non-negative dimension, as checked int64 arrays."""
+    _check.dimensions(f"tensors[{i}]", tensor)
+    kept: dict[int, np.ndarray] = {}
+    for dim, positions in index.items():
+        name = f"indices[{i}][{dim}]"
+        if not -tensor.dim() <= dim < tensor.dim():
+            raise PyPruneError(name, None, f"tensor {i} has {tensor.dim()} dimensions only")
+        array = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise PyPruneError(name, None, f"must be 1-D whole numbers, got {array.dtype} of shape {list(array.shape)}")
+        if array.size and (array.min() < 0 or array.max() >= tensor.shape[dim]):
+            raise PyPruneError(
+                name, f"{array.min()}..{array.max()}", f"leaves the dimension, which has {tensor.shape[dim]} positions"
+            )
+        if dim % tensor.dim() in kept:
+            raise PyPruneError(name, None, "names a dimension that is named already")
+        kept[dim % tensor.dim()] = np.ascontiguousarray(array, dtype=np.int64)
+    return kept
+
+
+def _outputs(out: Sequence[Tensor], tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    out = _check.tensor_list("out", out)
+    _check.same_length("out", out, len(tensors), "tensors")
+    for i, (o, tensor, shape) in enumerate(zip(out, tensors, shapes, strict=True)):
+        if tuple(o.shape) != shape:
+            raise PyPruneError(f"out[{i}]", list(o.shape), f"must have shape {list(shape)}")
+        if o.dtype != tensor.dtype or o.device != tensor.device:
+            raise PyPruneError(f"out[{i}]", f"{o.dtype} on {o.device}", f"must be {tensor.dtype} on {tensor.device}")
+        if not o.is_contiguous():
+            raise PyPruneError(f"out[{i}]", None, "must be contiguous")
+    return list(out)
+
+
+def _compiled(tensors: list[Tensor], kept: list[dict[int, np.ndarray]], results: list[Tensor]) -> None:
+    """One call of the compiled op: positions go in as runs ``(source, destination, length)`` of neighbours."""
+    module = _native.native().module
+    assert module is not None
+    counts: list[int] = []
+    runs: list[np.ndarray] = []
+    coalesced: dict[int, np.ndarray] = {}
+    for tensor, k in zip(tensors, kept, strict=True):
+        for dim in range(tensor.dim()):
+            if dim not in k:
+                counts.append(-1)
+                continue
+            positions = k[dim]
+            if id(positions) not in coalesced:
+                coalesced[id(positions)] = module.coalesce_runs(positions)
+            runs.append(coalesced[id(positions)])
+            counts.append(len(runs[-1]))
+    table = np.concatenate(runs) if runs else np.empty((0, 3), dtype=np.int64)
+    torch.ops.pyprune.gather(tensors, torch.from_numpy(table), counts, results)

@@ -1,0 +1,139 @@
+"""Apply a plan: the dense, smaller model."""
+
+from __future__ import annotations
+
+import copy as _copy
+import warnings
+from typing import Any
+
+import torch
+
+from pyprune.errors import PyPruneError
+from pyprune.selection.plan import Plan
+from pyprune.surgery.check import checkable, compare, masked_logits
+from pyprune.surgery.gguf import drop_config_marks, is_from_gguf
+from pyprune.surgery.names import Tensors
+from pyprune.surgery.rebuild import rebuild
+from pyprune.surgery.transfer import transfer
+
+
+def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, stock_only: bool = False) -> Any:
+    """A model of the same class with the units that ``plan`` removes gone: smaller dense matrices, nothing masked.
+
+    The new model has a configuration of its own and is built by the class's own constructor; per-layer widths are in
+    ``config.per_layer_config``. Data types, devices, ties, ``requires_grad``, training modes, buffers and the
+    generation configuration are those of ``model``. A plan without cuts gives the same weights back, bit for bit.
+
+    Args:
+        model: a causal language model of transformers. **Its weights are used up**: they move to the new model layer by
+            layer, so that at most one layer is in memory twice, and the old model is left with tensors on the meta
+            device. Also when the check below fails.
+        plan: made for this model.
+        copy: leave ``model`` as it is, at the price of memory for both.
+        verify: compare the logits of a few random tokens with those of the old model with the removed weights set to
+            zero (only plans whose cuts are all exact, weights in memory).
+        stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the linear layers that
+            they touch become narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by
+            :func:`pyprune.load` only.
+
+    Returns:
+        The smaller model.
+
+    Raises:
+        PyPruneError: when the class cannot have the planned shapes, the plan is for another model, or the model
+            carries what cannot be pruned (adapters, quantised weights, hooks, a compiled wrapper).
+    """
+    model = _unwrapped(model)
+    _refuse(model)
+    tensors = Tensors.of(model)
+    _check_plan(plan, tensors)
+    rebuilt = rebuild(model, plan, stock_only)
+    new = rebuilt.model
+    if rebuilt.narrowed:
+        warnings.warn(_narrow_notice(rebuilt.narrowed, type(model.config).__name__), stacklevel=2)
+
+    expected = masked_logits(model, plan, restore=copy) if verify and plan.cuts and checkable(model, plan) else None
+    dtype = model.dtype
+    if is_from_gguf(model):
+        drop_config_marks(new.config)
+    transfer(model, new, rebuilt.names, tensors, rebuilt.kept, copy=copy)
+    for name, positions in rebuilt.positions.items():
+        layer = new.get_submodule(name.rpartition(".")[0])
+        layer._buffers[name.rpartition(".")[2]] = torch.from_numpy(positions.copy()).to(layer.weight.device)
+    _carry(model, new, rebuilt.names.old)
+    if expected is not None:
+        compare(expected, new, dtype)
+    return new
+
+
+def _narrow_notice(groups: tuple[str, ...], config: str) -> str:
+    shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
+    return f"No {config} expresses the cuts of {shown}: their linear layers become narrow ones, for pyprune.load only."
+
+
+def _unwrapped(model: Any) -> Any:
+    """The module inside ``torch.compile``'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _refuse(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        hint = "Merge the adapter first: model = model.merge_and_unload()." if "Peft" in name else ""
+        raise PyPruneError("model", name, "is not a transformers model", hint or "Pass the model inside the wrapper.")
+    if getattr(model, "is_quantized", False) and not is_from_gguf(model):
+        raise PyPruneError("model", name, "has quantised weights", "Load it in bfloat16 or float32 and prune that.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise PyPruneError("model", name, "carries an adapter", "Merge or delete the adapter first.")
+    for path, module in model.named_modules():
+        hooks = _users_hooks(module)
+        if hooks:
+            hint = "Remove them and add them again after."
+            raise PyPruneError("model", path or name, f"has {hooks} hooks, which would be lost", hint)
+        if hasattr(module, "_hf_hook"):
+            raise PyPruneError(
+                "model", path or name, "is spread over devices by accelerate", "Load it on one device (no device_map)."
+            )
+
+
+def _users_hooks(module: Any) -> int:
+    """Hooks that somebody added; transformers' own come back by themselves."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+
+
+def _check_plan(plan: Plan, tensors: Tensors) -> None:
+    for cut in plan.cuts:
+        for member in cut.group.members:
+            shape = tensors.shapes.get(member.tensor)
+            top = int(member.index.positions().max())
+            if shape is None or member.dim >= len(shape) or top >= shape[member.dim]:
+                raise PyPruneError(
+                    "plan",
+                    cut.group.name,
+                    f"speaks of {member.tensor} dimension {member.dim} position {top}; this model has "
+                    f"{'no such tensor' if shape is None else list(shape)}",
+                    "The plan was made for another model.",
+                )
+
+
+def _carry(old: Any, new: Any, old_name: Any) -> None:
+    """What is neither weights nor configuration: modes, generation settings, checkpointing."""
+    for path, module in new.named_modules():
+        source = old.get_submodule(old_name(path))
+        module.training = source.training
+    if getattr(old, "generation_config", None) is not None:
+        new.generation_config = _copy.deepcopy(old.generation_config)
+    if any(getattr(m, "gradient_checkpointing", False) for m in old.modules()):
+        enable = getattr(new, "activation_checkpointing_enable", new.gradient_checkpointing_enable)
+        enable()
+    elif getattr(old, "_require_grads_hooks", None):
+        new.enable_input_require_grads()
+    tied = getattr(old, "all_tied_weights_keys", None)
+    if tied is not None:
+        new.all_tied_weights_keys = dict(tied)
+    for name in ("name_or_path", "model_tags"):
+        if hasattr(old, name):
+            setattr(new, name, _copy.copy(getattr(old, name)))

@@ -1,0 +1,95 @@
+"""The last word on a cut: the smaller model computes what the old one computes with the removed weights set to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.errors import PyPruneError
+from pyprune.selection.plan import Plan
+from pyprune.surgery.decoder import text_config
+
+TOKENS = 8
+"""Length of the text of random tokens that both models read."""
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest difference of logits, relative to the largest logit; :data:`COARSE` for narrower types."""
+
+COARSE = 0.1
+
+
+def checkable(model: Any, plan: Plan) -> bool:
+    """Whether masking and slicing are the same thing for this plan, and the model's weights are here."""
+    exact = all(c.group.exact and c.group.role != "layers" for c in plan.cuts)
+    return exact and hasattr(text_config(model.config), "vocab_size") and not any(p.is_meta for p in model.parameters())
+
+
+def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor:
+    """Logits of ``model`` with the removed positions of every parameter set to zero: float32 [1, TOKENS, vocabulary].
+
+    Args:
+        restore: put the removed weights back afterwards (they are kept aside meanwhile).
+    """
+    parameters = dict(model.named_parameters())
+    aside = []
+    with torch.no_grad():
+        for cut in plan.cuts:
+            for name, dim, gone in cut.removed_positions():
+                if name not in parameters or not len(gone):
+                    continue
+                weight = parameters[name]
+                index = torch.from_numpy(gone).to(weight.device)
+                if restore:
+                    aside.append((weight, dim, index, weight.index_select(dim, index)))
+                weight.index_fill_(dim, index, 0)
+        try:
+            return logits(model)
+        finally:
+            for weight, dim, index, values in reversed(aside):
+                weight.index_copy_(dim, index, values)
+
+
+def logits(model: Any) -> Tensor:
+    """Logits of fixed random tokens, without dropout: float32 [1, TOKENS, vocabulary] on the CPU."""
+    text = text_config(model.config)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, text.vocab_size, (1, TOKENS), generator=generator).to(model.device)
+    with _evaluating(model), torch.no_grad():
+        out: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return out.float().cpu() if out.dtype != torch.float64 else out.cpu()
+
+
+def compare(masked: Tensor, model: Any, dtype: torch.dtype) -> None:
+    """Raises PyPruneError when ``model`` does not run, or its logits differ from ``masked`` by more than rounding."""
+    try:
+        sliced = logits(model)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        hint = "Some kernels want widths that are multiples of 8 (round_to=8)."
+        raise PyPruneError("plan", None, f"the smaller model does not run with these widths: {reason}", hint) from error
+    finite = bool(torch.isfinite(masked).all())
+    scale = max(1.0, float(masked.abs().max())) if finite else 1.0
+    difference = float((masked - sliced).abs().max())
+    if finite and not difference <= TOLERANCE.get(dtype, COARSE) * scale:
+        raise PyPruneError(
+            "plan",
+            None,
+            f"the smaller model is not the old one without the removed units (logits differ by {difference:.3g} on "
+            f"random tokens, the largest is {scale:.3g})",
+            "A removed size enters this model's arithmetic elsewhere; please report the model class.",
+        )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,209 @@
+"""From a plan to the smaller model without weights: its configuration, its modules, and where its tensors come from.
+
+What :func:`rebuild` returns has been checked: every parameter and buffer of the new model has the planned shape, and
+no scale, rate or epsilon in a module differs from the old model's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pyprune.errors import PyPruneError
+from pyprune.selection.plan import Cut, Plan
+from pyprune.surgery import narrow, skeleton
+from pyprune.surgery.decoder import layers_path, scalars, shorten, structure
+from pyprune.surgery.layers import solve_layers, solve_model
+from pyprune.surgery.names import LayerNames, Shapes, Tensors
+
+Config = Any
+
+
+@dataclass
+class Rebuilt:
+    """The smaller model and how it relates to the old one.
+
+    Attributes:
+        model: all tensors on the meta device, nothing tied.
+        names: its names and the old ones.
+        kept: old name -> dim -> positions that stay.
+        positions: values of the buffers that narrow layers have, by new name.
+        narrowed: names of the groups that no configuration expresses, cut by narrow layers.
+    """
+
+    model: Any
+    names: LayerNames
+    kept: dict[str, dict[int, np.ndarray]]
+    positions: dict[str, np.ndarray] = field(default_factory=dict)
+    narrowed: tuple[str, ...] = ()
+
+
+def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
+    """The smaller model that ``plan`` makes of ``model``, without weights. ``model`` is not changed.
+
+    Args:
+        stock_only: refuse cuts that no configuration of the model's class expresses, rather than make layers narrow.
+
+    Raises:
+        PyPruneError: when the model cannot have the planned shapes, naming a tensor that shows it.
+    """
+    stock = skeleton.build(type(model), copy.deepcopy(model.config))
+    tensors = _checked(Tensors.of(model), stock, plan)
+    path = layers_path(model) or ""
+    count = len(model.get_submodule(path)) if path else 0
+    names = LayerNames(path, _kept_layers(plan, path, count))
+    config = copy.deepcopy(model.config)
+    if len(names.kept) < count:
+        config = shorten(config, list(names.kept))
+    _refuse_narrow_again(config, plan)
+
+    across, inside = _placed(plan, path)
+    failed: list[Cut] = []
+    config = solve_model(type(model), config, tensors, names, across, failed)
+    done = [c for c in across if c not in failed]
+    config = solve_layers(stock, config, tensors, names, done, inside, failed)
+    if failed and stock_only:
+        raise _inexpressible(stock, tensors, plan, failed)
+    return _assembled(stock, config, names, tensors, plan, failed)
+
+
+def _assembled(
+    stock: Any, config: Config, names: LayerNames, tensors: Tensors, plan: Plan, failed: Sequence[Cut]
+) -> Rebuilt:
+    """The model for ``config``, with narrow layers for the cuts that it does not express; checked."""
+    expressed = Plan(tuple(c for c in plan.cuts if c not in failed))
+    kept_expressed, kept = tensors.kept(expressed), tensors.kept(plan)
+    kept = {n: dims for n, dims in kept.items() if n not in tensors.buffers}
+    kept.update({n: dims for n, dims in kept_expressed.items() if n in tensors.buffers})
+    planned, by_config = tensors.after(plan.cuts), tensors.after(expressed.cuts)
+    planned.update({n: by_config[n] for n in by_config if n in tensors.buffers})
+
+    positions: dict[str, np.ndarray] = {}
+    spec = {names.new([path])[path]: sides for path, sides in narrow.spec_of(config).items() if names.new([path])}
+    if failed:
+        parameters = {n: s for n, s in planned.items() if n not in tensors.buffers}
+        answer = narrow.plan_spec(stock, by_config, parameters, kept_expressed, kept)
+        if isinstance(answer, str):
+            raise _inexpressible(stock, tensors, plan, failed, answer)
+        added, values = answer
+        spec.update({names.new([path])[path]: sides for path, sides in added.items()})
+        positions = {names.new([name])[name]: value for name, value in values.items()}
+    if spec:
+        setattr(config, narrow.FIELD, spec)
+    model = skeleton.build(type(stock), config)
+    _verify(model, stock, names, planned, positions)
+    return Rebuilt(model, names, kept, positions, tuple(c.group.name for c in failed))
+
+
+def _checked(tensors: Tensors, stock: nn.Module, plan: Plan) -> Tensors:
+    """The class must create the very tensors that the model has, or a smaller one would not be the same model.
+
+    Buffers that the plan leaves alone may have grown since (tables of positions): their shapes are taken as created.
+    """
+    made = structure(stock)
+    cls, config = type(stock).__name__, type(getattr(stock, "config", None)).__name__
+    odd = sorted(tensors.shapes.keys() ^ made.keys())
+    if odd:
+        whose = (
+            "the model has it and its class does not create it" if odd[0] in tensors.shapes else "the model lacks it"
+        )
+        raise PyPruneError("model", odd[0], f"{whose} ({cls})", "Merge adapters and undo changes to modules first.")
+    cut = {m.tensor for c in plan.cuts for m in c.group.members}
+    for name, shape in tensors.shapes.items():
+        if shape != made[name] and (name not in tensors.buffers or tensors.first[name] in cut):
+            raise PyPruneError(
+                "model",
+                name,
+                f"has shape {list(shape)} where {cls} with the model's {config} creates {list(made[name])}",
+                "The configuration must describe the model.",
+            )
+    return replace(tensors, shapes=made)
+
+
+def _kept_layers(plan: Plan, path: str, count: int) -> tuple[int, ...]:
+    gone = set()
+    for module in plan.removed_modules():
+        head, _, index = module.rpartition(".")
+        if head != path or not index.isdigit() or int(index) >= count:
+            raise PyPruneError("plan", module, "is not one of the model's decoder layers")
+        gone.add(int(index))
+    return tuple(i for i in range(count) if i not in gone)
+
+
+def _refuse_narrow_again(config: Config, plan: Plan) -> None:
+    narrowed = narrow.spec_of(config)
+    for cut in plan.cuts:
+        for member in cut.group.members:
+            if member.tensor.rpartition(".")[0] in narrowed:
+                raise PyPruneError(
+                    "plan",
+                    cut.group.name,
+                    f"cuts {member.tensor}, which an earlier cut made a narrow layer",
+                    "Make one plan for both from the dense model.",
+                )
+
+
+def _placed(plan: Plan, path: str) -> tuple[list[Cut], dict[int, list[Cut]]]:
+    """Cuts across the model, and cuts that one decoder layer holds, by its index. Removed layers are no cuts here."""
+    across: list[Cut] = []
+    inside: dict[int, list[Cut]] = {}
+    prefix = f"{path}."
+    for cut in plan.cuts:
+        if cut.group.role == "layers":
+            continue
+        places = set()
+        for member in cut.group.members:
+            inner = path and member.tensor.startswith(prefix)
+            places.add(int(member.tensor[len(prefix) :].split(".", 1)[0]) if inner else -1)
+        if len(places) == 1 and -1 not in places:
+            inside.setdefault(places.pop(), []).append(cut)
+        else:
+            across.append(cut)
+    return across, inside
+
+
+def _inexpressible(
+    stock: Any, tensors: Tensors, plan: Plan, failed: Sequence[Cut], tensor: str | None = None
+) -> PyPruneError:
+    """Names a tensor that the class cannot have, and the cuts to leave out."""
+    name = tensor or failed[0].group.members[0].tensor
+    cuts = [c for c in failed if any(tensors.first[m.tensor] == tensors.first[name] for m in c.group.members)] or failed
+    roles = ", ".join(dict.fromkeys(c.group.role for c in cuts))
+    fine = ", ".join(dict.fromkeys(c.group.role for c in plan.cuts if c not in failed))
+    return PyPruneError(
+        "plan",
+        name,
+        f"no {type(stock.config).__name__} gives it the planned shape {list(tensors.after(plan.cuts)[name])} "
+        f"(now {list(tensors.shapes[name])})",
+        f"Leave {roles} whole{f'; {fine} can be cut' if fine else ', or keep another number of units'}.",
+    )
+
+
+def _verify(model: Any, stock: Any, names: LayerNames, planned: Shapes, own: Mapping[str, Any]) -> None:
+    """The new model's shapes are the planned ones, and its modules compute with the same numbers."""
+    made = {n: s for n, s in structure(model).items() if n not in own}
+    cls = type(model).__name__
+    for name, shape in made.items():
+        old = names.old(name)
+        if planned.get(old) != shape:
+            says = list(planned[old]) if old in planned else "nothing of it"
+            problem = f"the rebuilt {cls} has shape {list(shape)}, the plan says {says}"
+            raise PyPruneError("plan", old, problem, "Leave the groups that cut it whole.")
+    missing = {names.old(n) for n in made} ^ planned.keys()
+    if missing:
+        raise PyPruneError("plan", min(missing), f"the rebuilt {cls} does not have this tensor")
+    before = scalars(stock)
+    for name, value in scalars(model).items():
+        old = names.old(name)
+        if isinstance(value, float) and before.get(old, value) != value:
+            raise PyPruneError(
+                "plan",
+                old,
+                f"would change from {before[old]} to {value}, and the model with it",
+                "This class computes it from sizes or from a layer's position; leave those groups whole.",
+            )

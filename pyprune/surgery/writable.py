@@ -1,0 +1,32 @@
+"""Whether a configuration survives being saved: some classes check sizes when they are made and refuse new ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pyprune import families
+from pyprune.surgery.decoder import text_config
+
+Config = Any
+
+
+def refusal(config: Config) -> str | None:
+    """Why ``config`` cannot be read back once written; None when it can."""
+    try:
+        type(config).from_dict(json.loads(config.to_json_string()))
+    except Exception as error:  # configuration classes validate themselves with any exception
+        cause = error.__cause__ or error
+        return " ".join(str(cause).split()).rstrip(".")
+    return None
+
+
+def stand_in(config: Config) -> tuple[type, Config] | None:
+    """Another class and configuration for the same network, where the family has one."""
+    family = families.find(text_config(config))
+    return None if family is None or family.stand_in is None else family.stand_in(config)
+
+
+def can_be_saved(config: Config) -> bool:
+    """Whether ``config``, or its stand-in, can be written and read again."""
+    return refusal(config) is None or stand_in(config) is not None
