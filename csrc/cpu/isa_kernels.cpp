@@ -1,0 +1,217 @@
+// The inner loops. This file is compiled once for each instruction set, with PYPRUNE_ISA naming the set.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+// Per-element salience; what a formula does not read is never loaded.
+struct Abs {
+  static constexpr bool grad = false, curvature = false;
+  template <class V>
+  static PYPRUNE_INLINE V at(V w, V, V) {
+    return abs(w);
+  }
+};
+struct Square {
+  static constexpr bool grad = false, curvature = false;
+  template <class V>
+  static PYPRUNE_INLINE V at(V w, V, V) {
+    return w * w;
+  }
+};
+struct TaylorSigned {
+  static constexpr bool grad = true, curvature = false;
+  template <class V>
+  static PYPRUNE_INLINE V at(V w, V g, V) {
+    return w * g;
+  }
+};
+struct TaylorAbs {
+  static constexpr bool grad = true, curvature = false;
+  template <class V>
+  static PYPRUNE_INLINE V at(V w, V g, V) {
+    return abs(w * g);
+  }
+};
+struct Fisher {
+  static constexpr bool grad = false, curvature = true;
+  template <class V>
+  static PYPRUNE_INLINE V at(V w, V, V h) {
+    return w * w * h;
+  }
+};
+struct Mixed {
+  static constexpr bool grad = true, curvature = true;
+  template <class V>
+  static PYPRUNE_INLINE V at(V w, V g, V h) {
+    return abs(w * g - (w * w * h) * half(w));
+  }
+  static PYPRUNE_INLINE Vec<float> half(Vec<float>) { return Vec<float>::splat(0.5f); }
+  static PYPRUNE_INLINE Vec<double> half(Vec<double>) { return Vec<double>::splat(0.5); }
+};
+
+// `count` elements, the others zero: a zero element has salience zero under every formula.
+template <class T>
+struct Padded {
+  T data[kLanes];
+  PYPRUNE_INLINE Padded(const T* from, int64_t count) {
+    memset(data, 0, sizeof(data));
+    memcpy(data, from, static_cast<size_t>(count) * sizeof(T));
+  }
+};
+
+// Rows r .. r + ROWS - 1 of a tile. Each element is read once and added to its row's sixteen lanes and to its column.
+// Several rows together halve and quarter the traffic of the column sums with the first-level cache.
+// Bytes moved: those of the elements read. Floor: the same over the memory bandwidth; arithmetic stays below it.
+template <class F, class Acc, class W, class G, int ROWS>
+PYPRUNE_INLINE void panel(const SalienceTile& t, int64_t r, Acc* col_sums) {
+  const W* w = static_cast<const W*>(t.weight) + r * t.weight_stride;
+  const G* g = F::grad ? static_cast<const G*>(t.grad) + r * t.grad_stride : nullptr;
+  const Acc* h = F::curvature ? static_cast<const Acc*>(t.curvature) + r * t.curvature_stride : nullptr;
+
+  Vec<Acc> rows[ROWS];
+  for (int k = 0; k < ROWS; ++k) rows[k] = Vec<Acc>::zero();
+
+  int64_t c = 0;
+  for (; c + kLanes <= t.cols; c += kLanes) {
+    Vec<Acc> cols = load(col_sums + c);
+#pragma GCC unroll 4
+    for (int k = 0; k < ROWS; ++k) {
+      const Vec<Acc> wv = load(w + k * t.weight_stride + c);
+      const Vec<Acc> gv = F::grad ? load(g + k * t.grad_stride + c) : wv;
+      const Vec<Acc> hv = F::curvature ? load(h + k * t.curvature_stride + c) : wv;
+      const Vec<Acc> s = F::at(wv, gv, hv);
+      rows[k] = rows[k] + s;
+      cols = cols + s;
+      // Rows are short streams that a hardware prefetcher only just learns; the next panel's are known here.
+      __builtin_prefetch(w + (ROWS + k) * t.weight_stride + c);
+      if (F::grad) __builtin_prefetch(g + (ROWS + k) * t.grad_stride + c);
+      if (F::curvature) __builtin_prefetch(h + (ROWS + k) * t.curvature_stride + c);
+    }
+    cols.store(col_sums + c);
+  }
+  if (c < t.cols) {
+    const int64_t left = t.cols - c;
+    Vec<Acc> cols = load(col_sums + c);
+    for (int k = 0; k < ROWS; ++k) {
+      const Vec<Acc> wv = load(Padded<W>(w + k * t.weight_stride + c, left).data);
+      Vec<Acc> gv = wv, hv = wv;
+      if (F::grad) gv = load(Padded<G>(g + k * t.grad_stride + c, left).data);
+      if (F::curvature) hv = load(Padded<Acc>(h + k * t.curvature_stride + c, left).data);
+      const Vec<Acc> s = F::at(wv, gv, hv);
+      rows[k] = rows[k] + s;
+      cols = cols + s;
+    }
+    cols.store(col_sums + c);
+  }
+  for (int k = 0; k < ROWS; ++k) static_cast<Acc*>(t.row_sums)[r + k] = rows[k].sum();
+}
+
+template <class F, class Acc, class W, class G>
+void tile_of(const SalienceTile& t) {
+  alignas(64) Acc col_sums[kTileCols + kLanes];
+  memset(col_sums, 0, static_cast<size_t>(t.cols + kLanes) * sizeof(Acc));
+  int64_t r = 0;
+  for (; r + 4 <= t.rows; r += 4) panel<F, Acc, W, G, 4>(t, r, col_sums);
+  for (; r < t.rows; ++r) panel<F, Acc, W, G, 1>(t, r, col_sums);
+  if (t.cols > 0) memcpy(t.col_sums, col_sums, static_cast<size_t>(t.cols) * sizeof(Acc));
+}
+
+template <class F>
+void tile_with(Dtype dtype, Dtype grad_dtype, const SalienceTile& t) {
+  const bool wide_grad = F::grad && grad_dtype == Dtype::float32;
+  switch (dtype) {
+    case Dtype::float32:
+      return tile_of<F, float, float, float>(t);
+    case Dtype::float64:
+      return tile_of<F, double, double, double>(t);
+    case Dtype::bfloat16:
+      return wide_grad ? tile_of<F, float, BFloat16, float>(t) : tile_of<F, float, BFloat16, BFloat16>(t);
+    case Dtype::float16:
+      return wide_grad ? tile_of<F, float, Float16, float>(t) : tile_of<F, float, Float16, Float16>(t);
+  }
+}
+
+void salience_tile(Formula formula, Dtype dtype, Dtype grad_dtype, const SalienceTile& t) {
+  switch (formula) {
+    case Formula::abs:
+      return tile_with<Abs>(dtype, grad_dtype, t);
+    case Formula::square:
+      return tile_with<Square>(dtype, grad_dtype, t);
+    case Formula::taylor_signed:
+      return tile_with<TaylorSigned>(dtype, grad_dtype, t);
+    case Formula::taylor_abs:
+      return tile_with<TaylorAbs>(dtype, grad_dtype, t);
+    case Formula::fisher:
+      return tile_with<Fisher>(dtype, grad_dtype, t);
+    case Formula::mixed:
+      return tile_with<Mixed>(dtype, grad_dtype, t);
+  }
+}
+
+// curvature += scale * grad^2. Bytes moved: curvature twice, grad once.
+template <class Acc, class G>
+void accumulate_of(Acc* curvature, const G* grad, int64_t count, double scale) {
+  const Vec<Acc> factor = Vec<Acc>::splat(static_cast<Acc>(scale));
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec<Acc> g = load(grad + i);
+    (load(curvature + i) + factor * (g * g)).store(curvature + i);
+  }
+  if (i < count) {
+    const int64_t left = count - i;
+    const Vec<Acc> g = load(Padded<G>(grad + i, left).data);
+    Acc sums[kLanes];
+    (load(Padded<Acc>(curvature + i, left).data) + factor * (g * g)).store(sums);
+    memcpy(curvature + i, sums, static_cast<size_t>(left) * sizeof(Acc));
+  }
+}
+
+void accumulate(void* curvature, const void* grad, int64_t count, Dtype grad_dtype, double scale) {
+  switch (grad_dtype) {
+    case Dtype::float32:
+      return accumulate_of(static_cast<float*>(curvature), static_cast<const float*>(grad), count, scale);
+    case Dtype::float64:
+      return accumulate_of(static_cast<double*>(curvature), static_cast<const double*>(grad), count, scale);
+    case Dtype::bfloat16:
+      return accumulate_of(static_cast<float*>(curvature), static_cast<const BFloat16*>(grad), count, scale);
+    case Dtype::float16:
+      return accumulate_of(static_cast<float*>(curvature), static_cast<const Float16*>(grad), count, scale);
+  }
+}
+
+// Runs of kept columns are mostly a few elements long, with lengths that no branch predictor learns. Copying a whole
+// word for each, and letting the next run overwrite what was too much, costs one load and one store and no
+// misprediction.
+void copy_runs(const char* source, char* dest, const ByteRun* runs, int64_t loose, int64_t count) {
+  int64_t i = 0;
+  for (; i < loose; ++i) {
+    const char* from = source + runs[i].source;
+    char* to = dest + runs[i].dest;
+    int64_t left = runs[i].length;
+    do {
+      char word[kCopyWord];
+      memcpy(word, from, kCopyWord);
+      memcpy(to, word, kCopyWord);
+      from += kCopyWord;
+      to += kCopyWord;
+      left -= kCopyWord;
+    } while (left > 0);
+  }
+  for (; i < count; ++i) memcpy(dest + runs[i].dest, source + runs[i].source, static_cast<size_t>(runs[i].length));
+}
+
+}  // namespace PYPRUNE_ISA
+
+#define PYPRUNE_TEXT(x) #x
+#define PYPRUNE_NAME(x) PYPRUNE_TEXT(x)
+#define PYPRUNE_JOIN(a, b) a##b
+#define PYPRUNE_TABLE(isa) PYPRUNE_JOIN(cpu_kernels_, isa)
+
+extern const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA);
+const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA) = {PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile,
+                                               PYPRUNE_ISA::accumulate, PYPRUNE_ISA::copy_runs};
+
+}  // namespace pyprune

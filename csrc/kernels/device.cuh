@@ -1,0 +1,96 @@
+// What the kernels share on the device: loads of any alignment, widening, and the search for a block's tensor.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace pyprune {
+
+__device__ inline float widen(float x) {
+  return x;
+}
+__device__ inline float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline float widen(__half x) {
+  return __half2float(x);
+}
+
+// Sixteen bytes from an address that is a multiple of sixteen, through the read-only path.
+__device__ inline uint4 load16_aligned(const void* address) {
+  return __ldg(static_cast<const uint4*>(address));
+}
+
+// Sixteen bytes from any address that is a multiple of two: the two aligned words around it, shifted together. Both
+// words hold at least one wanted byte, so nothing outside the tensor's own sixteen-byte granules is touched.
+__device__ inline uint4 load16_shifted(const void* address) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  const uint32_t off = static_cast<uint32_t>(at & 15);
+  const uint4* words = reinterpret_cast<const uint4*>(at - off);
+  const uint4 lo = __ldg(words);
+  if (off == 0) return lo;
+  const uint4 hi = __ldg(words + 1);
+  uint32_t a = lo.x, b = lo.y, c = lo.z, d = lo.w, e = hi.x, f = hi.y, g = hi.z;
+  if (off & 8) {
+    a = c, b = d, c = e, d = f, e = g, f = hi.w;
+    g = 0;
+  }
+  if (off & 4) {
+    a = b, b = c, c = d, d = e, e = f;
+  }
+  const uint32_t bits = (off & 3) * 8;
+  return make_uint4(__funnelshift_r(a, b, bits), __funnelshift_r(b, c, bits), __funnelshift_r(c, d, bits),
+                    __funnelshift_r(d, e, bits));
+}
+
+// COUNT elements of T as they lie in memory, in registers.
+template <class T, int COUNT>
+struct Packed {
+  static constexpr int kWords = COUNT * static_cast<int>(sizeof(T)) / 16;
+  static_assert(kWords * 16 == COUNT * static_cast<int>(sizeof(T)), "whole 16-byte words");
+  uint4 word[kWords];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = make_uint4(0, 0, 0, 0);
+  }
+
+  template <bool ALIGNED>
+  __device__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const T* at = from + i * (16 / static_cast<int>(sizeof(T)));
+      word[i] = ALIGNED ? load16_aligned(at) : load16_shifted(at);
+    }
+  }
+
+  // The first `valid` elements one by one, the others zero.
+  __device__ void load_some(const T* from, int valid) {
+    clear();
+    T* to = reinterpret_cast<T*>(word);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (i < valid) to[i] = from[i];
+    }
+  }
+
+  __device__ float at(int i) const { return widen(reinterpret_cast<const T*>(word)[i]); }
+};
+
+// The tensor that item `item` belongs to: the last t with first[t] <= item, where first[count] is the number of items.
+// Tensors without items are passed over.
+__device__ inline int tensor_of(const int64_t* first, int count, int64_t item) {
+  int lo = 0, hi = count;
+  while (hi - lo > 1) {
+    const int mid = (lo + hi) / 2;
+    if (first[mid] <= item) {
+      lo = mid;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
+
+}  // namespace pyprune

@@ -1,0 +1,195 @@
+// Salience of many tensors: tables, the launch of the first pass, and the second pass that adds up partial sums.
+
+#include "salience.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../planning/chunks.h"
+#include "salience_tile.cuh"
+#include "workspace.h"
+
+namespace pyprune {
+namespace {
+
+constexpr int kReduceThreads = 256;
+constexpr int kReduceCols = 32;                              // sums that a block forms
+constexpr int kReduceSlices = kReduceThreads / kReduceCols;  // threads that share one sum
+
+// out[b, i] = sum over k of parts[b, k, i]
+struct Reduction {
+  const float* parts;
+  float* out;
+  int64_t count, length, pieces;  // pieces = ceil(length / kReduceCols)
+};
+
+// Block: 32 sums of one batch. Thread (s, i) adds parts k = s, s + 8, ... of sum i in float64, k ascending; the eight
+// slices are then added in order. Reads each partial sum once, 128 bytes a warp.
+__global__ void __launch_bounds__(kReduceThreads) add_parts(const Reduction* jobs, const int64_t* first, int count) {
+  __shared__ double shared[kReduceSlices][kReduceCols];
+  const int index = tensor_of(first, count, blockIdx.x);
+  const Reduction& job = jobs[index];
+  const int64_t piece = static_cast<int64_t>(blockIdx.x) - first[index];
+  const int64_t batch = piece / job.pieces;
+  const int i = threadIdx.x % kReduceCols, slice = threadIdx.x / kReduceCols;
+  const int64_t col = piece % job.pieces * kReduceCols + i;
+  double sum = 0.0;
+  if (col < job.length) {
+    const float* parts = job.parts + batch * job.count * job.length + col;
+#pragma unroll 4
+    for (int64_t k = slice; k < job.count; k += kReduceSlices) sum += static_cast<double>(parts[k * job.length]);
+  }
+  shared[slice][i] = sum;
+  __syncthreads();
+  if (slice == 0 && col < job.length) {
+#pragma unroll
+    for (int s = 1; s < kReduceSlices; ++s) sum += shared[s][i];
+    job.out[batch * job.length + col] = static_cast<float>(sum);
+  }
+}
+
+bool multiple_of_16(const Matrix& m, int64_t batches, int64_t rows, int64_t element_size) {
+  if (m.data == nullptr) return true;
+  const bool start = reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  const bool row = rows <= 1 || m.row_stride * element_size % 16 == 0;
+  return start && row && (batches <= 1 || m.batch_stride * element_size % 16 == 0);
+}
+
+int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : 2;
+}
+
+// Entries of one pair of dtypes: one launch of the first pass.
+struct Launch {
+  Dtype dtype, grad_dtype;
+  std::vector<SalienceEntry> entries;
+  std::vector<int64_t> tiles;
+  const SalienceEntry* device_entries;
+  const int64_t* device_first;
+};
+
+// Everything that is sent to the device, with the partial sums behind it in the workspace.
+struct Plan {
+  std::vector<Launch> launches;
+  std::vector<Reduction> reductions;
+  std::vector<int64_t> reduction_blocks;
+  const Reduction* device_reductions = nullptr;
+  const int64_t* device_first = nullptr;
+  int64_t part_floats = 0;
+};
+
+Plan plan_of(Formula formula, const SalienceTensor* tensors, int64_t count) {
+  Plan plan;
+  for (int64_t i = 0; i < count; ++i) {
+    const SalienceTensor& t = tensors[i];
+    SalienceEntry e{};
+    e.tensor = t;
+    const int64_t tile_cols = 32 * (16 / size_of(t.dtype));
+    // A tensor with no rows or no columns still has sums: zeros, written by a tile that reads nothing.
+    e.row_tiles = std::max<int64_t>(1, ceil_div(t.rows, kSalienceTileRows));
+    e.col_tiles = std::max<int64_t>(1, ceil_div(t.cols, tile_cols));
+    e.aligned = multiple_of_16(t.weight, t.batches, t.rows, size_of(t.dtype)) &&
+                multiple_of_16(t.grad, t.batches, t.rows, size_of(t.grad_dtype)) &&
+                multiple_of_16(t.curvature, t.batches, t.rows, 4);
+    if (e.col_tiles > 1) plan.part_floats += t.batches * e.col_tiles * t.rows;
+    if (e.row_tiles > 1) plan.part_floats += t.batches * e.row_tiles * t.cols;
+    const Dtype grad_dtype = reads_grad(formula) ? t.grad_dtype : t.dtype;
+    auto launch = std::find_if(plan.launches.begin(), plan.launches.end(),
+                               [&](const Launch& l) { return l.dtype == t.dtype && l.grad_dtype == grad_dtype; });
+    if (launch == plan.launches.end()) {
+      plan.launches.push_back({t.dtype, grad_dtype, {}, {}, nullptr, nullptr});
+      launch = plan.launches.end() - 1;
+    }
+    launch->entries.push_back(e);
+    launch->tiles.push_back(t.batches * e.row_tiles * e.col_tiles);
+  }
+  return plan;
+}
+
+// Points each entry at its partial sums, which are the outputs themselves where one tile holds them whole.
+void place_parts(Plan& plan, float* parts) {
+  for (Launch& launch : plan.launches) {
+    for (SalienceEntry& e : launch.entries) {
+      const SalienceTensor& t = e.tensor;
+      const auto place = [&](void* out, int64_t tiles, int64_t length) {
+        float* sums = static_cast<float*>(out);
+        if (tiles == 1) return sums;
+        float* here = parts;
+        parts += t.batches * tiles * length;
+        const int64_t pieces = ceil_div(length, kReduceCols);
+        plan.reductions.push_back({here, sums, tiles, length, pieces});
+        plan.reduction_blocks.push_back(t.batches * pieces);
+        return here;
+      };
+      e.row_parts = place(t.row_sums, e.col_tiles, t.rows);
+      e.col_parts = place(t.col_sums, e.row_tiles, t.cols);
+    }
+  }
+}
+
+void fill(Table& table, Plan& plan) {
+  for (Launch& launch : plan.launches) {
+    launch.device_entries = table.append(launch.entries);
+    launch.device_first = table.append(first_items(launch.tiles));
+  }
+  plan.device_reductions = table.append(plan.reductions);
+  plan.device_first = table.append(first_items(plan.reduction_blocks));
+}
+
+int64_t table_size(const Plan& plan) {
+  Plan counted = plan;
+  place_parts(counted, nullptr);
+  Table table(nullptr);
+  fill(table, counted);
+  return table.size();
+}
+
+cudaError_t first_pass(Formula formula, const Launch& l, cudaStream_t stream) {
+  const int count = static_cast<int>(l.entries.size());
+  const int64_t tiles = first_items(l.tiles).back();
+  if (tiles == 0) return cudaSuccess;
+  if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  switch (formula) {
+    case Formula::abs:
+      return launch_abs(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+    case Formula::square:
+      return launch_square(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+    case Formula::taylor_signed:
+      return launch_taylor_signed(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+    case Formula::taylor_abs:
+      return launch_taylor_abs(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+    case Formula::fisher:
+      return launch_fisher(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+    case Formula::mixed:
+      return launch_mixed(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int64_t salience_workspace(Formula formula, const SalienceTensor* tensors, int64_t count) {
+  const Plan plan = plan_of(formula, tensors, count);
+  return table_size(plan) + plan.part_floats * static_cast<int64_t>(sizeof(float));
+}
+
+cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
+                          cudaStream_t stream) {
+  Plan plan = plan_of(formula, tensors, count);
+  const int64_t table_bytes = table_size(plan);
+  place_parts(plan, reinterpret_cast<float*>(static_cast<char*>(workspace) + table_bytes));
+  Table table(workspace);
+  fill(table, plan);
+  cudaError_t status = table.send(stream);
+  for (const Launch& launch : plan.launches) {
+    if (status == cudaSuccess) status = first_pass(formula, launch, stream);
+  }
+  const int64_t blocks = first_items(plan.reduction_blocks).back();
+  if (status != cudaSuccess || blocks == 0) return status;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  add_parts<<<static_cast<unsigned>(blocks), kReduceThreads, 0, stream>>>(plan.device_reductions, plan.device_first,
+                                                                          static_cast<int>(plan.reductions.size()));
+  return cudaGetLastError();
+}
+
+}  // namespace pyprune

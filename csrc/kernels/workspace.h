@@ -1,0 +1,40 @@
+// One host buffer that becomes one device buffer: tables of descriptors with pointers to each other, sent in one copy.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace pyprune {
+
+class Table {
+ public:
+  explicit Table(void* device) : device_(static_cast<char*>(device)) {}
+
+  // Appends the values; returns where they will be on the device.
+  template <class T>
+  T* append(const std::vector<T>& values) {
+    const size_t offset = aligned(bytes_.size());
+    bytes_.resize(offset + values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(bytes_.data() + offset, values.data(), values.size() * sizeof(T));
+    return reinterpret_cast<T*>(device_ + offset);
+  }
+
+  // Device bytes that the table needs, a multiple of 256.
+  int64_t size() const { return static_cast<int64_t>((bytes_.size() + 255) / 256 * 256); }
+
+  // The source is pageable, so the call has read it when it returns, and the table may go.
+  cudaError_t send(cudaStream_t stream) const {
+    if (bytes_.empty()) return cudaSuccess;
+    return cudaMemcpyAsync(device_, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream);
+  }
+
+ private:
+  static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }
+  char* device_;
+  std::vector<char> bytes_;
+};
+
+}  // namespace pyprune

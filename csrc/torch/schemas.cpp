@@ -1,0 +1,12 @@
+// Every op's schema, in one place. The fakes that torch.compile and opcheck need are in pyprune/ops/_fake.py.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyprune, m) {
+  // Flat row sums and flat column sums, tensor after tensor; formula: see csrc/common.h
+  m.def("salience(Tensor[] weights, Tensor[] grads, Tensor[] curvatures, int formula) -> (Tensor, Tensor)");
+  // curvatures += scale * grads^2
+  m.def("accumulate_square_(Tensor(a!)[] curvatures, Tensor[] grads, float scale) -> ()");
+  // runs [n, 3] = (source, dest, length) in elements; run_counts: runs of each dimension of each tensor, -1 = whole
+  m.def("gather(Tensor[] tensors, Tensor runs, int[] run_counts, Tensor(a!)[] out) -> ()");
+}

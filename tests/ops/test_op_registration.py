@@ -1,0 +1,152 @@
+"""The compiled ops are PyTorch operators, agree on every instruction set, and have a substitute where absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_ops import DEVICES, FLOATS, inputs
+
+from pyprune import ops
+from pyprune.ops import _native, reference
+
+compiled = pytest.mark.skipif(not ops.backend_info()["native"], reason="the package was installed without a compiler")
+
+
+@compiled
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_opcheck_salience(dtype: torch.dtype, device: str) -> None:
+    weights, grads, curvatures = inputs([(5, 7), (3,), (2, 3, 4), (0, 4)], dtype, device)
+    for code, lists in ((0, (weights, [], [])), (3, (weights, grads, [])), (5, (weights, grads, curvatures))):
+        torch.library.opcheck(torch.ops.pyprune.salience.default, (*lists, code))
+
+
+@compiled
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_accumulate_square(device: str) -> None:
+    _, grads, curvatures = inputs([(5, 7), (3,)], torch.bfloat16, device)
+    torch.library.opcheck(torch.ops.pyprune.accumulate_square_.default, (curvatures, grads, 0.5))
+
+
+@compiled
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_gather(device: str) -> None:
+    tensors = [torch.randn(5, 7, device=device), torch.randn(4, device=device)]
+    out = [torch.empty(2, 7, device=device), torch.empty(3, device=device)]
+    runs = torch.tensor([[0, 0, 1], [3, 1, 1], [1, 0, 3]])
+    torch.library.opcheck(torch.ops.pyprune.gather.default, (tensors, runs, [2, -1, 1], out))
+
+
+@compiled
+def test_compiled_code_can_call_the_ops() -> None:
+    def total(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        rows, _ = torch.ops.pyprune.salience([w], [g], [], 3)
+        return rows.sum()
+
+    w, g = torch.randn(6, 5), torch.randn(6, 5)
+    fullgraph = torch.compile(total, backend="aot_eager", fullgraph=True)
+    assert torch.equal(fullgraph(w, g), total(w, g))
+
+
+@compiled
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([[0, 0, 1]], [1, -1], (1, 6)),  # an output that is not what the runs keep
+        ([[0, 0, 6]], [1, -1], (6, 7)),  # a run past the end
+        ([[-1, 0, 1]], [1, -1], (1, 7)),
+        ([[0, 1, 1]], [1, -1], (1, 7)),  # a hole in the output
+        ([[0, 0, 1], [1, 1, 1]], [1, -1], (1, 7)),  # a run that nothing counts
+        ([[0, 0, 1]], [1], (1, 7)),
+    ],
+)
+def test_the_compiled_gather_itself_refuses_runs_that_leave_memory(arguments: Any) -> None:
+    runs, counts, shape = arguments
+    with pytest.raises(RuntimeError):
+        torch.ops.pyprune.gather([torch.ones(5, 7)], torch.tensor(runs), counts, [torch.ones(shape)])
+
+
+def digest(isa: str) -> str:
+    """Hash of the bits that a fresh process computes on the given instruction set."""
+    code = "import test_op_registration as t; print(t.bits())"
+    here = Path(__file__).parent
+    env = {**os.environ, "PYPRUNE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    chosen, value = done.stdout.split()
+    assert chosen == isa
+    return value
+
+
+def bits() -> str:
+    found = hashlib.sha256()
+    for dtype in (*FLOATS, torch.float64):
+        weights, grads, curvatures = inputs([(130, 2100), (33, 47), (3, 5, 21), (19,)], dtype)
+        for formula in reference.FORMULAS:
+            for t in chain(*ops.salience(formula, weights, grads, curvatures)):
+                found.update(t.numpy().tobytes())
+        ops.accumulate_square_(curvatures, grads, 0.3)
+        for t in curvatures + ops.gather(curvatures, [{0: range(0, h.shape[0], 2)} for h in curvatures]):
+            found.update(t.numpy().tobytes())
+    return f"{ops.backend_info()['cpu_isa']} {found.hexdigest()}"
+
+
+@compiled
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    info = ops.backend_info()
+    available = info["build"]["cpu_isas"]
+    usable = available[: available.index(_widest(available)) + 1]
+    assert len({digest(isa) for isa in usable}) == 1
+
+
+def _widest(available: list[str]) -> str:
+    """What a process without PYPRUNE_CPU_ISA chooses."""
+    env = {k: v for k, v in os.environ.items() if k != "PYPRUNE_CPU_ISA"}
+    code = "from pyprune import ops; print(ops.backend_info()['cpu_isa'])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in available
+    return done.stdout.strip()
+
+
+def test_without_a_compiled_library_the_reference_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, grads, curvatures = inputs([(30, 40), (7,), (2, 5, 6)], torch.bfloat16)
+    indices = [{0: [1, 4], 1: range(3, 30)}, {0: [6, 0]}, None]
+    before = ops.salience("mixed", weights, grads, curvatures), ops.gather(weights, indices)
+    monkeypatch.setattr(_native, "native", lambda: _native.Native(None, None, "not compiled"))
+    info = ops.backend_info()
+    assert not info["native"]
+    assert info["problem"] == "not compiled"
+    after = ops.salience("mixed", weights, grads, curvatures), ops.gather(weights, indices)
+    for a, b in zip(chain(*before[0]), chain(*after[0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    reference_h = [h.clone() for h in curvatures]
+    ops.accumulate_square_(reference_h, grads, 0.5)
+    monkeypatch.undo()
+    ops.accumulate_square_(curvatures, grads, 0.5)
+    for a, b in zip(reference_h, curvatures, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+def test_kernels_run_on_the_current_stream() -> None:
+    """Work queued on a side stream is seen by a kernel launched on it, without any synchronisation in between."""
+    stream = torch.cuda.Stream()
+    w, g = torch.zeros(4096, 4096, device="cuda"), torch.ones(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        w.fill_(2.0)
+        rows, _ = ops.salience("taylor_abs", [w], [g])
+        (kept,) = ops.gather([w], [{0: [0, 5]}])
+    stream.synchronize()
+    assert bool((rows[0] == 8192.0).all())
+    assert bool((kept == 2.0).all())
