@@ -1,6 +1,6 @@
 """Open a pruned folder with plain transformers, in a process that knows nothing of pyprune, and let it speak.
 
-    python examples/open_with_transformers.py FOLDER
+python examples/open_with_transformers.py FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write English text that needs no download, from the standard library's help topics: one part to calibrate on, another to evaluate on.
 
-    python examples/text.py OUTPUT_DIR
+python examples/text.py OUTPUT_DIR
 """
 
 from __future__ import annotations
