@@ -16,30 +16,30 @@ class Scores(Mapping[str, torch.Tensor]):
     """Importance of every unit; higher is more important.
 
     Attributes:
-        values: group name -> float32 tensor [outer, units] on the CPU, finite.
+        by_group: group name -> float32 tensor [outer, units] on the CPU, finite.
         criterion: the criterion's registered name.
         details: how they were made (aggregation, calibration, seed, seconds, peak memory), JSON-serialisable.
     """
 
-    values: dict[str, torch.Tensor] = field()  # not Mapping.values as its default
+    by_group: dict[str, torch.Tensor]
     criterion: str
     details: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, group: str) -> torch.Tensor:
-        return self.values[group]
+        return self.by_group[group]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.by_group)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.by_group)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; criterion and details go into its metadata."""
         from safetensors.torch import save_file
 
         meta = {"criterion": self.criterion, "details": json.dumps(self.details)}
-        save_file({k: v.contiguous() for k, v in self.values.items()}, str(path), metadata=meta)
+        save_file({k: v.contiguous() for k, v in self.by_group.items()}, str(path), metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -48,5 +48,5 @@ class Scores(Mapping[str, torch.Tensor]):
 
         with safe_open(str(path), framework="pt") as f:
             meta = f.metadata()
-            values = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
+            values = {k: f.get_tensor(k) for k in f.keys()}
         return cls(values, meta["criterion"], json.loads(meta["details"]))

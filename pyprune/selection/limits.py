@@ -69,7 +69,9 @@ def group_limits(
             if least > group.units:
                 problem = f"{group.name} has only {group.units} units"
                 raise PyPruneError("min_keep", min_keep[role], problem, 'Give it by role, as {"ffn": 64}.')
-            out[group.name] = Limits(group.units, max(least, len(protected[group.name])), steps.get(role, 1))
+            out[group.name] = Limits(
+                group.units, max(least, len(protected[group.name]), group.min_units), steps.get(role, 1)
+            )
     return out
 
 
@@ -109,6 +111,9 @@ def fixed_widths(
         if role == "layers" and wanted < limit.floor:
             problem = f"{limit.floor} layers lie outside layers= and stay"
             raise PyPruneError("widths", {role: amount}, problem, f"Keep at least {limit.floor}, or widen layers=.")
+        if wanted < group.min_units:
+            problem = f"{group.name} cannot do with fewer than {group.min_units} units"
+            raise PyPruneError("widths", {role: amount}, problem, f"Keep at least {group.min_units}.")
         limit = replace(limit, floor=min(limit.floor, wanted))
         if isinstance(amount, int) and limit.nearest(wanted) != wanted:
             problem = f"is no multiple of round_to {limit.step}"

@@ -40,7 +40,7 @@ def test_layers_whose_units_matter_less_lose_more() -> None:
     groups = llama_groups(layers=4, ffn=200)
     scores = random_scores(groups, heavy=True)
     for i, value in enumerate((1.0, 2.0, 4.0, 8.0)):
-        scores.values[f"model.layers.{i}.mlp:ffn"] *= value
+        scores.by_group[f"model.layers.{i}.mlp:ffn"] *= value
     plan = select(groups, scores, 0.3, allocation="global", roles="ffn")
     widths = list(plan.details["widths"]["ffn"].values())
     assert widths == sorted(widths)
@@ -49,7 +49,7 @@ def test_layers_whose_units_matter_less_lose_more() -> None:
 
 def test_a_head_that_does_nothing_goes_before_any_live_channel() -> None:
     scores = Scores(dict(SMOLLM2_SCORES), "random")
-    scores.values["model.layers.7.self_attn:kv_heads"] = torch.tensor([[1.0, 0.0, 1.0]])
+    scores.by_group["model.layers.7.self_attn:kv_heads"] = torch.tensor([[1.0, 0.0, 1.0]])
     plan = select(SMOLLM2, scores, 0.003, allocation="global")
     assert plan["model.layers.7.self_attn:kv_heads"].kept == ((0, 2),)
 
@@ -67,7 +67,7 @@ def test_one_head_and_a_tenth_of_the_channels_stay_in_every_layer() -> None:
     scores = Scores(dict(SMOLLM2_SCORES), "random")
     for i in range(10):  # ten layers that seem worthless
         for name in (f"model.layers.{i}.self_attn:kv_heads", f"model.layers.{i}.mlp:ffn"):
-            scores.values[name] = scores.values[name] * 1e-9
+            scores.by_group[name] = scores.by_group[name] * 1e-9
     plan = select(SMOLLM2, scores, 0.3, allocation="global")
     widths = plan.details["widths"]
     assert [widths["kv_heads"][str(i)] for i in range(10)] == [1] * 10
@@ -76,7 +76,7 @@ def test_one_head_and_a_tenth_of_the_channels_stay_in_every_layer() -> None:
 
 def test_min_keep_moves_the_floor() -> None:
     scores = Scores(dict(SMOLLM2_SCORES), "random")
-    scores.values["model.layers.0.mlp:ffn"] = scores.values["model.layers.0.mlp:ffn"] * 1e-9
+    scores.by_group["model.layers.0.mlp:ffn"] = scores.by_group["model.layers.0.mlp:ffn"] * 1e-9
     plan = select(SMOLLM2, scores, 0.2, allocation="global", min_keep={"ffn": 500, "kv_heads": 0.6})
     assert plan.details["widths"]["ffn"]["0"] == 500
     heads = plan.details["widths"]["kv_heads"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_only_the_layers_asked_for_are_cut(allocation: str) -> None:
 
 def test_only_layers_in_the_range_are_removed() -> None:
     scores = Scores(dict(SCORES), "random")
-    scores.values["model.layers:layers"] = torch.tensor([[0.0, 1, 3, 2, 9, 0]])
+    scores.by_group["model.layers:layers"] = torch.tensor([[0.0, 1, 3, 2, 9, 0]])
     plan = select(GROUPS, scores, widths={"layers": 4}, layers="1:4")
     assert plan.removed_modules() == ["model.layers.1", "model.layers.3"]
     assert plan.details["widths"] == {"layers": 4}
@@ -308,3 +309,13 @@ def test_a_7b_model_is_selected_in_seconds(allocation: str, seconds: float) -> N
     plan = select(groups, scores, 0.25, allocation=allocation)
     assert time.process_time() - start < seconds
     assert plan.details["achieved"]["with_embeddings"]["ratio"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+def test_as_many_experts_stay_as_the_router_chooses(allocation: str) -> None:
+    groups = mixture()
+    groups.groups = [replace(g, min_units=5) if g.role == "experts" else g for g in groups.groups]
+    plan = select(groups, random_scores(groups), 0.6, roles="experts,expert_ffn", allocation=allocation)
+    assert all(c.width >= 5 for c in plan.cuts if c.group.role == "experts")
+    with pytest.raises(PyPruneError, match="fewer than 5"):
+        select(groups, random_scores(groups), widths={"experts": 4}, allocation=allocation)

@@ -160,6 +160,6 @@ def test_whole_layers_go_first_and_channels_make_up_the_rest() -> None:
 def test_scores_decide_which_units_stay() -> None:
     groups = llama_groups(layers=1, ffn=6)
     scores = random_scores(groups)
-    scores.values["model.layers.0.mlp:ffn"] = torch.tensor([[5.0, 1, 4, 2, 6, 3]])
+    scores.by_group["model.layers.0.mlp:ffn"] = torch.tensor([[5.0, 1, 4, 2, 6, 3]])
     plan = select(groups, scores, widths={"ffn": 3})
     assert plan["model.layers.0.mlp:ffn"].kept == ((0, 2, 4),)
