@@ -50,9 +50,9 @@ def tokens(length: int = 12, batch: int = 2) -> torch.Tensor:
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
-def logits(made) -> torch.Tensor:
+def logits(made, vocabulary: int = 128) -> torch.Tensor:
     with torch.no_grad():
-        return made(tokens().to(made.device)).logits
+        return made(tokens().to(made.device) % vocabulary).logits
 
 
 def _member(tensor: str, dim: int, units: int, *terms: Lattice, outer: int = 1, parameter: bool = True) -> Member:

@@ -71,8 +71,9 @@ def _opening(model: Any) -> str:
             'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```'
         )
     return (
-        f"Its layers have sizes that the stock `{cls}` does not build (see `per_layer_config`, `head_dim` and "
-        "`pyprune_narrow` in `config.json`), so `AutoModelForCausalLM.from_pretrained` stops with mismatched shapes. "
+        f"Its layers have sizes that the stock `{cls}` does not build (see `per_layer_config`, `head_dim`, "
+        "`pyprune_resized` and `pyprune_narrow` in `config.json`), so `AutoModelForCausalLM.from_pretrained` stops "
+        "with mismatched shapes. "
         "Open it with pyprune:\n\n"
         '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```'
     )

@@ -84,6 +84,12 @@ def segments(axis: Axis) -> list[Axis]:
     return _flat((axis,), CONCAT)
 
 
+def without_sentinel(axis: Axis) -> Axis:
+    """``axis`` without its last segment when that is a single index, as a class for "none of these" is."""
+    parts = segments(axis)
+    return concat(parts[:-1]) if len(parts) > 1 and parts[-1].size == 1 else find(axis)
+
+
 def product(parts: Sequence[Axis]) -> Axis:
     """The row-major product of ``parts``, the first one outermost."""
     flat = [p for p in _flat(parts, PRODUCT) if p.size != 1]

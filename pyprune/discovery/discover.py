@@ -14,6 +14,12 @@ from pyprune.discovery.groups import Group, Groups, IndexMap, Member
 from pyprune.discovery.lattice import Occurrences, lattice
 from pyprune.discovery.roles import HEADS, PER_HEAD, Leaf, assign
 from pyprune.discovery.run import Block, Trace, trace, unwrap
+from pyprune.discovery.tracer import TABLE
+
+# Marks of axes along which a sum after slicing is not the sum after masking.
+_INEXACT = frozenset({"size", "nonzero"})
+# Marks of axes whose values went on into something.
+_READ = frozenset({"contracted", "mixed", "qk", "vo", "heads", "output", "size", "nonzero", "summed"})
 
 
 def discover(model: nn.Module, example_inputs: Any = None) -> Groups:
@@ -25,7 +31,7 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Groups:
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. None makes a few token ids,
-            ``[3, 7]`` int64, for models that take ``input_ids`` or have an embedding.
+            ``[3, 11]`` int64, for models that take ``input_ids`` or have an embedding.
 
     Returns:
         The groups in model order, frozen ones included. ``exact`` says that slicing a unit away equals zeroing its
@@ -43,15 +49,21 @@ class _Builder:
         self.places = Occurrences()
         self.order = {name: i for i, name in enumerate(result.shapes)}
         self.lists = self._block_lists()
+        self.experts = [path for path, found in result.blocks.items() if any(_chosen(b) for b in found)]
 
     def build(self) -> Groups:
         self._freeze_outputs()
+        for blocks in self.lists.values():
+            for axis in (a for b in blocks for a in b.given):
+                ax.mark(axis, "stream")
         leaves = self._leaves()
-        assign(leaves, self.trace.tracer.uses, self._layer_of)
+        assign(leaves, self.trace.tracer.uses, self._layer_of, self._in_expert)
         self._freeze_unusable(leaves)
+        tables = self._freeze_tables(leaves)
         outers = self._outers(leaves)
         drafts: list[tuple[tuple[int, int, int], Group, Leaf | None]] = [
-            (self._first_place(leaf), self._group(leaf, outers.get(id(leaf.axis))), leaf) for leaf in leaves
+            (self._first_place(leaf), self._group(leaf, outers.get(id(leaf.axis)), id(leaf.axis) in tables), leaf)
+            for leaf in leaves
         ]
         drafts += [((self._first_tensor(g.modules[0]), -1, 0), g, None) for g in self._layer_groups()]
         drafts.sort(key=lambda d: d[0])
@@ -95,6 +107,14 @@ class _Builder:
                 ax.freeze(leaf.axis, "stands in a product with itself")
             if "ranked" in leaf.axis.marks and "routed" not in leaf.axis.marks:
                 ax.freeze(leaf.axis, "is ranked by value")
+            if leaf.role == "experts" and not self._holds_experts(leaf):
+                ax.freeze(leaf.axis, "is ranked by a router, and no weights of experts were seen along it")
+            if leaf.role == "experts" and self._inner_experts(leaf, leaves):
+                ax.freeze(leaf.axis, "is a group of experts that the router ranks as one")
+            if leaf.role == "experts" and self._min_units(leaf) >= leaf.axis.size:
+                ax.freeze(leaf.axis, "has no more experts than its router chooses")
+            if "produced" in leaf.axis.marks and not leaf.axis.marks & _READ:
+                ax.freeze(leaf.axis, "is produced, and nothing reads it on the example inputs")
             names = [name for name, _ in leaf.places]
             module = _common_module(names)
             for name in unreached:
@@ -103,11 +123,42 @@ class _Builder:
                 elif _inside(name, module) and leaf.axis.size in self.trace.shapes[name]:
                     ax.freeze(leaf.axis, f"may lie in {name} too, which the example inputs do not reach")
 
+    def _holds_experts(self, leaf: Leaf) -> bool:
+        """Something that maps one axis to another lies along ``leaf``: the router itself has the hidden one only."""
+        for name, _ in leaf.places:
+            beside = {id(a): a for axis in self.trace.tensors[name] for a in ax.atoms(axis)}
+            if sum(not a.marks & {"ranked", "routed"} for a in beside.values()) >= 2:
+                return True
+        return False
+
+    def _freeze_tables(self, leaves: list[Leaf]) -> set[int]:
+        """Freeze leaves that met a table computed by position; those that nothing else froze, by identity."""
+        only = set()
+        for leaf in leaves:
+            reason = next((m.removeprefix(TABLE) for m in sorted(leaf.axis.marks) if m.startswith(TABLE)), None)
+            if reason is not None and leaf.axis.frozen is None:
+                ax.freeze(leaf.axis, f"meets a table {reason}")
+                only.add(id(leaf.axis))
+        return only
+
+    def _inner_experts(self, leaf: Leaf, leaves: list[Leaf]) -> set[int]:
+        """The expert axes inside ``leaf``, where experts come in groups."""
+        others = {id(x.axis) for x in leaves if x.role == "experts" and x is not leaf}
+        inner = set()
+        for found in leaf.places.values():
+            for o in found:
+                inner |= {id(a) for _, stride, a in o.spread if id(a) in others and stride < o.stride}
+        return inner
+
     # -- outer axes --------------------------------------------------------------------------------------------------
     def _outers(self, leaves: list[Leaf]) -> dict[int, Leaf]:
         """For each per-head leaf, the head axis it stands with in every tensor of the model and of the run."""
         heads = {id(x.axis): x for x in leaves if x.role in HEADS}
         candidates = {id(x.axis): set(heads) - {id(x.axis)} for x in leaves if x.role in PER_HEAD}
+        for leaf in leaves if any(x.role == "experts" for x in leaves) else ():
+            for inner in self._inner_experts(leaf, leaves) if leaf.role == "experts" else ():
+                heads[id(leaf.axis)] = leaf
+                candidates.setdefault(inner, set()).add(id(leaf.axis))
         for leaf in leaves:
             if id(leaf.axis) in candidates:
                 for found in leaf.places.values():
@@ -129,7 +180,7 @@ class _Builder:
         return {i: heads[min(found, key=rank.__getitem__)] for i, found in candidates.items() if found}
 
     # -- groups ------------------------------------------------------------------------------------------------------
-    def _group(self, leaf: Leaf, outer: Leaf | None) -> Group:
+    def _group(self, leaf: Leaf, outer: Leaf | None, table: bool) -> Group:
         members = tuple(self._members(leaf, outer))
         names = [m.tensor for m in members]
         layers = {self._layer_of(n) for n in names}
@@ -145,9 +196,19 @@ class _Builder:
             units=leaf.axis.size,
             members=members,
             outer=1 if outer is None else outer.axis.size,
-            exact=not leaf.axis.marks & {"size", "nonzero"},
+            exact=not leaf.axis.marks & (_INEXACT | {"scaled"} if leaf.role == "state" else _INEXACT),
             frozen=frozen,
+            table=table,
+            min_units=self._min_units(leaf),
         )
+
+    def _min_units(self, leaf: Leaf) -> int:
+        """How many units the choices of the best ``k`` along the axis need."""
+        least = 1
+        for axis, k in self.trace.tracer.ranked:
+            if any(a is leaf.axis for a in ax.atoms(axis)):
+                least = max(least, -(-k * leaf.axis.size // axis.size))
+        return least
 
     def _members(self, leaf: Leaf, outer: Leaf | None) -> Iterable[Member]:
         copies = 1 if outer is None else outer.axis.size
@@ -178,6 +239,10 @@ class _Builder:
             if _inside(tensor, path):
                 return path, int(tensor[len(path) + 1 if path else 0 :].split(".", 1)[0])
         return None
+
+    def _in_expert(self, tensor: str) -> bool:
+        """Whether ``tensor`` lies in one of a list of modules that see only the tokens chosen for them."""
+        return any(_inside(tensor, path) for path in self.experts)
 
     def _layer_groups(self) -> Iterable[Group]:
         for path, blocks in self.lists.items():
@@ -214,6 +279,10 @@ class _Builder:
 
 def _same(a: tuple[Axis, ...], b: tuple[Axis, ...]) -> bool:
     return len(a) == len(b) and all(ax.find(x) is ax.find(y) for x, y in zip(a, b, strict=True))
+
+
+def _chosen(block: Block) -> bool:
+    return any("chosen" in a.marks for axis in block.given for a in ax.atoms(axis))
 
 
 def _inside(name: str, module: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -125,6 +125,9 @@ class Group:
         exact: removing a unit equals zeroing it. False where a normalisation runs over the axis.
         frozen: why the group cannot be pruned (op, module, parameter), or None.
         modules: for role ``layers``: the module paths, one a unit.
+        table: frozen for one reason only: the model computes values by position along the axis (ALiBi slopes). Who
+            keeps for every unit the value that it had may prune the group (:meth:`Groups.thaw`).
+        min_units: units that must stay in every copy: a router that chooses the best ``k`` experts needs ``k``.
     """
 
     name: str
@@ -138,6 +141,8 @@ class Group:
     exact: bool = True
     frozen: str | None = None
     modules: tuple[str, ...] = ()
+    min_units: int = 1
+    table: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -147,8 +152,10 @@ class Group:
         out: dict[str, Any] = {
             "name": self.name, "role": self.role, "module": self.module, "layer": self.layer, "units": self.units,
             "outer": self.outer, "within": self.within, "exact": self.exact, "frozen": self.frozen,
-            "members": [_member_to_dict(m) for m in self.members],
+            "min_units": self.min_units, "members": [_member_to_dict(m) for m in self.members],
         }  # fmt: skip
+        if self.table:
+            out["table"] = True
         if self.modules:
             out["modules"] = list(self.modules)
         return out
@@ -227,6 +234,16 @@ class Groups:
             and (layer_set is None or g.layer in layer_set)
             and (exact is None or g.exact == exact)
         ]
+
+    def thaw(self, roles: Iterable[str]) -> Groups:
+        """The same with the groups of these roles prunable that nothing but a computed table froze (``Group.table``).
+
+        For callers that keep the table's values for the units that stay.
+        """
+        wanted = set(roles)
+        return replace(
+            self, groups=[replace(g, frozen=None) if g.table and g.role in wanted else g for g in self.groups]
+        )
 
     def roles(self) -> list[str]:
         """The roles present, in the order of :data:`ROLES`."""

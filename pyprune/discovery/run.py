@@ -22,11 +22,13 @@ from torch._subclasses.fake_tensor import (
 )
 
 from pyprune.discovery import axes as ax
-from pyprune.discovery.tracer import AttentionInterceptor, Info, Tracer, iter_tensors
+from pyprune.discovery.intercept import Interceptor
+from pyprune.discovery.tracer import Info, Tracer, iter_tensors
 from pyprune.errors import PyPruneError
 
 # Different from each other and from 1, so that no dimension of data broadcasts.
-BATCH, LENGTH = 3, 7
+BATCH, LENGTH = 3, 11
+MANY = 59
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
@@ -86,7 +88,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
                 "model", type(model).__name__, f"its forward pass depends on values ({_first_line(error)})",
                 "Load the weights: the meta device has none.",
             ) from error  # fmt: skip
-    return _run(model, args, kwargs, None)
+    result = _run(model, args, kwargs, None)
+    if example_inputs is None and result.parameters - result.tracer.touched:
+        # A list of many experts needs many tokens before each has had one; a position table may be too short for them.
+        with contextlib.suppress(PyPruneError):
+            args, kwargs = _inputs(model, None, MANY)
+            result = _run(model, args, kwargs, None)
+    return result
 
 
 def _first_line(error: BaseException) -> str:
@@ -105,7 +113,7 @@ def _check_weights(model: nn.Module) -> None:
             )  # fmt: skip
 
 
-def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(model: nn.Module, example: Any, length: int = LENGTH) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, (tuple, list)):
@@ -123,14 +131,14 @@ def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, 
             "Pass a tensor, a tuple of arguments or a dict of them.",
         )  # fmt: skip
     vocabulary = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=16)
-    ids = (torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) * 5 + 3) % vocabulary
+    ids = (torch.arange(BATCH * length).view(BATCH, length) * 5 + 3) % vocabulary
     if "input_ids" not in names:
         return (ids,), {}
     return (), {"input_ids": ids} | ({"use_cache": False} if "use_cache" in names else {})
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None) -> Trace:
-    tracer = Tracer()
+    tracer = Tracer(rotate=mode is None)
     result = Trace(tracer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -141,7 +149,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: 
         _swap_tensors(model, result, mode)
         _watch(model, result)
         args, kwargs = _convert(args, tracer, mode), _convert(kwargs, tracer, mode)
-        stack.enter_context(AttentionInterceptor(tracer))
+        stack.enter_context(Interceptor(tracer, fake=mode is not None))
         stack.enter_context(tracer)
         try:
             out = model(*args, **kwargs)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -21,7 +20,16 @@ from pyprune.discovery.axes import Axis, Mismatch
 from pyprune.discovery.rules import find_rule
 
 _SILENT = frozenset({"device", "_local_scalar_dense", "is_nonzero", "_assert_async", "_assert_tensor_metadata"})
+# Ops whose rules know what integers that point into an axis mean; any other arithmetic with them freezes the axis.
+_POINTER_OPS = frozenset(
+    "index _unsafe_index index_select index_put gather scatter scatter_add scatter_reduce index_add index_copy one_hot "
+    "select_expert histc bincount new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like "
+    "new_empty_strided _assert_async _assert_tensor_metadata device is_nonzero".split()
+)
+_COMPARISONS = frozenset("eq ne lt le gt ge".split())
 _NONE: frozenset[Any] = frozenset()
+TABLE = "table: "
+"""Start of the mark of an axis that met values computed by position along it; the rest says by what."""
 
 
 @dataclass(slots=True)
@@ -39,6 +47,7 @@ class Info:
         attention: attention probabilities: the result of that softmax.
         values: for an integer tensor, the axis that its values point into.
         skips: blocks whose input reaches this tensor through additions alone: residual paths.
+        made: computed from nothing but sizes and positions (a mask, ALiBi slopes): no weight stands behind it.
     """
 
     axes: tuple[Axis, ...]
@@ -50,6 +59,7 @@ class Info:
     attention: bool = False
     values: Axis | None = None
     skips: frozenset[int] = _NONE
+    made: bool = False
 
 
 @dataclass
@@ -96,6 +106,21 @@ class Call:
             self.freeze(a, f"no common structure ({error})")
             self.freeze(b, f"no common structure ({error})")
 
+    def join(self, axis: Axis, info: Info, dim: int, made: bool) -> None:
+        """``axis``, of a tensor that is ``made`` or not, meets dimension ``dim`` of ``info`` elementwise.
+
+        They are one, except where a made tensor has values by position along it: then every layer that meets the table
+        may keep other units than the next, and removal is right only if each keeps the values of its own.
+        """
+        other = info.axes[dim]
+        if made != info.made:
+            table, met = (axis, other) if made else (other, axis)
+            reason = next((a.frozen for a in ax.atoms(table) if a.frozen is not None), None)
+            if reason is not None:
+                ax.mark(met, TABLE + reason)
+                return
+        self.unify(axis, other)
+
     def freeze(self, axis: Axis, problem: str) -> None:
         """Forbid removal along ``axis``, naming this op."""
         ax.freeze(axis, f"{problem} by {self.where}")
@@ -109,6 +134,7 @@ class Call:
 
     def reduced(self, info: Info, dim: int, size_dependent: bool) -> None:
         """Dimension ``dim`` is summed away; note what that means for exactness."""
+        ax.mark(info.axes[dim], "summed")
         if size_dependent:
             ax.mark(info.axes[dim], "size")
         elif not info.zero[dim]:
@@ -145,10 +171,15 @@ class Tracer(TorchDispatchMode):
         touched: names of parameters that an op read.
         products: (contracted, left, right) axes of every product of two active tensors.
         problems: ops that had no rule.
+        ranked: (axis, k) of every choice of the ``k`` best along an axis.
+        rotate: overwrite every such choice by a round robin, so that few tokens reach all experts. Only what tensors
+            are is recorded, so any choice will do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rotate: bool = False) -> None:
         super().__init__()
+        self.rotate = rotate
+        self.ranked: list[tuple[Axis, int]] = []
         self.module = ""
         self.uses: dict[tuple[str, int], set[str]] = {}
         self.seen: dict[tuple[int, ...], tuple[Axis, ...]] = {}
@@ -164,7 +195,7 @@ class Tracer(TorchDispatchMode):
         """The tensor's Info. One that no op made and nobody registered is a constant: its axes are frozen."""
         found = self._infos.get(tensor)
         if found is None:
-            found = Info(tuple(ax.atom(n) for n in tensor.shape), (False,) * tensor.dim())
+            found = Info(tuple(ax.atom(n) for n in tensor.shape), (False,) * tensor.dim(), made=True)
             for axis in found.axes:
                 ax.freeze(axis, "meets a tensor that is neither a parameter nor a buffer of the model")
             self._infos[tensor] = found
@@ -190,6 +221,8 @@ class Tracer(TorchDispatchMode):
     # -- dispatch ----------------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.rotate and func is torch.ops.aten.topk.default:
+            _rotate(out[1], args[0], args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1))
         if not self.paused:
             self.apply(func, args, kwargs or {}, out)
         return out
@@ -206,6 +239,8 @@ class Tracer(TorchDispatchMode):
         """Label the results of one op."""
         name, names, rule = self._schema(func)
         if name in _SILENT:
+            if name == "_local_scalar_dense":
+                self._freeze_pointed(Call(self, func, name, {"self": args[0]}, None))
             return
         bound = {n: args[i] if i < len(args) else kwargs.get(n, default) for i, (n, default) in enumerate(names)}
         self.run_rule(rule, Call(self, func, name, bound, out))
@@ -225,15 +260,35 @@ class Tracer(TorchDispatchMode):
             problem = self.problems.setdefault((call.name, self.module), Problem(call.name, self.module))
             problem.axes += [a for t in call.tensors() for a in self.info(t).axes]
             infos = self._frozen(call, results, "no rule for it: frozen")
+        if not any(i.values for i in ([infos] if isinstance(infos, Info) else infos)):
+            self._freeze_pointed(call)
         before = self._infos.get(results[0])
+        made = all(self.info(t).made for t in call.tensors())
         for tensor, info in zip(results, [infos] if isinstance(infos, Info) else infos, strict=True):
+            info.made = made
             self.label(tensor, info)
         if before is not None and before.root is not None and call.name.endswith("_"):
             # Written in place through a view: what the base tensor was known to be holds no more.
             root, now = before.root, self._infos[results[0]]
+            root.made = root.made and now.made
             now.root, root.active, root.skips = root, root.active or now.active, _NONE
             if not all(now.zero):
                 root.zero = (False,) * len(root.zero)
+
+    def _freeze_pointed(self, call: Call) -> None:
+        """Numbers that point into an axis were used as numbers: its indices are not interchangeable."""
+        name = call.name.removesuffix("_")
+        if name in _POINTER_OPS:
+            return
+        for tensor in call.tensors():
+            info = self._infos.get(tensor)
+            if info is None or info.values is None:
+                continue
+            other = call.get("other")
+            size = ax.without_sentinel(info.values).size
+            outside = isinstance(other, (int, float)) and not 0 <= other < size
+            if not (name in _COMPARISONS and outside):
+                call.freeze(info.values, "is pointed into by numbers that are computed with")
 
     def _frozen(self, call: Call, results: list[torch.Tensor], problem: str) -> list[Info]:
         inputs = [self.info(t) for t in call.tensors()]
@@ -246,27 +301,8 @@ class Tracer(TorchDispatchMode):
         ]
 
 
-class AttentionInterceptor(TorchFunctionMode):
-    """Sees scaled dot-product attention as one op.
-
-    Below this level it is decomposed differently on every backend, and with it goes whether a scale was given.
-    """
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-        self.rule = find_rule(None, "scaled_dot_product_attention")
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention or self.tracer.paused:
-            return func(*args, **kwargs)
-        self.tracer.paused = True
-        try:
-            out = func(*args, **kwargs)
-        finally:
-            self.tracer.paused = False
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        bound = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-        self.tracer.run_rule(self.rule, Call(self.tracer, func, "scaled_dot_product_attention", bound, out))
-        return out
+def _rotate(indices: torch.Tensor, ranked: torch.Tensor, dim: int) -> None:
+    """Every choice of the best ``k`` of ``n`` becomes the next ``k`` in turn, in place."""
+    last = indices.movedim(dim, -1)
+    turn = torch.arange(last.numel(), device=last.device) % ranked.shape[dim]
+    last.copy_(turn.view(last.shape))

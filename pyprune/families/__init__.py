@@ -17,6 +17,9 @@ from torch import nn
 
 Config = Any
 
+KEPT = "kept_units"
+"""Name of the buffer with the old positions of the units that stayed, where a model's tables go by position."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -32,6 +35,8 @@ class Family:
             asks for. Runs on the meta device, before weights are there, for every module from the outside in.
         stand_in: another class and configuration that compute the very same function and accept widths that the
             family's own configuration class refuses, or None when the model uses what only its own class has.
+        tables: roles along whose axes the model computes values by position (ALiBi slopes), and whose modules, once
+            ``resize`` has made them smaller, take those of the units in their buffer :data:`KEPT`, int64 [units kept].
     """
 
     name: str
@@ -40,6 +45,7 @@ class Family:
     stock: Callable[[Config], None] | None = None
     resize: Callable[[nn.Module, Config], None] | None = None
     stand_in: Callable[[Config], tuple[type, Config] | None] | None = None
+    tables: tuple[str, ...] = ()
 
     def applies(self, config: Config) -> bool:
         """Whether the configuration asks for something that the stock constructor would not build."""

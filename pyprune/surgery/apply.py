@@ -32,9 +32,10 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         copy: leave ``model`` as it is, at the price of memory for both.
         verify: compare the logits of a few random tokens with those of the old model with the removed weights set to
             zero (only plans whose cuts are all exact, weights in memory).
-        stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the linear layers that
-            they touch become narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by
-            :func:`pyprune.load` only.
+        stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the modules that they
+            touch are resized (:mod:`pyprune.surgery.resize`), or where that is impossible their linear layers become
+            narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by :func:`pyprune.load`
+            only.
 
     Returns:
         The smaller model.
@@ -49,8 +50,9 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
     _check_plan(plan, tensors)
     rebuilt = rebuild(model, plan, stock_only)
     new = rebuilt.model
-    if rebuilt.narrowed:
-        warnings.warn(_narrow_notice(rebuilt.narrowed, type(model.config).__name__), stacklevel=2)
+    for groups, how in ((rebuilt.resized, "modules are resized"), (rebuilt.narrowed, "layers become narrow")):
+        if groups:
+            warnings.warn(_notice(groups, type(model.config).__name__, how), stacklevel=2)
 
     expected = masked_logits(model, plan, restore=copy) if verify and plan.cuts and checkable(model, plan) else None
     dtype = model.dtype
@@ -58,17 +60,18 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         drop_config_marks(new.config)
     transfer(model, new, rebuilt.names, tensors, rebuilt.kept, copy=copy)
     for name, positions in rebuilt.positions.items():
-        layer = new.get_submodule(name.rpartition(".")[0])
-        layer._buffers[name.rpartition(".")[2]] = torch.from_numpy(positions.copy()).to(layer.weight.device)
+        path, _, last = name.rpartition(".")
+        module = new.get_submodule(path)
+        module._buffers[last] = torch.from_numpy(positions.copy()).to(next(module.parameters()).device)
     _carry(model, new, rebuilt.names.old)
     if expected is not None:
         compare(expected, new, dtype)
     return new
 
 
-def _narrow_notice(groups: tuple[str, ...], config: str) -> str:
+def _notice(groups: tuple[str, ...], config: str, how: str) -> str:
     shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
-    return f"No {config} expresses the cuts of {shown}: their linear layers become narrow ones, for pyprune.load only."
+    return f"No {config} expresses the cuts of {shown}: their {how}, for pyprune.load only."
 
 
 def _unwrapped(model: Any) -> Any:

@@ -121,14 +121,22 @@ def _numbers(owner: Any, prefix: str, layer: int | None, count: int | None) -> I
 
 @dataclass
 class Built:
-    """What a constructor made: shapes of tensors and the plain numbers in modules."""
+    """What a constructor made: shapes of tensors and the plain numbers in modules.
+
+    Buffers that only a cut model has (:data:`pyprune.families.KEPT`) are left out.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     numbers: dict[str, int | float | bool]
 
     @classmethod
     def of(cls, module: nn.Module) -> Built:
-        return cls(structure(module), scalars(module))
+        return cls(without_kept(structure(module)), scalars(module))
+
+
+def without_kept(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """``shapes`` without the buffers :data:`pyprune.families.KEPT`."""
+    return {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] != families.KEPT}
 
 
 class Scope:

@@ -60,17 +60,17 @@ def same_make(a: nn.Module, b: nn.Module) -> bool:
 
 
 def construct_layer(layer_class: type[nn.Module], config: Config, index: int) -> nn.Module | None:
-    """One decoder layer from its own constructor, or None when its signature is not (config[, index])."""
+    """One decoder layer from its own constructor, or None when it takes more than ``config`` and an index.
+
+    Also when the rest has defaults: a model of several kinds of layers says there which kind it wants.
+    """
     arguments: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(layer_class.__init__).parameters.items())[1:]:
         if name == "config":
             arguments[name] = config
         elif name in _INDEX_NAMES:
             arguments[name] = index
-        elif parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
+        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return None
     if "config" not in arguments:
         return None

@@ -11,6 +11,7 @@ masked model's; fewer weights are stored and multiplied, while attention itself 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,28 @@ class _Narrow(nn.Module):
 class NarrowLinear(_Narrow, nn.Linear):
     """``nn.Linear`` with a smaller matrix between wide inputs [..., wide_in] and wide outputs [..., wide_out]."""
 
-    def __init__(self, like: nn.Linear, sides: Mapping[str, list[int]]) -> None:
-        inputs = sides["in"][1] if "in" in sides else like.in_features
-        outputs = sides["out"][1] if "out" in sides else like.out_features
-        nn.Linear.__init__(self, inputs, outputs, bias=like.bias is not None)
-        self._set(sides)
-
     def forward(self, input: Tensor) -> Tensor:
-        return self._spread(nn.functional.linear(self._picked(input), self.weight, self.bias))
+        return self._spread(super().forward(self._picked(input)))
+
+
+@cache
+def _narrow_class(cls: Any) -> Any:
+    """:class:`NarrowLinear` that computes as ``cls``, a kind of ``nn.Linear``, does."""
+    return NarrowLinear if cls is nn.Linear else type(f"Narrow{cls.__name__}", (NarrowLinear, cls), {})
+
+
+def _narrowed(layer: nn.Linear, sides: Mapping[str, list[int]]) -> nn.Module:
+    """``layer`` itself, made narrow."""
+    for side, name in (("in", "in_features"), ("out", "out_features")):
+        if side in sides:
+            setattr(layer, name, sides[side][1])
+    layer.weight = nn.Parameter(layer.weight.new_empty((layer.out_features, layer.in_features)))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.new_empty(layer.out_features))
+    own: Any = type(layer)
+    layer.__class__ = _narrow_class(own)
+    layer._set(sides)  # type: ignore[operator]
+    return layer
 
 
 class NarrowConv1D(_Narrow):
@@ -102,14 +117,14 @@ def _made(layer: nn.Module, sides: Mapping[str, list[int]], path: str) -> nn.Mod
     weight = getattr(layer, "weight", None)
     if dims is None or weight is None or any(weight.shape[dims[s]] != wide for s, (wide, _) in sides.items()):
         raise PyPruneError(FIELD, path, f"does not fit the model's {type(layer).__name__} there")
-    return NarrowLinear(layer, sides) if isinstance(layer, nn.Linear) else NarrowConv1D(layer, sides)
+    return _narrowed(layer, sides) if isinstance(layer, nn.Linear) else NarrowConv1D(layer, sides)
 
 
 def matrix_dims(layer: nn.Module) -> dict[str, int] | None:
     """Dimensions of the inputs and outputs in a layer's weight; None for layers that cannot be narrow."""
     from transformers.pytorch_utils import Conv1D
 
-    if type(layer) is nn.Linear:
+    if isinstance(layer, nn.Linear):
         return {"in": 1, "out": 0}
     return {"in": 0, "out": 1} if type(layer) is Conv1D else None
 

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from pyprune import families
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut, Plan
-from pyprune.surgery import narrow, skeleton
-from pyprune.surgery.decoder import layers_path, scalars, shorten, structure
+from pyprune.surgery import narrow, resize, skeleton
+from pyprune.surgery.counts import resizable
+from pyprune.surgery.decoder import layers_path, scalars, shorten, structure, text_config
 from pyprune.surgery.layers import solve_layers, solve_model
 from pyprune.surgery.names import LayerNames, Shapes, Tensors
 
@@ -32,14 +34,16 @@ class Rebuilt:
         model: all tensors on the meta device, nothing tied.
         names: its names and the old ones.
         kept: old name -> dim -> positions that stay.
-        positions: values of the buffers that narrow layers have, by new name.
-        narrowed: names of the groups that no configuration expresses, cut by narrow layers.
+        positions: values of the buffers that narrow layers and kept tables have, by new name.
+        resized: names of the groups that no configuration expresses, cut by resized modules.
+        narrowed: names of the groups that those cannot cut either, cut by narrow layers.
     """
 
     model: Any
     names: LayerNames
     kept: dict[str, dict[int, np.ndarray]]
     positions: dict[str, np.ndarray] = field(default_factory=dict)
+    resized: tuple[str, ...] = ()
     narrowed: tuple[str, ...] = ()
 
 
@@ -47,7 +51,7 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
     """The smaller model that ``plan`` makes of ``model``, without weights. ``model`` is not changed.
 
     Args:
-        stock_only: refuse cuts that no configuration of the model's class expresses, rather than make layers narrow.
+        stock_only: refuse cuts that no configuration of the model's class expresses, rather than resize its modules.
 
     Raises:
         PyPruneError: when the model cannot have the planned shapes, naming a tensor that shows it.
@@ -60,10 +64,13 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
     config = copy.deepcopy(model.config)
     if len(names.kept) < count:
         config = shorten(config, list(names.kept))
-    _refuse_narrow_again(config, plan)
+    _refuse_narrow_again(model.config, plan)
+    for kind in (resize, narrow):
+        if kind.spec_of(config):
+            setattr(config, kind.FIELD, _renamed(kind.spec_of(config), names))
 
-    across, inside = _placed(plan, path)
-    failed: list[Cut] = []
+    failed = [c for c in plan.cuts if c.group.table and c.group.role not in _tables(config)]
+    across, inside = _placed([c for c in plan.cuts if c not in failed], path)
     config = solve_model(type(model), config, tensors, names, across, failed)
     done = [c for c in across if c not in failed]
     config = solve_layers(stock, config, tensors, names, done, inside, failed)
@@ -72,32 +79,60 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
     return _assembled(stock, config, names, tensors, plan, failed)
 
 
+def _renamed(spec: dict[str, Any], names: LayerNames) -> dict[str, Any]:
+    new = names.new(list(spec))
+    return {new[path]: values for path, values in spec.items() if path in new}
+
+
+def _tables(config: Config) -> tuple[str, ...]:
+    """Roles whose units keep, in the family's modules, the values that the model computes for their positions."""
+    family = families.find(text_config(config))
+    return () if family is None else family.tables
+
+
 def _assembled(
     stock: Any, config: Config, names: LayerNames, tensors: Tensors, plan: Plan, failed: Sequence[Cut]
 ) -> Rebuilt:
-    """The model for ``config``, with narrow layers for the cuts that it does not express; checked."""
-    expressed = Plan(tuple(c for c in plan.cuts if c not in failed))
+    """The model for ``config``, with resized modules and narrow layers for what it does not express; checked."""
+    done = [c for c in plan.cuts if c not in failed]
+    resized, spec = resizable(stock, config, names, tensors, done, failed) if failed else ([], {})
+    if resized:
+        setattr(config, resize.FIELD, spec)
+    narrowed = [c for c in failed if c not in resized]
+    expressed = Plan(tuple(c for c in plan.cuts if c not in narrowed))
     kept_expressed, kept = tensors.kept(expressed), tensors.kept(plan)
     kept = {n: dims for n, dims in kept.items() if n not in tensors.buffers}
     kept.update({n: dims for n, dims in kept_expressed.items() if n in tensors.buffers})
-    planned, by_config = tensors.after(plan.cuts), tensors.after(expressed.cuts)
-    planned.update({n: by_config[n] for n in by_config if n in tensors.buffers})
+    planned, before = tensors.after(plan.cuts), tensors.after(expressed.cuts)
+    planned.update({n: before[n] for n in before if n in tensors.buffers})
 
     positions: dict[str, np.ndarray] = {}
-    spec = {names.new([path])[path]: sides for path, sides in narrow.spec_of(config).items() if names.new([path])}
-    if failed:
+    if narrowed:
         parameters = {n: s for n, s in planned.items() if n not in tensors.buffers}
-        answer = narrow.plan_spec(stock, by_config, parameters, kept_expressed, kept)
+        answer = narrow.plan_spec(stock, before, parameters, kept_expressed, kept)
         if isinstance(answer, str):
-            raise _inexpressible(stock, tensors, plan, failed, answer)
+            raise _inexpressible(stock, tensors, plan, narrowed, answer)
         added, values = answer
-        spec.update({names.new([path])[path]: sides for path, sides in added.items()})
+        setattr(config, narrow.FIELD, {**narrow.spec_of(config), **_renamed(added, names)})
         positions = {names.new([name])[name]: value for name, value in values.items()}
-    if spec:
-        setattr(config, narrow.FIELD, spec)
     model = skeleton.build(type(stock), config)
+    positions |= _kept_units(model, names, tensors, done)
     _verify(model, stock, names, planned, positions)
-    return Rebuilt(model, names, kept, positions, tuple(c.group.name for c in failed))
+    return Rebuilt(
+        model, names, kept, positions, tuple(c.group.name for c in resized), tuple(c.group.name for c in narrowed)
+    )
+
+
+def _kept_units(model: Any, names: LayerNames, tensors: Tensors, cuts: Sequence[Cut]) -> dict[str, np.ndarray]:
+    """Values of the buffers in which a family's modules hold the units that stayed (:data:`pyprune.families.KEPT`)."""
+    out: dict[str, np.ndarray] = {}
+    for name, _ in model.named_buffers():
+        path, _, last = names.old(name).rpartition(".")
+        if last != families.KEPT or names.old(name) in tensors.shapes:
+            continue
+        cut = next(c for c in cuts if c.group.module == path and c.group.role in _tables(model.config))
+        out[name] = np.array(cut.kept[0], dtype=np.int64)
+    return out
 
 
 def _checked(tensors: Tensors, stock: nn.Module, plan: Plan) -> Tensors:
@@ -148,12 +183,12 @@ def _refuse_narrow_again(config: Config, plan: Plan) -> None:
                 )
 
 
-def _placed(plan: Plan, path: str) -> tuple[list[Cut], dict[int, list[Cut]]]:
+def _placed(cuts: Sequence[Cut], path: str) -> tuple[list[Cut], dict[int, list[Cut]]]:
     """Cuts across the model, and cuts that one decoder layer holds, by its index. Removed layers are no cuts here."""
     across: list[Cut] = []
     inside: dict[int, list[Cut]] = {}
     prefix = f"{path}."
-    for cut in plan.cuts:
+    for cut in cuts:
         if cut.group.role == "layers":
             continue
         places = set()

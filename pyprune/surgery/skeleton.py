@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from pyprune import families
-from pyprune.surgery import narrow
+from pyprune.surgery import narrow, resize
 from pyprune.surgery.attributes import Attribute
 from pyprune.surgery.decoder import (
     construct_layer,
@@ -35,7 +35,7 @@ def is_stock(config: Config) -> bool:
     """Whether the class alone builds what this configuration asks for."""
     text = text_config(config)
     family = families.find(text)
-    usual = not layer_overrides(text) and not narrow.spec_of(config)
+    usual = not layer_overrides(text) and not narrow.spec_of(config) and not resize.spec_of(config)
     return usual and (family is None or not family.applies(text))
 
 
@@ -85,6 +85,7 @@ def build_layer(cls: type, path: str, layer_class: type[nn.Module], config: Conf
         layer = _from_model(cls, path, plain, index)
     _repoint(layer, {id(plain): config, id(text_config(plain)): text_config(config)})
     _resize(layer, text_config(config))
+    _fit_modules(layer, config, f"{path}.{index}.")
     return layer
 
 
@@ -143,7 +144,14 @@ def _fit(model: Any, cls: type, config: Config, plain: Config) -> None:
         layers = model.get_submodule(path)
         own = layer_config(text, index)
         layers[index] = build_layer(cls, path, type(layers[index]), with_text(config, own), index)
-    on_meta(narrow.install, model, narrow.spec_of(config))
+    _fit_modules(model, config, "")
+
+
+def _fit_modules(module: nn.Module, config: Config, prefix: str) -> None:
+    """Resized modules and narrow layers, of those under ``prefix``."""
+    for kind in (resize, narrow):
+        spec = kind.spec_of(config)
+        on_meta(kind.install, module, {p[len(prefix) :]: v for p, v in spec.items() if p.startswith(prefix)})
 
 
 def _repoint(module: nn.Module, configs: dict[int, Config]) -> None:

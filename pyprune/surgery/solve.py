@@ -14,7 +14,7 @@ from itertools import combinations, product
 
 from pyprune import families
 from pyprune.selection.plan import Cut
-from pyprune.surgery.attributes import HEAD_SIZE, Attribute, Built, Dim, Scope, candidates, unset
+from pyprune.surgery.attributes import HEAD_SIZE, Attribute, Built, Dim, Scope, candidates, unset, without_kept
 
 Shapes = Mapping[str, tuple[int, ...]]
 Values = dict[Attribute, int]
@@ -62,6 +62,7 @@ def solve(scope: Scope, values: Values, cuts: Sequence[Cut], wanted: Shapes, lay
         wanted: shapes of all tensors after the cuts, by name in the scope.
         layer: the decoder layer in question, for configurations with lists.
     """
+    wanted = without_kept(wanted)
     written = _explicit(scope, dict(values), cuts)
     given, values = values, {**values, **written}
     base = scope.build(values)
@@ -83,7 +84,7 @@ def solve(scope: Scope, values: Values, cuts: Sequence[Cut], wanted: Shapes, lay
             continue
         slopes = scope.moves(values, attribute, now)
         if slopes.keys() & changed.keys():
-            options[attribute] = _suggestions(now, slopes, changed, _ratios(cuts))
+            options[attribute] = _suggestions(now, slopes, changed, ratios(cuts))
     exact = [a for a in options if scope.moves(values, a, _now(a, values, scope)).keys() <= changed.keys()]
     for pool, most in ((exact, _MOST_TOGETHER), (list(options), _MOST_COMPENSATING)):
         for count in range(1, min(most, len(pool)) + 1):
@@ -105,25 +106,25 @@ def _accompanied(scope: Scope, values: Values, base: Built, cuts: Sequence[Cut],
     A count of KV heads that no matrix has (latent attention) must shrink with the query heads, or their quotient in
     the module is wrong. None when a quotient would be zero whatever else is changed.
     """
-    ratios, found = _ratios(cuts), scope.build(values)
-    odd = _unexplained(base, found, ratios)
+    shares, found = ratios(cuts), scope.build(values)
+    odd = _unexplained(base, found, shares)
     if not odd or found is None:
         return values
     for attribute in candidates(scope.config, layer):
         now = attribute.get(scope.config)
         if now is None or attribute in values:
             continue
-        for value in (now * kept // units for kept, units in ratios if now * kept % units == 0):
+        for value in (now * kept // units for kept, units in shares if now * kept % units == 0):
             built = scope.build({**values, attribute: value})
-            if built is not None and built.shapes == found.shapes and not _unexplained(base, built, ratios):
+            if built is not None and built.shapes == found.shapes and not _unexplained(base, built, shares):
                 return {**values, attribute: value}
     return None if 0 in odd.values() else values
 
 
-def _unexplained(base: Built, built: Built | None, ratios: Sequence[tuple[int, int]]) -> dict[str, float]:
+def _unexplained(base: Built, built: Built | None, shares: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Whole numbers in modules that changed by other shares than the cuts', with their new values."""
     changed = {} if built is None else {n: v for n, v in built.numbers.items() if v != base.numbers[n]}
-    return {n: v for n, v in changed.items() if all(v * units != base.numbers[n] * kept for kept, units in ratios)}
+    return {n: v for n, v in changed.items() if all(v * units != base.numbers[n] * kept for kept, units in shares)}
 
 
 def _needed(scope: Scope, values: Values, written: Values) -> Values:
@@ -156,7 +157,7 @@ def _ordered(attributes: Iterable[Attribute], cuts: Sequence[Cut], scope: Scope,
     return sorted(attributes, key=rank)
 
 
-def _ratios(cuts: Sequence[Cut]) -> list[tuple[int, int]]:
+def ratios(cuts: Sequence[Cut]) -> list[tuple[int, int]]:
     """Shares (kept, of) that an attribute may shrink by: each cut's, and those of nested groups together."""
     by_name = {c.group.name: c for c in cuts}
     out = {(c.width, c.group.units) for c in cuts}
@@ -168,9 +169,9 @@ def _ratios(cuts: Sequence[Cut]) -> list[tuple[int, int]]:
 
 
 def _suggestions(
-    now: int, slopes: Mapping[Dim, float], changed: Mapping[Dim, tuple[int, int]], ratios: Sequence[tuple[int, int]]
+    now: int, slopes: Mapping[Dim, float], changed: Mapping[Dim, tuple[int, int]], shares: Sequence[tuple[int, int]]
 ) -> list[int]:
-    out = [now * kept // units for kept, units in ratios if now * kept % units == 0]
+    out = [now * kept // units for kept, units in shares if now * kept % units == 0]
     for dim, slope in slopes.items():
         if dim in changed:
             before, after = changed[dim]

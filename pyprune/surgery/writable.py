@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pyprune import families
@@ -14,7 +15,9 @@ Config = Any
 def refusal(config: Config) -> str | None:
     """Why ``config`` cannot be read back once written; None when it can."""
     try:
-        type(config).from_dict(json.loads(config.to_json_string()))
+        with TemporaryDirectory() as folder:
+            config.to_json_file(Path(folder) / "config.json")
+            type(config).from_pretrained(folder)
     except Exception as error:  # configuration classes validate themselves with any exception
         cause = error.__cause__ or error
         return " ".join(str(cause).split()).rstrip(".")

@@ -19,7 +19,8 @@ import torch
 
 _Rule = TypeVar("_Rule", bound=Callable[[Any], Any])
 RULES: dict[str, Callable[[Any], Any]] = {}
-_FAMILIES = ("elementwise", "matmul", "shape", "reduction", "indexing", "attention", "creation", "convolution")
+_FAMILIES = ("elementwise", "matmul", "shape", "reduction", "indexing", "attention", "creation", "convolution",
+             "experts", "complex", "scan")  # fmt: skip
 
 
 def rule(*names: str) -> Callable[[_Rule], _Rule]:

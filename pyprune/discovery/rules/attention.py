@@ -31,7 +31,7 @@ def attention(call: Call) -> Info:
         for d, axis in enumerate((*q.axes[:-1], k.axes[-2])):
             own = d - (len(q.axes) - len(info.axes))
             if own >= 0 and info.axes[own].size == axis.size:
-                call.unify(axis, info.axes[own])
+                call.join(axis, info, own, made=False)
     zero = (*v.zero[:batch], False, v.zero[-1])
     active = q.active or k.active or v.active
     return Info((*q.axes[:-1], v.axes[-1]), zero, active=active)

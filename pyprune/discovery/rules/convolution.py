@@ -20,6 +20,8 @@ def convolution(call: Call) -> Info:
         call.unify(channels, a if transposed else b)
     else:
         # The channels of group g meet only the outputs of group g: the group axis is shared, batch-like.
+        if groups == channels.size:
+            ax.mark(channels, "depthwise")
         g_in, inner_in = ax.divide(channels, channels.size // groups)
         g_w, inner_w = ax.divide(a, a.size // groups)
         call.unify(g_in, g_w)

@@ -30,6 +30,7 @@ def broadcast(call: Call, infos: list[Info], shape: torch.Size) -> tuple[tuple[a
     for dim in range(len(shape)):
         axis = ax.ONE
         who: list[int] = []
+        made = False
         if shape[dim] != 1:
             for i, info in enumerate(infos):
                 own = dim - (len(shape) - len(info.axes))
@@ -37,8 +38,11 @@ def broadcast(call: Call, infos: list[Info], shape: torch.Size) -> tuple[tuple[a
                     continue
                 if not who:
                     axis = info.axes[own]
+                    made = info.made
                 elif info.axes[own] is not axis:
-                    call.unify(axis, info.axes[own])
+                    call.join(axis, info, own, made)
+                    if made and not info.made:
+                        axis, made = info.axes[own], False
                 who.append(i)
             if not who:
                 axis = call.fresh(shape[dim])
@@ -95,6 +99,10 @@ def elementwise(call: Call) -> Info | list[Info]:
         for axis, who in zip(axes, carriers, strict=True):
             if len(who) == 2:
                 ax.mark(axis, "gate")
+    elif name in {"mul", "div"} and infos[0].active and isinstance(call.get("other"), float):
+        for axis in axes:
+            if axis.size > 1 and math.isclose(abs(math.log(abs(call["other"]) or 1)), 0.5 * math.log(axis.size)):
+                ax.mark(axis, "scaled")
     skips: frozenset[int] = frozenset()
     if name in _COPIES:
         skips = infos[0].skips

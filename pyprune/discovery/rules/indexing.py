@@ -10,13 +10,23 @@ from pyprune.discovery.rules.elementwise import broadcast
 from pyprune.discovery.tracer import Call, Info
 
 
-def _addressed(call: Call, axis: ax.Axis, index: Info) -> None:
-    """``axis`` is addressed by ``index``: harmless when its values came from positions of that very axis."""
-    if index.values is not None and index.values.size == axis.size:
-        call.unify(axis, index.values)
-        ax.mark(axis, "routed")
-    else:
+def _addressed(call: Call, axis: ax.Axis, index: Info) -> bool:
+    """``axis`` is addressed by ``index``: harmless (True) when its values came from positions of that very axis."""
+    pointed = None if index.values is None else pointed_part(index.values, axis.size)
+    if pointed is None:
         call.freeze(axis, "looked up by value")
+        return False
+    call.unify(axis, pointed)
+    ax.mark(axis, "routed")
+    return True
+
+
+def pointed_part(pointed: ax.Axis, size: int) -> ax.Axis | None:
+    """The axis of ``size`` indices that pointers into ``pointed`` mean: itself, or all of it but one last sentinel."""
+    if pointed.size == size:
+        return pointed
+    body = ax.without_sentinel(pointed)
+    return body if body.size == size else None
 
 
 @rule("embedding")
@@ -31,6 +41,21 @@ def embedding(call: Call) -> Info:
     return Info((*index.axes, weight.axes[1]), (*(False for _ in index.axes), weight.zero[1]), active=index.active)
 
 
+def _one_known(call: Call, axis: ax.Axis, index: torch.Tensor) -> bool:
+    """``index`` is one position written in the code, and nothing lies between it and the end that it counts from."""
+    if index.numel() != 1 or not call.info(index).made or getattr(index, "constant", index) is None:
+        return False
+    position = int(index.item())
+    start = position % axis.size
+    try:
+        ax.take(axis, start, start + 1)
+        if position >= 0:
+            return start == 0 or not ax.atoms(ax.take(axis, 0, start))
+        return start + 1 == axis.size or not ax.atoms(ax.take(axis, start + 1, axis.size))
+    except ax.Mismatch:
+        return False
+
+
 @rule("index", "_unsafe_index")
 def index_tensors(call: Call) -> Info | None:
     info, indices = call.info("self"), list(call["indices"])
@@ -38,8 +63,10 @@ def index_tensors(call: Call) -> Info | None:
         return _index_by_mask(call, info, indices)
     given = [d for d, t in enumerate(indices) if t is not None]
     infos = [call.info(indices[d]) for d in given]
-    for d, index in zip(given, infos, strict=True):
-        _addressed(call, info.axes[d], index)
+    routed = [
+        _one_known(call, info.axes[d], indices[d]) or _addressed(call, info.axes[d], index)
+        for d, index in zip(given, infos, strict=True)
+    ]
     rank = max(len(i.axes) for i in infos)
     kept = [d for d in range(len(info.axes)) if d not in given]
     adjacent = given == list(range(given[0], given[0] + len(given)))
@@ -47,9 +74,14 @@ def index_tensors(call: Call) -> Info | None:
     axes, _ = broadcast(call, infos, call.out.shape[at : at + rank])
     order: list[int] = [*kept[:at], *([-1] * rank), *kept[at:]]
     new = iter(axes)
-    active = info.active or any(i.active for i in infos)
+    # Weights chosen by a router are still weights.
+    active = info.active or not all(i or not j.active for i, j in zip(routed, infos, strict=True))
+    source = info.source
+    if source is not None:
+        source = (source[0], tuple(source[1][o] if o >= 0 else -1 for o in order))
     return Info(tuple(info.axes[o] if o >= 0 else next(new) for o in order),
-                tuple(o >= 0 and info.zero[o] for o in order), active=active)  # fmt: skip
+                tuple(o >= 0 and info.zero[o] for o in order), active=active, source=source,
+                values=info.values)  # fmt: skip
 
 
 def _index_by_mask(call: Call, info: Info, indices: list[torch.Tensor | None]) -> Info | None:
@@ -62,6 +94,7 @@ def _index_by_mask(call: Call, info: Info, indices: list[torch.Tensor | None]) -
         call.unify(a, b)
         call.freeze(a, "chosen by a mask")
     picked = call.fresh(call.out.shape[0], "chosen by a mask")
+    ax.mark(picked, "chosen")
     return Info((picked, *info.axes[rank:]), (False, *info.zero[rank:]), active=True)
 
 
@@ -72,7 +105,7 @@ def index_select(call: Call) -> Info:
     _addressed(call, info.axes[dim], index)
     axes, zero = list(info.axes), list(info.zero)
     axes[dim], zero[dim] = index.axes[0] if index.axes else ax.ONE, False
-    return Info(tuple(axes), tuple(zero), active=info.active or index.active)
+    return Info(tuple(axes), tuple(zero), active=info.active or index.active, values=info.values)
 
 
 @rule("gather")
@@ -88,7 +121,7 @@ def gather(call: Call) -> Info:
         elif d != dim:
             call.freeze(info.axes[d], "gathered in part")
         zero.append(same and info.zero[d])
-    return Info(index.axes, tuple(zero), active=info.active or index.active)
+    return Info(index.axes, tuple(zero), active=info.active or index.active, values=info.values)
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
@@ -131,10 +164,12 @@ def ranked(call: Call) -> list[Info]:
     ax.mark(axis, "ranked")
     if call.name == "sort":
         call.freeze(axis, "sorted")
+    elif call.name == "topk":
+        call.tracer.ranked.append((axis, call["k"]))
     axes = list(info.axes)
     axes[dim] = call.fresh(call.out[0].shape[dim], "ranked")
     zero = tuple(z and d != dim for d, z in enumerate(info.zero))
-    return [Info(tuple(axes), zero, active=info.active),
+    return [Info(tuple(axes), zero, active=info.active, values=info.values),
             Info(tuple(axes), (False,) * len(axes), active=info.active, values=axis)]  # fmt: skip
 
 
@@ -142,15 +177,29 @@ def ranked(call: Call) -> list[Info]:
 def one_hot(call: Call) -> Info:
     index = call.info("self")
     size = call.out.shape[-1]
-    if index.values is not None and index.values.size == size:
-        axis = index.values
+    if index.values is not None and index.values.size in (size, size - 1):
+        # Mixtures with an extra class for "no expert here" keep it last.
+        axis = ax.concat([index.values, call.fresh(size - index.values.size)])
         ax.mark(axis, "routed")
     else:
         axis = call.fresh(size, "made by value")
     return Info((*index.axes, axis), (False,) * call.out.dim(), active=index.active)
 
 
-@rule("nonzero", "unique2", "_unique2", "bincount", "histc", "searchsorted", "bucketize")
+@rule("nonzero")
+def nonzero(call: Call) -> Info:
+    """Positions of one axis: the results point into it. Of several: they are addressed by value."""
+    info = call.info("self")
+    # Only a mask that depends on the data: with a constant one, sizes further on depend on how many there are.
+    pointed = info.axes[0] if len(info.axes) == 1 and info.active else None
+    for axis in () if pointed is not None else info.axes:
+        call.freeze(axis, "addressed by value")
+    found = call.fresh(call.out.shape[0], "addressed by value")
+    ax.mark(found, "chosen")
+    return Info((found, call.fresh(call.out.shape[1])), (False, False), active=info.active, values=pointed)
+
+
+@rule("unique2", "_unique2", "searchsorted", "bucketize")
 def by_value(call: Call) -> list[Info]:
     infos = [call.info(t) for t in call.tensors()]
     for info in infos:

@@ -20,6 +20,7 @@ def contract(call: Call, a: Info, b: Info) -> Info:
     scores: tuple[tuple[ax.Axis, tuple[ax.Axis, ...]], ...] = ()
     if a.active and b.active:
         tracer.products.append((k, m, n))
+        ax.mark(k, "mixed")
         if a.attention or b.attention:
             ax.mark(n if a.attention else m, "vo")
             for d in range(batch):
@@ -31,6 +32,9 @@ def contract(call: Call, a: Info, b: Info) -> Info:
         for dim, how in ((produced, "produced"), (contracted, "contracted")):
             ax.mark(weight.axes[dim], how)
             tracer.use(weight, dim, how)
+        if any("chosen" in row.marks for row in ax.atoms(m if a.active else n)):
+            ax.mark(weight.axes[produced], "sparse")
+            ax.mark(weight.axes[contracted], "sparse")
     zero = (*(a.zero[d] or b.zero[d] for d in range(batch)), a.zero[-2], b.zero[-1])
     return Info((*a.axes[:batch], m, n), zero, active=a.active or b.active, scores=scores)
 
@@ -43,7 +47,9 @@ def add_bias(call: Call, out: Info, bias: Info) -> Info:
         own = d - offset
         carried = own >= 0 and bias.axes[own].size == axis.size
         if carried:
-            call.unify(axis, bias.axes[own])
+            call.join(axis, bias, own, out.made)
+            if out.made and not bias.made:
+                out.axes = (*out.axes[:d], bias.axes[own], *out.axes[d + 1 :])
         zero[d] = zero[d] and carried and bias.zero[own]
     out.zero = tuple(zero)
     out.active = out.active or bias.active

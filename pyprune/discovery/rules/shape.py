@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pyprune.discovery import axes as ax
@@ -82,8 +83,12 @@ def reshaped(call: Call, info: Info, shape: tuple[int, ...]) -> tuple[list[Axis]
     """
     axes: list[Axis] = [ax.ONE] * len(shape)
     origin, zero = [-1] * len(shape), [False] * len(shape)
-    ins = [d for d in range(len(info.axes)) if info.axes[d].size != 1]
-    outs = [d for d in range(len(shape)) if shape[d] != 1]
+    ins = [d for d in range(len(info.axes)) if info.axes[d].size > 1]
+    outs = [d for d in range(len(shape)) if shape[d] > 1]
+    if 0 in shape and math.prod(shape[d] for d in outs) != math.prod(info.axes[d].size for d in ins):
+        for axis in info.axes:
+            call.freeze(axis, "reshaped without data")
+        return [call.fresh(n, "reshaped without data") for n in shape], origin, zero
     i = j = 0
     while i < len(ins) and j < len(outs):
         i0, j0, left, right = i, j, info.axes[ins[i]].size, shape[outs[j]]
@@ -167,6 +172,9 @@ def repeat_interleave(call: Call) -> Info | None:
     return relabel(info, axes, range(len(axes)), view=False)
 
 
+_OF_WEIGHTS = frozenset({"produced", "contracted", "embedded", "lookup"})
+
+
 def _with_axis(info: Info, dim: int, axis: Axis) -> Info:
     axes = list(info.axes)
     # A segment is not the parameter's dimension any more, but it is still produced or contracted as that dimension.
@@ -185,8 +193,11 @@ def slice_(call: Call) -> Info:
     start = max(start + axis.size, 0) if start < 0 else start
     if size == axis.size:
         return _with_axis(info, dim, axis)
-    if size <= 1:
-        return _with_axis(info, dim, ax.atom(size)) if size == 0 else _one_index(call, info, dim, start)
+    if size == 0:
+        _emptied(call, info, dim)
+        return _with_axis(info, dim, ax.atom(0))
+    if size == 1:
+        return _one_index(call, info, dim, start)
     try:
         if step == 1:
             return _with_axis(info, dim, ax.take(axis, start, start + size))
@@ -198,6 +209,15 @@ def slice_(call: Call) -> Info:
     except Mismatch as error:
         call.freeze(axis, f"sliced across its structure ({error})")
         return _with_axis(info, dim, call.fresh(size, "sliced across its structure"))
+
+
+def _emptied(call: Call, info: Info, dim: int) -> None:
+    """A slice that holds nothing. Of a weight's dimension (no channel left unrotated) that says nothing; of the data's,
+    the code that follows would have related axes on longer inputs, and does not now."""
+    if info.active and not any(a.marks & _OF_WEIGHTS for a in ax.atoms(info.axes[dim])):
+        for d, axis in enumerate(info.axes):
+            if d != dim:
+                call.freeze(axis, "left without data (the inputs are too short)")
 
 
 def _one_index(call: Call, info: Info, dim: int, start: int) -> Info:
@@ -256,8 +276,15 @@ def cat(call: Call) -> Info:
     axes[dim] = ax.concat([i.axes[dim] for i in infos])
     return Info(
         tuple(axes), tuple(zero), active=any(i.active for i in infos), scores=tuple(s for i in infos for s in i.scores),
-        attention=any(i.attention for i in infos), values=infos[0].values,
+        attention=any(i.attention for i in infos), values=_pointed(infos),
     )  # fmt: skip
+
+
+def _pointed(infos: list[Info]) -> Axis | None:
+    """The axis that the values of all of them point into."""
+    first = infos[0].values
+    same = first is not None and all(i.values is not None and ax.find(i.values) is ax.find(first) for i in infos)
+    return first if same else None
 
 
 @rule("stack")
@@ -271,7 +298,7 @@ def stack(call: Call) -> Info:
             zero[d] = zero[d] and info.zero[d]
     axes.insert(dim, call.fresh(len(infos), "stacked"))
     zero.insert(dim, False)
-    return Info(tuple(axes), tuple(zero), active=any(i.active for i in infos), values=infos[0].values)
+    return Info(tuple(axes), tuple(zero), active=any(i.active for i in infos), values=_pointed(infos))
 
 
 @rule("constant_pad_nd", "pad")

@@ -1,0 +1,43 @@
+"""``pyprune prune``: the whole line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pyprune.cli.options import verb
+from pyprune.cli.output import emit, session
+from pyprune.config import PruneConfig
+
+HELP = """Make MODEL smaller, measure it, save it.
+
+MODEL is a Hugging Face folder or hub name. Say how much goes with --ratio, --target_params or --widths. The output
+folder opens with AutoModelForCausalLM.from_pretrained; beside the weights lie the kept indices, report and recipe.
+"""
+
+EXAMPLES = """
+Examples:
+  Remove a fifth of the parameters, scored on your own text:
+    pyprune prune MODEL --ratio 0.2 --calibration train.txt --output_dir smaller
+
+  The same, with perplexity before and after on other text:
+    pyprune prune MODEL --ratio 0.2 --calibration train.txt --eval_text test.txt --eval_length 512 --output_dir smaller
+
+  Half of the FFN channels in layers 4 to 27, in multiples of 64, by weights alone (no text needed):
+    pyprune prune MODEL --widths ffn=0.5 --layers 4-27 --round_to 64 --criterion l2 --output_dir smaller
+
+  From a recipe, with one option changed, and the report as JSON:
+    pyprune prune MODEL --config recipe.yaml --ratio 0.3 --output_dir smaller30 --json
+"""
+
+
+def register(cli: click.Group) -> None:
+    @verb(cli, PruneConfig, "prune", HELP, EXAMPLES)
+    def run(flags: dict[str, Any], config: str | None, json: bool, quiet: bool) -> None:
+        recipe = PruneConfig.build(flags, config)
+        from pyprune import pipeline, report
+
+        with session(quiet):
+            result = pipeline.run(recipe)
+        emit(result.report.to_dict(), json, lambda: report.report_tables(result.report))

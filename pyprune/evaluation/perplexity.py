@@ -1,0 +1,159 @@
+"""Perplexity with its protocol.
+
+The text is tokenised once, without special tokens, and cut into non-overlapping windows of ``length`` tokens. In each
+window tokens 2..n are scored given those before them in the same window:
+
+    perplexity = exp( -1/N * sum over windows, sum_{t=2..n} log p(x_t | x_1 .. x_{t-1}) ),   N = windows * (length - 1)
+
+A figure means nothing without the text, the length and the number of windows, so :class:`Perplexity` carries them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pyprune.errors import PyPruneError
+from pyprune.evaluation.logits import can_split, logit_pieces
+from pyprune.importance.sources import check_tokens, read_tokens
+from pyprune.progress import track
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and how it was measured.
+
+    Attributes:
+        perplexity: exp(nll); infinite when it overflows.
+        nll: mean negative log-likelihood of a scored token, in nats.
+        tokens: tokens scored.
+        windows: windows read.
+        length: tokens in a window.
+        text: name of the text.
+        dtype: type of the weights that were run.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    length: int
+    text: str
+    dtype: str
+
+    @property
+    def protocol(self) -> str:
+        return (
+            f"{self.text}: {self.windows} windows of {self.length} tokens, no overlap, no special tokens, "
+            f"tokens 2..{self.length} scored ({self.tokens:,}), {self.dtype}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; a perplexity that overflows is None there, its ``nll`` still a number."""
+        shown = self.perplexity if math.isfinite(self.perplexity) else None
+        return {**asdict(self), "perplexity": shown, "protocol": self.protocol}
+
+
+def cut_windows(tokens: Tensor, length: int, windows: int | None = None, text: str = "text") -> Tensor:
+    """The first ``windows`` non-overlapping windows (all of them for None) of a token stream.
+
+    Args:
+        tokens: int64, flattened to one stream; a [windows, length] tensor therefore stays as it is.
+
+    Returns:
+        int64 [windows, length].
+
+    Raises:
+        PyPruneError: the text is too short.
+    """
+    stream = tokens.reshape(-1).to(torch.int64)
+    have = stream.numel() // length
+    if have == 0:
+        raise PyPruneError(
+            "eval_text", text, f"has {stream.numel()} tokens, too few for one window of {length}",
+            "Give more text or a smaller eval_length.",
+        )  # fmt: skip
+    if windows is not None and have < windows:
+        raise PyPruneError(
+            "eval_windows", windows, f"is more than {text} holds: {have} windows of {length} tokens",
+            f"Ask for at most {have}, or give more text.",
+        )  # fmt: skip
+    count = have if windows is None else windows
+    return stream[: count * length].reshape(count, length)
+
+
+def read_windows(
+    source: Any, tokenizer: Any = None, *, length: int, windows: int | None = None, field: str = "text"
+) -> tuple[Tensor, str]:
+    """Windows [windows, length] of a text, and its name.
+
+    Args:
+        source: a file or dataset name as for calibration, read in its own order and tokenised once; or token ids.
+        tokenizer: needed for text.
+        field: field of the records that holds the text.
+
+    Raises:
+        PyPruneError: the source cannot be read or is too short.
+    """
+    if isinstance(source, str):
+        name = os.path.basename(source) or source
+        return cut_windows(read_tokens(source, tokenizer, field, "eval_text"), length, windows, name), name
+    tokens = check_tokens(torch.as_tensor(source), "token ids", "eval_text")
+    return cut_windows(tokens, length, windows, "token ids"), "token ids"
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, windows: Tensor, *, text: str = "text", batch_size: int = 1, label: str = "perplexity"
+) -> Perplexity:
+    """Perplexity of ``model`` on windows of tokens.
+
+    Logits exist for a piece of the sequence at a time (64 MiB in float32) where the model's head can be run on pieces.
+    Log-likelihoods are float32, their sum float64.
+
+    Args:
+        model: a causal LM; its mode (train or eval) is restored afterwards.
+        windows: int64 [windows, length], as :func:`cut_windows` makes them.
+        text: name of the text, for the protocol.
+        batch_size: windows in one forward pass.
+        label: what the progress bar says.
+    """
+    weight = next(model.parameters())
+    training = model.training
+    model.eval()
+    try:
+        split = can_split(model, windows[:1].to(weight.device))
+        total = 0.0
+        for batch in track(windows.split(batch_size), label):
+            ids = batch.to(weight.device)
+            for at, logits in logit_pieces(model, ids, split):
+                total += _nll(logits, ids, at)
+    finally:
+        model.train(training)
+    scored = windows.shape[0] * (windows.shape[1] - 1)
+    mean = total / scored
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        nll=mean,
+        tokens=scored,
+        windows=windows.shape[0],
+        length=windows.shape[1],
+        text=text,
+        dtype=str(weight.dtype).removeprefix("torch."),
+    )
+
+
+def _nll(logits: Tensor, ids: Tensor, at: slice) -> float:
+    """Sum of -log p of the tokens that the logits at positions ``at`` predict; the last position predicts none."""
+    targets = ids[:, at.start + 1 : at.stop + 1]
+    total = 0.0
+    for row, wanted in zip(logits, targets, strict=True):
+        for part, goal in zip(row[: wanted.numel()].split(512), wanted.split(512), strict=True):
+            total += cross_entropy(part.float(), goal, reduction="sum").double().item()
+    return total

@@ -1,0 +1,39 @@
+"""OPT: heads are ``hidden_size // num_attention_heads`` wide in the stock constructor.
+
+``head_dim`` in the configuration makes the width of a head independent of their number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pyprune.families import Family, register
+from pyprune.families.linear import linear
+
+
+def _stock(config: Any) -> None:
+    config.num_attention_heads = config.hidden_size // config.head_dim
+
+
+def _resize(module: nn.Module, config: Any) -> None:
+    from transformers.models.opt.modeling_opt import OPTAttention
+
+    if isinstance(module, OPTAttention):
+        inner = config.num_attention_heads * config.head_dim
+        module.num_heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(module, name, linear(getattr(module, name), outputs=inner))
+        module.out_proj = linear(module.out_proj, inputs=inner)
+
+
+register(
+    Family(
+        name="opt",
+        model_types=("opt",),
+        explicit={"head_dim": lambda config: config.hidden_size / config.num_attention_heads},
+        stock=_stock,
+        resize=_resize,
+    )
+)

@@ -1,0 +1,262 @@
+"""Calibration: the batches that importance is measured on, from text, records, datasets, token ids or ready batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyprune.errors import PyPruneError
+from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file
+
+SAMPLES, LENGTH = 32, 128  # what is taken of a text when nothing is said
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches, and where they come from.
+
+    Attributes:
+        batches: keyword arguments of the model's forward pass: ``input_ids`` int64 [batch, length], optionally
+            ``attention_mask`` [batch, length] and ``labels`` [batch, length], -100 where nothing is predicted.
+        source: name of the text, or what kind of Python object it was.
+        samples: sequences in all batches.
+        length: tokens of the longest sequence, padding included.
+        tokens: tokens in all sequences, padding excluded.
+        seed: what the crops were drawn with, or None where nothing was drawn.
+    """
+
+    batches: tuple[dict[str, Any], ...]
+    source: str
+    samples: int
+    length: int
+    tokens: int
+    seed: int | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report says of it; JSON-serialisable."""
+        return {
+            "source": self.source, "samples": self.samples, "length": self.length, "tokens": self.tokens,
+            "seed": self.seed, "batches": len(self.batches),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        drawn = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.source}: {self.samples} samples of {self.length} tokens{drawn}"
+
+
+def load_calibration(
+    source: Any,
+    tokenizer: Any = None,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    field: str = "text",
+    option: str = "calibration",
+) -> Calibration:
+    """Calibration batches from whatever ``source`` is.
+
+    - A text file: random crops that do not overlap.
+    - A JSONL file, or a dataset (``owner/name:configuration:split``): one random crop of each of ``samples`` documents
+      that are long enough, in random order; when too few are, the documents are joined by blank lines and cropped as
+      a text.
+    - Token ids [N, T], as a tensor, an array, or a .npy or .safetensors file: the first ``samples`` rows, the first
+      ``length`` tokens of each. Token ids [T] are cropped as a text.
+    - Any iterable of batches (mappings, or token ids [batch, length]): taken as they are, until there are ``samples``
+      sequences. They keep their own length and batch size.
+
+    Args:
+        source: see above. A :class:`Calibration` is returned unchanged.
+        tokenizer: a Hugging Face tokenizer; needed for text.
+        samples: sequences. None: 32 of a text, all of anything else.
+        length: tokens of each. None: 128 of a text, all of token ids.
+        batch_size: sequences in a batch.
+        seed: what the crops are drawn with.
+        field: field of the records that holds the text.
+        option: which option the source came from, for errors.
+
+    Raises:
+        PyPruneError: a source that is missing, empty, unreadable or too short for the samples asked.
+    """
+    for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
+        if value is not None and value < (2 if name == "length" else 1):
+            raise PyPruneError(name, value, f"must be at least {2 if name == 'length' else 1}")
+    if isinstance(source, Calibration):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _from_name(os.fspath(source), tokenizer, samples, length, batch_size, seed, field, option)
+    if isinstance(source, np.ndarray):
+        source = torch.from_numpy(source)
+    if isinstance(source, Tensor):
+        return _from_tokens(source, "token ids", samples, length, batch_size, seed, option)
+    if isinstance(source, Mapping):
+        source = [source]
+    if not isinstance(source, Iterable):
+        raise PyPruneError(
+            option, type(source).__name__, "is nothing to calibrate on", "Give text, token ids or batches."
+        )
+    return _from_batches(source, samples, option)
+
+
+def check_vocabulary(calibration: Calibration, model: nn.Module, option: str = "calibration") -> None:
+    """Every token id has a row in the model's embedding.
+
+    Raises:
+        PyPruneError: an id is negative or too large, as when the text was tokenised for another model.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    rows = getattr(find() if find is not None else None, "num_embeddings", None)
+    if rows is None:
+        return
+    for batch in calibration:
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor) and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= rows:
+                raise PyPruneError(
+                    option, calibration.source,
+                    f"holds token id {low if low < 0 else high}, and the model's vocabulary has {rows} tokens",
+                    "Tokenise it with this model's own tokenizer.",
+                )  # fmt: skip
+
+
+def _from_name(
+    source: str, tokenizer: Any, samples: int | None, length: int | None, size: int, seed: int, field: str, option: str
+) -> Calibration:
+    kind = kind_of(source, option)
+    name = os.path.basename(source) if kind != "dataset" else source
+    if kind == "tokens":
+        return _from_tokens(read_token_file(source, option), name, samples, length, size, seed, option)
+    count, long = samples or SAMPLES, length or LENGTH
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "text":
+        text = next(read_documents(source, field, None, option))
+        return _pack(_crops(encode(tokenizer, text, source, option), count, long, rng, name, option), name, size, seed)
+    # Shuffled documents, until enough of them are long enough. A dataset may be endless, so not for ever.
+    rows, seen = [], []
+    documents = read_documents(source, field, seed, option)
+    for document in documents if kind == "records" else islice(documents, 1000 + 50 * count):
+        ids = encode(tokenizer, document, source, option)
+        seen.append(document)
+        if ids.numel() >= long:
+            start = int(torch.randint(ids.numel() - long + 1, (1,), generator=rng))
+            rows.append(ids[start : start + long])
+        if len(rows) == count:
+            return _pack(torch.stack(rows), name, size, seed)
+    # A JSONL file is there in full, so its own order (paragraphs of one text, say) is kept.
+    joined = "\n\n".join(read_documents(source, field, None, option) if kind == "records" else seen)
+    return _pack(_crops(encode(tokenizer, joined, source, option), count, long, rng, name, option), name, size, seed)
+
+
+def _crops(tokens: Tensor, samples: int, length: int, rng: torch.Generator, source: str, option: str) -> Tensor:
+    """Random rows [samples, length] of a stream [tokens], none overlapping, in random order."""
+    have, need = tokens.numel(), samples * length
+    if have < need:
+        fits = have // length
+        way = f"Ask for at most samples={fits}" if fits else "Ask for a smaller length"
+        raise PyPruneError(
+            option, source, f"has {have} tokens, and {samples} samples of {length} need {need}",
+            f"{way}, or give more text.",
+        )  # fmt: skip
+    # Sorted offsets in the slack, each then shifted by the crops before it: uniform over all such placements.
+    slack = torch.randint(have - need + 1, (samples,), generator=rng).sort().values
+    starts = slack + torch.arange(samples) * length
+    starts = starts[torch.randperm(samples, generator=rng)]
+    return tokens[starts[:, None] + torch.arange(length)]
+
+
+def _from_tokens(
+    tokens: Tensor, name: str, samples: int | None, length: int | None, size: int, seed: int, option: str
+) -> Calibration:
+    tokens = check_tokens(tokens.detach().cpu(), name, option)
+    if tokens.dim() == 1:
+        rng = torch.Generator().manual_seed(seed)
+        return _pack(_crops(tokens, samples or SAMPLES, length or LENGTH, rng, name, option), name, size, seed)
+    have, long = tokens.shape
+    if (samples or 0) > have or (length or 0) > long:
+        raise PyPruneError(
+            option, name, f"holds {have} samples of {long} tokens, not {samples or have} of {length or long}",
+            f"Ask for at most samples={have} and length={long}, or give more token ids.",
+        )  # fmt: skip
+    return _pack(tokens[:samples, :length], name, size, None)
+
+
+def _pack(rows: Tensor, source: str, size: int, seed: int | None) -> Calibration:
+    if rows.shape[1] < 2:
+        raise PyPruneError("length", rows.shape[1], "leaves nothing to predict", "Give sequences of 2 tokens or more.")
+    batches = tuple({"input_ids": part.contiguous()} for part in rows.split(size))
+    return Calibration(batches, source, rows.shape[0], rows.shape[1], rows.numel(), seed)
+
+
+def _from_batches(source: Iterable[Any], samples: int | None, option: str) -> Calibration:
+    batches: list[dict[str, Any]] = []
+    total = tokens = length = 0
+    for i, item in enumerate(source):
+        batch = _batch(item, i, option)
+        rows = batch_rows(batch)
+        if samples is not None and total + rows > samples:
+            batch, rows = take(batch, slice(0, samples - total)), samples - total
+        batches.append(batch)
+        total += rows
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        sized = next(t for t in (ids, *batch.values()) if isinstance(t, Tensor) and t.dim() > 1)
+        length = max(length, sized.shape[1])
+        full = isinstance(mask, Tensor) and mask.dim() == 2
+        tokens += int((mask != 0).sum()) if full else rows * sized.shape[1]  # type: ignore[union-attr]
+        if total == samples:
+            break
+    if not batches:
+        raise PyPruneError(option, None, "holds no batches", "Give at least one.")
+    if samples is not None and total < samples:
+        raise PyPruneError(
+            option, None, f"holds {total} samples, and {samples} were asked", f"Ask for at most samples={total}."
+        )
+    return Calibration(tuple(batches), "batches", total, length, tokens)
+
+
+def _batch(item: Any, number: int, option: str) -> dict[str, Any]:
+    name = f"batch {number}"
+    if isinstance(item, Mapping):
+        batch = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in item.items()}
+        if "input_ids" in batch:
+            ids = batch["input_ids"] = check_tokens(torch.as_tensor(batch["input_ids"]), name, option)
+            if ids.dim() == 1:  # one sequence without a batch dimension
+                batch = {k: v[None] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        elif not isinstance(batch.get("labels"), Tensor):
+            raise PyPruneError(
+                option, name, "has neither input_ids nor labels", f"It has: {', '.join(map(str, batch))}."
+            )
+        return batch
+    if isinstance(item, (Tensor, np.ndarray)) or (isinstance(item, list) and item):
+        ids = check_tokens(torch.as_tensor(item), name, option)
+        return {"input_ids": ids if ids.dim() == 2 else ids[None]}
+    kind = type(item).__name__
+    raise PyPruneError(option, name, f"is a {kind}", "Batches are mappings of tensors, or token ids [batch, length].")
+
+
+def batch_rows(batch: Mapping[str, Any]) -> int:
+    """Sequences in a batch."""
+    key = "input_ids" if "input_ids" in batch else "labels"
+    return int(batch[key].shape[0])
+
+
+def take(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """These sequences of a batch: every tensor whose first dimension counts them is cut, the rest is shared."""
+    count = batch_rows(batch)
+    return {
+        k: v[rows] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == count else v for k, v in batch.items()
+    }

@@ -1,0 +1,42 @@
+"""Gradients by whole backward passes: for models whose blocks cannot be taken one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyprune.importance.collector import Collector
+from pyprune.importance.losses import loss_and_seed
+from pyprune.importance.steps import Forward, Step
+from pyprune.progress import Bar
+
+
+def accumulate(forward: Forward, steps: Sequence[Step], collector: Collector, bar: Bar) -> Tensor:
+    """Run every step forward and backward; the collector holds the sums afterwards.
+
+    With one step, or a criterion that adds up over batches, a gradient is turned into sums and freed the moment it is
+    complete. Otherwise the gradients of the scored parameters are added up until the last batch.
+
+    Returns:
+        Every sample's loss, float32 or wider.
+    """
+    at_once = len(steps) == 1 or collector.criterion.additive
+    handles = collector.install(after=(lambda name: collector.finish([name])) if at_once else None)
+    losses = []
+    try:
+        for step in steps:
+            logits = forward(step)
+            loss, seed = loss_and_seed(logits, step.targets, collector.factor)
+            losses.append(loss)
+            if logits.requires_grad:
+                torch.autograd.backward(logits, seed)
+            del logits, seed
+            bar.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Parameters that no loss reached (an expert without tokens) are worth nothing.
+    collector.finish(n for n in collector.parameters if not at_once or n not in collector.sums)
+    return torch.cat(losses)

@@ -1,0 +1,71 @@
+"""Criteria by name: what each one reads and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyprune.discovery.groups import Group
+from pyprune.errors import unknown_name
+
+Sums = tuple[list[Tensor], list[Tensor]]
+Measure = Callable[[Sequence[Tensor], Sequence[Tensor] | None, Sequence[Tensor] | None], Sums]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How a unit's importance is measured.
+
+    With the loss L_b of sample b, the mean over the tokens that it predicts, g_b = dL_b/dw; G = mean_b g_b, and
+    H = mean_b g_b^2, the diagonal of the empirical Fisher matrix.
+
+    Attributes:
+        name: as users write it.
+        summary: the formula and its source, one line.
+        measure: (weights, G or None, H or None) -> row sums and column sums of the salience, as
+            :func:`pyprune.ops.salience` returns them. None where ``draw`` is given.
+        gradient: reads G.
+        curvature: reads H. Samples are then passed backward one by one.
+        additive: ``measure`` is linear in G and H, so that sums over batches may be added up in place of gradients.
+        signed: the sums are signed, and the magnitude is taken of a whole slice.
+        draw: (group, generator) -> float32 [outer, units], for criteria that read no tensor.
+    """
+
+    name: str
+    summary: str
+    measure: Measure | None = None
+    gradient: bool = False
+    curvature: bool = False
+    additive: bool = False
+    signed: bool = False
+    draw: Callable[[Group, torch.Generator], Tensor] | None = None
+
+    @property
+    def backward(self) -> bool:
+        """Whether calibration batches are needed."""
+        return self.gradient or self.curvature
+
+
+CRITERIA: dict[str, Criterion] = {}
+ALIASES: dict[str, str] = {}
+
+
+def register(criterion: Criterion, *aliases: str) -> None:
+    """Make a criterion known under its name and, optionally, others."""
+    CRITERIA[criterion.name] = criterion
+    ALIASES.update(dict.fromkeys(aliases, criterion.name))
+
+
+def get_criterion(name: str) -> Criterion:
+    """The criterion of that name or alias.
+
+    Raises:
+        PyPruneError: there is none; the nearest name is suggested.
+    """
+    name = ALIASES.get(name, name)
+    if name not in CRITERIA:
+        raise unknown_name("criterion", name, [*CRITERIA, *ALIASES])
+    return CRITERIA[name]

@@ -1,0 +1,287 @@
+"""The scoring stage: groups and calibration in, one number a unit out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyprune import progress as bars
+from pyprune.discovery.groups import Group, Groups
+from pyprune.errors import PyPruneError
+from pyprune.importance import criteria  # noqa: F401 (registers them)
+from pyprune.importance.aggregation import check_aggregation, group_scores, scored_members, to_float32
+from pyprune.importance.blocks import NotSweepable
+from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
+from pyprune.importance.collector import Collector, NotFinite
+from pyprune.importance.memory import activation_budget, peak_memory
+from pyprune.importance.plain import accumulate
+from pyprune.importance.registry import Criterion, get_criterion
+from pyprune.importance.rehearsal import plan_sweep
+from pyprune.importance.samples import SampleTaps
+from pyprune.importance.scores import Scores
+from pyprune.importance.steps import Forward, make_steps
+from pyprune.importance.sweep import Sweep
+
+log = logging.getLogger(__name__)
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+STEP_TOKENS = 512  # small batches are joined to this many tokens: matrix products on fewer rows are slower
+
+# Gradients of float16 weights below 6e-8 would vanish, so losses are scaled up for the backward pass, by less when that
+# overflows. All sums are float32, where squares of such gradients have room.
+FLOAT16_SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
+
+
+def score(
+    model: nn.Module,
+    groups: Groups,
+    batches: Any = None,
+    criterion: str = "param_first",
+    aggregation: str = "sum",
+    roles: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+    *,
+    seed: int = 0,
+    activation_memory: float | None = None,
+    progress: bool | None = None,
+) -> Scores:
+    """Importance of every unit of the prunable groups.
+
+    A member's score of a unit is the sum over the unit's positions of the salience of the slices there; ``aggregation``
+    combines the members. With a gradient criterion the loss of a sample is the mean over its own tokens (padding and
+    labels of -100 left out), and gradients are means over samples, whatever the batches are.
+
+    Gradients are consumed while the backward pass runs, one decoder block at a time, so memory beyond that of the
+    weights is one block's gradients, the residual stream at every block's border, and ``activation_memory``. A model
+    whose blocks cannot be run one by one is passed backward as a whole; ``details["engine"]`` says which, and why.
+
+    The model is left as it was: training mode, ``requires_grad``, ``.grad`` and hooks.
+
+    Args:
+        model: a causal LM; any module whose forward pass returns logits [batch, length, vocabulary].
+        groups: what :func:`pyprune.discover` found in it.
+        batches: calibration: anything that :func:`load_calibration` reads without a tokenizer. Needed by criteria that
+            read gradients.
+        criterion: a registered name: random, l1, l2, vectorize, param_first (taylor), param_second (fisher), param_mix.
+        aggregation: sum, mean, max, prod, first or last, over a group's members in their order. ``prod`` is scaled by a
+            power of two for each role where float32 could not hold it (``details["prod_shift"]``).
+        roles: only groups of these roles; None is all.
+        layers: only groups of these decoder layers; None is all.
+        seed: of the criterion ``random``; each group draws its own numbers, whichever others are scored.
+        activation_memory: MiB of saved activations that may stay alive in place of being recomputed: more is faster.
+            None: as much as the scored parameters' own size, but no more than a quarter of the free memory.
+        progress: False silences the progress bar; None leaves it to :mod:`pyprune.progress`.
+
+    Returns:
+        Scores with ``details``: criterion, aggregation, seed, calibration, loss (mean over samples, nats per token),
+        engine, recomputed_blocks, dtype, seconds, peak_memory (bytes: of the GPU, or the process's high-water mark).
+
+    Raises:
+        PyPruneError: an unknown criterion or aggregation, no groups, missing or unfit calibration, weights or gradients
+            with NaN or infinity (the parameter is named).
+    """
+    start = time.perf_counter()
+    spec = get_criterion(criterion)
+    check_aggregation(aggregation)
+    chosen = [g for g in groups.prunable(roles, layers) if g.modules or scored_members(g)]
+    if not chosen:
+        raise PyPruneError(
+            "roles", None, "leave no group to score", f"Groups found: {', '.join(groups.roles()) or 'none'}."
+        )
+    parameters = _scored_parameters(model, groups, chosen)
+    device = next(iter(parameters.values())).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    details: dict[str, Any] = {"criterion": spec.name, "aggregation": aggregation, "seed": seed}
+    values: dict[str, Tensor] = {}
+    with bars.shown(progress is not False):
+        if spec.draw is not None:
+            _check_weights(parameters)
+            for group in chosen:
+                generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()) ^ seed)
+                values[group.name] = spec.draw(group, generator)
+        else:
+            if not spec.backward:
+                sums = _from_weights(spec, parameters)
+            else:
+                calibration = _calibration(batches, spec)
+                check_vocabulary(calibration, model)
+                details["calibration"] = calibration.to_dict()
+                sums = _from_gradients(model, spec, parameters, calibration, activation_memory, details)
+            wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed) for g in chosen}
+            values, shifts = to_float32(wide, {g.name: g.role for g in chosen}, aggregation)
+            if shifts:
+                details["prod_shift"] = shifts
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
+    details |= {
+        "dtype": ", ".join(dtypes), "seconds": time.perf_counter() - start, "peak_memory": peak_memory(device),
+    }  # fmt: skip
+    return Scores(values, spec.name, details)
+
+
+def _calibration(batches: Any, spec: Criterion) -> Calibration:
+    if batches is None:
+        raise PyPruneError(
+            "calibration",
+            None,
+            f"is needed by criterion {spec.name!r}",
+            "Give text or batches, or use l1, l2 or random.",
+        )
+    if isinstance(batches, str):
+        raise PyPruneError(
+            "batches", batches, "is a name, not batches", "Read it with load_calibration and a tokenizer."
+        )
+    return load_calibration(batches)
+
+
+def _scored_parameters(model: nn.Module, groups: Groups, chosen: list[Group]) -> dict[str, nn.Parameter]:
+    """Name -> parameter for every tensor that the chosen groups score, in model order; tied ones once."""
+    wanted = {m.tensor for g in chosen for m in scored_members(g)}
+    prefixes = tuple(module + "." for g in chosen for module in g.modules)
+    if prefixes:
+        wanted |= {name for name in groups.parameters if name.startswith(prefixes)}
+    out: dict[str, nn.Parameter] = {}
+    for name in groups.shapes:
+        if name not in wanted:
+            continue
+        try:
+            p = model.get_parameter(name)
+        except AttributeError:
+            raise PyPruneError(
+                "groups", name, "is not a parameter of this model", "Discover its groups again."
+            ) from None
+        if tuple(p.shape) != groups.shapes[name]:
+            raise PyPruneError(
+                "groups", name, f"has shape {list(p.shape)}, and the groups speak of {list(groups.shapes[name])}",
+                "Discover its groups again.",
+            )  # fmt: skip
+        if not p.is_floating_point():
+            raise PyPruneError(
+                "model", name, f"has dtype {p.dtype}, which has no gradient", "Load the model without quantisation."
+            )
+        if p.is_meta:
+            raise PyPruneError("model", name, "is on the meta device", "Load the weights first.")
+        out[name] = p
+    missing = wanted - set(out)
+    if missing:
+        raise PyPruneError("groups", sorted(missing)[0], "has no shape in the groups", "Discover the groups again.")
+    return out
+
+
+def _from_weights(spec: Criterion, parameters: Mapping[str, nn.Parameter]) -> Sums:
+    rows, cols = spec.measure([p.detach() for p in parameters.values()], None, None)  # type: ignore[misc]
+    for name, r in zip(parameters, rows, strict=True):
+        if not r.isfinite().all():
+            raise _not_finite(name, parameters)
+    return dict(zip(parameters, zip(rows, cols, strict=True), strict=True))
+
+
+def _from_gradients(
+    model: nn.Module,
+    spec: Criterion,
+    parameters: Mapping[str, nn.Parameter],
+    calibration: Calibration,
+    activation_memory: float | None,
+    details: dict[str, Any],
+) -> Sums:
+    device = next(model.parameters()).device
+    scales = FLOAT16_SCALES if any(p.dtype == torch.float16 for p in parameters.values()) else (1.0,)
+    budget = activation_budget(activation_memory, parameters.values(), device)
+    with _scoring_state(model, parameters):
+        forward, layout, taps = Forward(model), None, None
+        try:
+            trial = Collector(spec, parameters, calibration.samples)
+            layout, taps = plan_sweep(model, forward, trial, calibration.batches[0], device)
+        except NotSweepable as reason:
+            log.info("scoring by whole backward passes: %s", reason)
+            details["engine"] = f"whole backward passes: {reason}"
+        single = spec.curvature and taps is None
+        steps = make_steps(calibration, device, single, STEP_TOKENS if layout is not None else 0)
+        for scale in scales:
+            collector = Collector(spec, parameters, calibration.samples, scale)
+            total = len(steps) * (max(1, len(layout.blocks) // 2) + len(layout.blocks) if layout else 1)
+            with bars.bar("scoring", total) as bar:
+                try:
+                    if layout is None:
+                        losses = accumulate(forward, steps, collector, bar)
+                    else:
+                        sweep = Sweep(forward, layout, collector, budget)
+                        with _tapped(taps, collector):
+                            losses = sweep.run(steps, bar)
+                        details["engine"] = "block sweep"
+                        details["recomputed_blocks"] = max(0, len(layout.blocks) - sweep.kept)
+                except NotFinite as bad:
+                    if scale != scales[-1] and bool(parameters[bad.parameter].isfinite().all()):
+                        continue
+                    raise _not_finite(bad.parameter, dict(model.named_parameters())) from None
+            break
+    details["loss"] = _mean_loss(losses, model)
+    if scales != (1.0,):
+        details["loss_scale"] = scale
+    return {name: collector.sums[name] for name in parameters}
+
+
+@contextmanager
+def _tapped(taps: SampleTaps | None, collector: Collector) -> Iterator[None]:
+    if taps is None:
+        yield
+        return
+    taps.collector = collector
+    with taps.installed():
+        yield
+
+
+def _mean_loss(losses: Tensor, model: nn.Module) -> float:
+    loss = float(losses.double().mean())
+    if not math.isfinite(loss):
+        raise _not_finite(None, dict(model.named_parameters()))
+    return loss
+
+
+def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, p in parameters.items():
+        if not bool(torch.linalg.vector_norm(p.detach(), math.inf).isfinite()):
+            raise _not_finite(name, parameters)
+
+
+def _not_finite(where: str | None, parameters: Mapping[str, nn.Parameter]) -> PyPruneError:
+    """The error for NaN or infinity: a weight that holds it, else the gradient ``where``, else the loss."""
+    for name, p in parameters.items():
+        if not bool(p.detach().isfinite().all()):
+            return PyPruneError("model", name, "holds NaN or infinity", "Load a checkpoint with sound weights.")
+    hint = "Load the model in float32 or bfloat16, and look at the calibration text."
+    if where is None:
+        return PyPruneError("calibration", None, "gives a loss that is NaN or infinite", hint)
+    return PyPruneError("model", where, "has a gradient with NaN or infinity", hint)
+
+
+@contextmanager
+def _scoring_state(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, gradients for the scored parameters only; everything back as it was afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    scored = {id(p) for p in parameters.values()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        try:
+            model.eval()
+            for p, _, _ in wanted:
+                p.grad = None
+                p.requires_grad_(id(p) in scored)
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for p, flag, grad in wanted:
+                p.requires_grad_(flag)
+                p.grad = grad

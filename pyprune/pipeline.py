@@ -1,0 +1,331 @@
+"""The whole line: discover, score, select, apply, measure, save. The only file that sees every stage.
+
+Everything that can be refused is refused before scoring begins: options, names, texts and their length, the output
+folder, the disk's room, and whether the size asked for can be reached at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune import preflight
+from pyprune.checkpoint.load import check_finite, open_model
+from pyprune.checkpoint.outline import open_outline
+from pyprune.checkpoint.save import save
+from pyprune.config import (
+    CalibrationConfig,
+    EvalConfig,
+    EvaluationConfig,
+    InspectConfig,
+    ModelConfig,
+    PruneConfig,
+    ScoreConfig,
+    ScoringConfig,
+)
+from pyprune.discovery.discover import discover
+from pyprune.discovery.groups import Groups
+from pyprune.errors import PyPruneError
+from pyprune.evaluation.generation import continuation
+from pyprune.evaluation.perplexity import perplexity, read_windows
+from pyprune.evaluation.stages import Stages
+from pyprune.importance.calibration import Calibration, load_calibration
+from pyprune.importance.scores import Scores
+from pyprune.importance.scoring import score
+from pyprune.report.data import Report, versions
+from pyprune.schedule import requests
+from pyprune.selection.compose import compose
+from pyprune.selection.plan import Plan
+from pyprune.selection.requests import parse_layers
+from pyprune.selection.scope import layer_count, roles_to_share
+from pyprune.selection.select import select
+from pyprune.surgery.apply import apply
+from pyprune.surgery.rebuild import rebuild
+from pyprune.surgery.skeleton import is_stock
+
+
+@dataclass
+class PruneResult:
+    """What :func:`prune` gives.
+
+    Attributes:
+        model: the smaller model, of the same class.
+        tokenizer: as given or opened; None without one.
+        groups: what is coupled in the dense model.
+        scores: of the dense model, for the roles and layers that could be cut.
+        plan: over the dense model's groups, also when it was made in several steps.
+        report: what was asked and measured.
+        recipe: every option.
+    """
+
+    model: Any
+    tokenizer: Any
+    groups: Groups
+    scores: Scores
+    plan: Plan
+    report: Report
+    recipe: PruneConfig
+
+
+@dataclass
+class _Dense:
+    """The model to start from. ``mine`` when it was opened here, so that nobody else holds it."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    weights_bytes: int
+    mine: bool
+
+
+def prune(
+    model: Any, *, tokenizer: Any = None, config: str | Path | None = None, copy: bool = False, **options: Any
+) -> PruneResult:
+    """Prune a causal language model: the whole line.
+
+        out = pyprune.prune("folder", ratio=0.2, calibration="train.txt", eval_text="test.txt", output_dir="smaller")
+        out = pyprune.prune(model, ratio=0.2, calibration=token_ids)  # int64 [samples, length]
+
+    Args:
+        model: a folder, a hub name, or a transformers model. **A model's weights are used up**: they move to the
+            smaller one.
+        tokenizer: for texts, when ``model`` is an object.
+        config: a YAML recipe; ``options`` win over it.
+        copy: leave a model object as it is, at the price of memory for both.
+        options: those of ``pyprune prune --help`` under the same names: ``ratio``, ``target_params``, ``widths``,
+            ``criterion``, ``calibration``, ``samples``, ``length``, ``allocation``, ``roles``, ``layers``,
+            ``iterative_steps``, ``eval_text``, ``output_dir``, ... Here ``calibration`` is also token ids or any
+            iterable of batches, and ``eval_text`` also token ids.
+
+    Returns:
+        The smaller model, its plan and report; saved too when ``output_dir`` is given.
+
+    Raises:
+        PyPruneError: an option that does not exist or cannot be met, or an input that cannot be used. Nothing is left
+            behind.
+    """
+    named = isinstance(model, (str, Path))
+    recipe = PruneConfig.build({**options, "model_name_or_path": model} if named else options, config)
+    return run(recipe, None if named else model, tokenizer, copy)
+
+
+def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
+    """:func:`prune` with its options gathered in a recipe."""
+    preflight.check_request(recipe)
+    stages = Stages()
+    dense = _open(recipe.model, stages, model, tokenizer)
+    ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
+    with stages("read text"):
+        batches = None if ready is not None else _calibration(recipe.score, recipe.calibration, dense)
+        windows, text = _windows(recipe.evaluation, dense)
+    with stages("discover"):
+        groups = discover(dense.model)
+        asked = list(requests(recipe.select, groups))
+        trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
+        rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
+        preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
+    roles, layers = trial.details["roles"], trial.details["layers"]
+    before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
+
+    first: Scores | None = None
+    plan, smaller, now = Plan(), dense.model, groups
+    if dense.mine:
+        dense.model = None
+    for number, request in enumerate(asked, start=1):
+        step = f" {number} of {len(asked)}" if len(asked) > 1 else ""
+        if number > 1:
+            with stages("discover" + step):
+                now = discover(smaller)
+        with stages("score" + step, bar=False):
+            scores = ready if ready is not None else _score(smaller, now, batches, recipe, roles, layers)
+        with stages("prune" + step):
+            cut = select(now, scores, **request)
+            smaller = apply(smaller, cut, copy=copy and number == 1)
+            plan = cut if number == 1 else compose(groups, plan, cut)
+            if dense.mine and number == 1:
+                _leave_file(smaller)
+        first = first or scores
+    assert first is not None
+    wanted = recipe.to_dict()
+    plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
+
+    after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
+    report = Report(
+        model=dense.name,
+        model_class=type(smaller).__name__,
+        parameters=plan.details["achieved"],
+        weights_bytes={"before": dense.weights_bytes, "after": _tensor_bytes(smaller)},
+        perplexity=_paired(before, after, "perplexity"),
+        continuation=_paired(before, after, "continuation", prompt=recipe.evaluation.prompt),
+        stages=stages.to_list(),
+        plan=plan.details,
+        scores={"criterion": first.criterion, **first.details},
+        recipe=recipe.to_dict(),
+        versions=versions(),
+        warnings=[*groups.warnings, *plan.details["notes"], *_how_to_open(smaller)],
+    )
+    if recipe.save.output_dir is not None:
+        _save(smaller, dense.tokenizer, plan, report, recipe, stages)
+    return PruneResult(smaller, dense.tokenizer, groups, first, plan, report, recipe)
+
+
+def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
+    """Class name and groups of a model; only its configuration is read."""
+    model = open_outline(_name(recipe.model.model_name_or_path), recipe.model.trust_remote_code)
+    return type(model).__name__, discover(model)
+
+
+def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None) -> tuple[Groups, Scores]:
+    """Groups and scores of a model; the scores are saved too when ``output_file`` is given."""
+    preflight.check_scoring(recipe.score, recipe.calibration.calibration)
+    preflight.check_file(recipe.save)
+    stages = Stages()
+    dense = _open(recipe.model, stages, model, tokenizer)
+    with stages("read text"):
+        batches = _calibration(recipe.score, recipe.calibration, dense)
+    with stages("discover"):
+        groups = discover(dense.model)
+        roles = roles_to_share(groups, recipe.scope.roles, ())
+        layers = None if recipe.scope.layers is None else parse_layers(recipe.scope.layers, layer_count(groups))
+    with stages("score", bar=False):
+        scores = _score(dense.model, groups, batches, recipe, roles, layers)
+    if recipe.save.output_file is not None:
+        preflight.write_scores(scores, recipe.save.output_file)
+    return groups, scores
+
+
+def evaluate(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
+    """Figures of one model, JSON-serialisable: parameters, bytes of weights, perplexity, continuation, stages."""
+    if recipe.evaluation.eval_text is None and recipe.evaluation.prompt is None:
+        raise PyPruneError("eval_text", None, "there is nothing to measure on", "Give eval_text, or a prompt.")
+    stages = Stages()
+    dense = _open(recipe.model, stages, model, tokenizer)
+    with stages("read text"):
+        windows, text = _windows(recipe.evaluation, dense)
+    found = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, "")
+    said = found["continuation"]
+    return {
+        "model": dense.name,
+        "model_class": type(dense.model).__name__,
+        "parameters": sum(p.numel() for p in dense.model.parameters()),
+        "weights_bytes": dense.weights_bytes,
+        "perplexity": found["perplexity"],
+        "continuation": None if said is None else {"prompt": recipe.evaluation.prompt, "text": said},
+        "stages": stages.to_list(),
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+    }
+
+
+def _name(model_name_or_path: str | None) -> str:
+    if model_name_or_path is None:
+        raise PyPruneError("model_name_or_path", None, "no model is given", "Name a folder or a model on the hub.")
+    return model_name_or_path
+
+
+def _open(config: ModelConfig, stages: Stages, model: Any, tokenizer: Any) -> _Dense:
+    if model is None:
+        name = _name(config.model_name_or_path)
+        device = preflight.device(config.device)
+        with stages("load"):
+            model, own = open_model(name, config.dtype, None if device == "cpu" else device, config.trust_remote_code)
+        found = sum(f.stat().st_size for f in Path(name).glob("*.safetensors"))
+        return _Dense(model, own if tokenizer is None else tokenizer, name, found or _tensor_bytes(model), mine=True)
+    preflight.check_object(model, config)
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    check_finite(model, name)
+    return _Dense(model, tokenizer, name, _tensor_bytes(model), mine=False)
+
+
+def _calibration(config: ScoreConfig, calibration: CalibrationConfig, dense: _Dense) -> Calibration | None:
+    """The batches, or None for a criterion that reads none."""
+    if not preflight.needs_batches(config):
+        return None
+    found = load_calibration(
+        calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
+        batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
+    )  # fmt: skip
+    preflight.check_length("length", found.length, dense.model)
+    return found
+
+
+def _windows(config: EvalConfig, dense: _Dense) -> tuple[Tensor | None, str]:
+    """Windows of the evaluation text and its name; None without one."""
+    if config.prompt is not None and dense.tokenizer is None:
+        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
+    if config.eval_text is None:
+        return None, ""
+    preflight.check_length("eval_length", config.eval_length, dense.model)
+    return read_windows(
+        config.eval_text, dense.tokenizer, length=config.eval_length, windows=config.eval_windows,
+        field=config.eval_text_field,
+    )  # fmt: skip
+
+
+def _score(
+    model: Any, groups: Groups, batches: Calibration | None, recipe: Any, roles: list[str], layers: list[int] | None
+) -> Scores:
+    return score(
+        model, groups, batches, recipe.score.criterion, recipe.score.aggregation, roles, layers,
+        seed=recipe.calibration.seed, activation_memory=recipe.score.activation_memory,
+    )  # fmt: skip
+
+
+def _equal_scores(groups: Groups) -> dict[str, Tensor]:
+    """Scores that prefer nothing, to try a request with."""
+    return {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
+
+
+def _measure(
+    model: Any, dense: _Dense, config: EvalConfig, windows: Tensor | None, text: str, stages: Stages, when: str
+) -> dict[str, Any]:
+    """{"perplexity": ..., "continuation": ...}, each None when it was not asked for."""
+    out: dict[str, Any] = {"perplexity": None, "continuation": None}
+    if windows is not None:
+        with stages("perplexity" + when, bar=False):
+            found = perplexity(model, windows, text=text, batch_size=config.eval_batch_size, label="perplexity" + when)
+        out["perplexity"] = found.to_dict()
+    if config.prompt is not None:
+        with stages("generate" + when):
+            out["continuation"] = continuation(model, dense.tokenizer, config.prompt, config.prompt_tokens)
+    return out
+
+
+def _paired(before: dict[str, Any], after: dict[str, Any], key: str, **more: Any) -> dict[str, Any] | None:
+    return None if before[key] is None else {**more, "before": before[key], "after": after[key]}
+
+
+def _save(model: Any, tokenizer: Any, plan: Plan, report: Report, recipe: PruneConfig, stages: Stages) -> None:
+    """Save, and complete the report with what is known only afterwards: the files' size and the time it took."""
+    target, plain = str(recipe.save.output_dir), recipe.to_dict()
+    report.output_dir = str(Path(target).absolute())
+    with stages("save"), preflight.renamed(folder="output_dir"):
+        folder = save(
+            model, tokenizer, target, plan=plan, report=report, recipe=plain,
+            overwrite=recipe.save.overwrite, max_shard_size=recipe.save.max_shard_size,
+        )  # fmt: skip
+    report.weights_bytes["after"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    report.stages = stages.to_list()
+
+
+def _how_to_open(model: Any) -> list[str]:
+    if is_stock(model.config):
+        return []
+    return ["Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."]
+
+
+def _leave_file(model: Any) -> None:
+    """Copy tensors on the CPU, one at a time. Those that were not cut still lie in the checkpoint file's mapping,
+    which would keep the whole dense model resident."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def _tensor_bytes(model: Any) -> int:
+    """Bytes of the parameters; tied ones count once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,172 @@
+"""What can be refused before long work begins: names, devices, files and folders, sizes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pyprune.config import ModelConfig, PruneConfig, SaveConfig, ScoreConfig, ScoreFileConfig
+from pyprune.errors import PyPruneError, unknown_name
+
+OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
+
+
+@contextmanager
+def renamed(**options: str) -> Iterator[None]:
+    """Errors about a stage's argument, named after the option that the user gave: ``renamed(folder="output_dir")``."""
+    try:
+        yield
+    except PyPruneError as error:
+        if error.option not in options:
+            raise
+        raise PyPruneError(options[error.option], error.value, error.problem, error.hint) from error
+
+
+def check_request(recipe: PruneConfig) -> None:
+    """Something says how much goes, names are known, texts are there, and the output may be written."""
+    from pyprune.checkpoint.atomic import check_target
+    from pyprune.selection.select import ALLOCATIONS
+
+    asked = recipe.select
+    if asked.ratio is None and asked.target_params is None and asked.widths is None:
+        raise PyPruneError("ratio", None, "nothing says how much to remove", "Give ratio, target_params or widths.")
+    if asked.allocation not in ALLOCATIONS:
+        raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
+    if recipe.save.output_dir is not None:
+        with renamed(folder="output_dir"):
+            check_target(recipe.save.output_dir, recipe.save.overwrite)
+    if asked.scores_file is None:
+        check_scoring(recipe.score, recipe.calibration.calibration)
+    elif asked.iterative_steps > 1:
+        problem = "scores are made anew in every step, so they cannot come from a file"
+        raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
+    check_source("eval_text", recipe.evaluation.eval_text)
+
+
+def check_scoring(config: ScoreConfig, calibration: Any) -> None:
+    """Criterion and aggregation exist, and there is calibration where the criterion reads it."""
+    from pyprune.importance.aggregation import check_aggregation
+
+    check_aggregation(config.aggregation)
+    if needs_batches(config):
+        if calibration is None:
+            problem = f"is missing, and criterion {config.criterion} is measured on text"
+            raise PyPruneError("calibration", None, problem, "Give a text, or use criterion l1, l2 or random.")
+        check_source("calibration", calibration)
+
+
+def needs_batches(config: ScoreConfig) -> bool:
+    """Whether the criterion reads calibration batches.
+
+    Raises:
+        PyPruneError: there is no such criterion.
+    """
+    from pyprune.importance.scoring import get_criterion
+
+    return get_criterion(config.criterion).backward
+
+
+def check_source(option: str, source: Any) -> None:
+    """A source that is given by name is a file that is there, or may be a data set."""
+    from pyprune.importance.sources import kind_of
+
+    if isinstance(source, str):
+        kind_of(source, option)
+
+
+def check_object(model: Any, config: ModelConfig) -> None:
+    """A model that came as an object is a causal LM, and nothing is asked that only opening one could do."""
+    for name, value in vars(config).items():
+        if value != getattr(ModelConfig(), name):
+            problem = "is for a model that is opened by its name, and this one came as an object"
+            raise PyPruneError(name, value, problem, "Leave it out.")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        hint = "Pass a causal language model, as AutoModelForCausalLM opens it."
+        raise PyPruneError("model", type(model).__name__, "has no causal language-model head", hint)
+
+
+def check_length(option: str, length: int, model: Any) -> None:
+    """Sequences are no longer than the positions that the model knows."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    known = getattr(config, "max_position_embeddings", None)
+    if isinstance(known, int) and 0 < known < length:
+        raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
+
+
+def device(name: str) -> str:
+    """The device that an option's value means on this machine.
+
+    Raises:
+        PyPruneError: the device is not there.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
+        problem = f"there are {gpus} CUDA devices" if gpus else "there is no usable CUDA device"
+        raise PyPruneError("device", name, problem, "Use cpu, or see what `pyprune env` finds.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise PyPruneError("device", name, "there is no MPS device", "Use cpu.")
+    return name
+
+
+def check_space(config: SaveConfig, parameters: int, model: Any) -> None:
+    """The disk has room for a model of ``parameters`` parameters in the type that ``model`` has."""
+    from pyprune.checkpoint.atomic import check_space as check
+
+    if config.output_dir is not None:
+        width = next(model.parameters()).element_size()
+        with renamed(folder="output_dir"):
+            check(Path(config.output_dir).absolute(), parameters * width + OTHER_FILES)
+
+
+def check_file(config: ScoreFileConfig) -> None:
+    """The output file may be written."""
+    if config.output_file is None:
+        return
+    path = Path(config.output_file)
+    if path.is_dir():
+        raise PyPruneError("output_file", str(path), "is a folder", "Name a file, such as scores.safetensors.")
+    if path.exists() and not config.overwrite:
+        raise PyPruneError("output_file", str(path), "exists already", "Set overwrite, or name another file.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PyPruneError("output_file", str(path), f"cannot be made in {path.parent}", "Name a folder that is there.")
+
+
+def read_scores(file: str) -> Any:
+    """Scores from a file of ``pyprune score``.
+
+    Raises:
+        PyPruneError: there is no such file, or it is not one of scores.
+    """
+    from safetensors import SafetensorError
+
+    from pyprune.importance.scores import Scores
+
+    hint = "Make one with `pyprune score --output_file`."
+    try:
+        return Scores.load(file)
+    except FileNotFoundError:
+        raise PyPruneError("scores_file", file, "is not there", hint) from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        raise PyPruneError("scores_file", file, "is not a file of scores", hint) from None
+
+
+def write_scores(scores: Any, file: str) -> None:
+    """Save scores; the file appears complete or not at all."""
+    path = Path(file)
+    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        scores.save(work)
+        os.replace(work, path)
+    except OSError as error:
+        raise PyPruneError("output_file", file, f"cannot be written: {error.strerror}", "Free some space.") from error
+    finally:
+        with suppress(OSError):
+            work.unlink()

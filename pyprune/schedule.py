@@ -1,0 +1,91 @@
+"""Iterative pruning: what each step asks of ``select``, so that the last one lands exactly on what the user asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import ceil
+from typing import Any
+
+from pyprune.config import SelectConfig
+from pyprune.discovery.groups import Groups
+from pyprune.errors import PyPruneError
+from pyprune.selection.requests import units_of
+
+WITHIN_HEADS = {"qk_dim", "vo_dim"}  # few configurations express them, so that surgery may leave narrow linear layers
+
+
+def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
+    """Arguments of ``select`` for every step.
+
+    Sizes and widths fall linearly from the dense model's to what was asked. From the second step on ``select`` sees a
+    smaller model, so everything is given in absolute terms of the dense one: parameters left, units left.
+
+    Args:
+        config: what was asked.
+        dense: groups of the model before the first step.
+
+    Raises:
+        PyPruneError: several steps with amounts that are not the same number of units in every layer.
+    """
+    common = {
+        "allocation": config.allocation,
+        "roles": config.roles,
+        "layers": config.layers,
+        "round_to": config.round_to,
+        "count_embeddings": config.count_embeddings,
+    }
+    count = config.iterative_steps
+    if count == 1:
+        amounts = {"widths": config.widths, "min_keep": config.min_keep}
+        yield {"ratio": config.ratio, "target_params": config.target_params, **amounts, **common}
+        return
+    if config.widths is not None and config.allocation != "uniform":
+        raise PyPruneError("iterative_steps", count, f"widths with allocation {config.allocation} are cut in one step")
+    roles = {*(config.roles or ()), *(config.widths or ())}
+    if roles & WITHIN_HEADS:
+        problem = f"{' and '.join(sorted(roles & WITHIN_HEADS))} may leave layers that cannot be cut again"
+        raise PyPruneError("iterative_steps", count, problem, "Leave them out, or use iterative_steps 1.")
+    if config.layers is not None and "layers" in roles:
+        problem = "whole layers out of some layers are removed in one step"
+        raise PyPruneError("iterative_steps", count, problem, "Leave layers out, or use iterative_steps 1.")
+    total = dense.num_parameters(config.count_embeddings)
+    final = config.target_params
+    if config.ratio is not None:
+        final = total - round(config.ratio * total)
+    least = _in_units("min_keep", config.min_keep, dense)
+    for step in range(1, count + 1):
+        out = {"min_keep": least, **common}
+        if final is not None:
+            out["target_params"] = total - (total - final) * step // count
+        if config.widths is not None:
+            out["widths"] = {
+                role: units - (units - _width(amount, units)) * step // count
+                for role, amount in config.widths.items()
+                for units in [_units("widths", role, dense)]
+            }
+        yield out
+
+
+def _in_units(option: str, amount: Any, groups: Groups) -> Any:
+    """A fraction as units of the dense model, which stays right when the model shrinks."""
+    if isinstance(amount, Mapping):
+        return {role: _in_units_of(option, role, a, groups) for role, a in amount.items()}
+    if isinstance(amount, float):
+        return {role: _in_units_of(option, role, amount, groups) for role in groups.roles()}
+    return amount
+
+
+def _in_units_of(option: str, role: str, amount: int | float, groups: Groups) -> int:
+    return ceil(amount * _units(option, role, groups)) if isinstance(amount, float) else amount
+
+
+def _width(amount: int | float, units: int) -> int:
+    return min(units, units_of(amount, units))
+
+
+def _units(option: str, role: str, groups: Groups) -> int:
+    found = {g.units for g in groups if g.role == role and g.prunable}
+    if len(found) > 1:
+        problem = f"{role} has different numbers of units in different layers, which several steps cannot share"
+        raise PyPruneError(option, None, problem, "Use iterative_steps 1, or a ratio.")
+    return found.pop() if found else 1

@@ -1,0 +1,259 @@
+"""Bad input: exit status 2, one line that names option, value and way out, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_run import pyprune, tiny_llama
+from safetensors.torch import load_file, save_file
+
+PRUNE = ("prune", "model", "--calibration", "train.txt", "--samples", "2", "--length", "32", "--output_dir", "out")
+
+
+def refused(call, place, *arguments: str) -> str:
+    """The one line of a run that is refused and leaves everything as it was."""
+    before = place.files()
+    ended = call(*arguments)
+    assert ended.status == 2, ended
+    assert ended.out == ""
+    assert ended.err.startswith("error: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, ended.err
+    assert place.files() == before
+    return ended.err
+
+
+def test_a_ratio_of_one_or_more(call, place) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "1.2")
+    assert "--ratio 1.2: must be at least 0 and below 1." in line
+
+
+def test_a_ratio_in_percent_is_understood_and_refused(call, place) -> None:
+    assert "--ratio 20: must be at least 0 and below 1. Did you mean 0.2?" in refused(call, place, *PRUNE, "--ratio=20")
+
+
+def test_a_ratio_below_zero(call, place) -> None:
+    assert "--ratio -0.1: must be" in refused(call, place, *PRUNE, "--ratio=-0.1")
+
+
+def test_nothing_says_how_much(call, place) -> None:
+    line = refused(call, place, *PRUNE)
+    assert "--ratio: nothing says how much to remove. Give ratio, target_params or widths." in line
+
+
+def test_a_ratio_that_the_roles_cannot_reach_is_refused_before_scoring(call, place, monkeypatch) -> None:
+    monkeypatch.setattr("pyprune.pipeline.score", lambda *a, **k: pytest.fail("scoring has begun"))
+    line = refused(call, place, *PRUNE, "--ratio", "0.9", "--roles", "ffn", "--layers", "0")
+    assert "--ratio 0.9: ffn can reach at most" in line and "more layers" in line
+
+
+def test_an_unknown_criterion(call, place) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--criterion", "param_frist")
+    assert "--criterion 'param_frist': is not known. Did you mean 'param_first'?" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "nearest"),
+    [("aggregation", "summ", "sum"), ("allocation", "unifrom", "uniform"), ("roles", "fn", "ffn")],
+)
+def test_other_unknown_names(call, place, option: str, value: str, nearest: str) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", f"--{option}", value)
+    assert f"--{option} '{value}': is not known. Did you mean '{nearest}'?" in line
+
+
+def test_text_too_short_for_the_samples(call, place) -> None:
+    line = refused(
+        call,
+        place,
+        "prune",
+        "model",
+        "--ratio",
+        "0.2",
+        "--calibration",
+        "test.txt",
+        "--samples",
+        "1000",
+        "--length",
+        "64",
+    )
+    assert (
+        "--calibration 'test.txt': has 4" in line
+        and "1000 samples of 64 need 64000. Ask for at most samples=62" in line
+    )
+
+
+def test_text_too_short_for_the_windows(call, place) -> None:
+    line = refused(
+        call, place, "eval", "model", "--eval_text", "test.txt", "--eval_length", "256", "--eval_windows", "99"
+    )
+    assert "--eval_windows 99: is more than test.txt holds: 15 windows of 256 tokens. Ask for at most 15" in line
+
+
+def test_a_text_that_is_not_there(call, place) -> None:
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--calibration", "absent.txt")
+    assert "--calibration 'absent.txt': does not exist" in line
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--eval_text", "absent.txt")
+    assert "--eval_text 'absent.txt': does not exist" in line
+
+
+def test_no_text_for_a_criterion_that_needs_it(call, place) -> None:
+    line = refused(call, place, "prune", "model", "--ratio", "0.2")
+    assert "--calibration: is missing, and criterion param_first is measured on text" in line and "l1, l2" in line
+
+
+def test_weights_with_nan(call, place) -> None:
+    file = place / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert (
+        "--model_name_or_path 'model'" in line and "model.layers.1.mlp.up_proj.weight" in line and "not finite" in line
+    )
+
+
+def test_a_model_class_without_a_causal_head(call, place) -> None:
+    config = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(
+        json.dumps({"model_type": "t5", "architectures": ["T5Model"], "d_model": 8})
+    )
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "--model_name_or_path 'model'" in line and "T5Model" in line and "causal" in line
+    assert config["model_type"] == "llama"
+
+
+def test_a_checkpoint_without_the_heads_weights(call, place) -> None:
+    shutil.rmtree(place / "model")
+    tiny_llama(tie_word_embeddings=False).model.save_pretrained(place / "model")
+    assert "has no causal language-model head" in refused(call, place, *PRUNE, "--ratio", "0.2")
+
+
+def test_an_output_folder_that_exists(call, place) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "precious").write_text("data")
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "--output_dir 'out': exists already. Set overwrite" in line
+
+
+def test_an_output_folder_that_cannot_be_made(call, place) -> None:
+    (place / "file").write_text("")
+    line = refused(call, place, *PRUNE[:-1], "file/out", "--ratio", "0.2")
+    assert "--output_dir 'file/out'" in line
+
+
+def test_a_disk_without_room_is_noticed_before_scoring(call, place, monkeypatch) -> None:
+    monkeypatch.setattr("pyprune.pipeline.score", lambda *a, **k: pytest.fail("scoring has begun"))
+    full = shutil.disk_usage(place.root)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "--output_dir" in line and "the disk has 0 MB left" in line
+
+
+def test_a_disk_that_fills_up_while_saving(call, place, monkeypatch) -> None:
+    def full(folder: Path) -> None:
+        assert (folder / "model.safetensors").exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyprune.checkpoint.atomic.sync", full)
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "--output_dir" in line and "the disk is full" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupt_while_saving_leaves_what_was_there(
+    call, place, monkeypatch, number: int, status: int, word: str
+) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "precious").write_text("data")
+    before = place.files()
+    monkeypatch.setattr("pyprune.checkpoint.atomic.sync", lambda folder: os.kill(os.getpid(), number))
+    ended = call(*PRUNE, "--ratio", "0.2", "--overwrite")
+    assert (ended.status, ended.out, ended.err) == (status, "", f"error: {word}\n")
+    assert place.files() == before
+
+
+def test_a_missing_shard(call, place) -> None:
+    shutil.rmtree(place / "model")
+    tiny_llama().save_pretrained(place / "model", max_shard_size="200KB")
+    shards = sorted((place / "model").glob("*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "shards are missing" in line and shards[1].name in line
+
+
+def test_a_checkpoint_in_a_pickle_only(call, place) -> None:
+    weights = load_file(place / "model" / "model.safetensors")
+    (place / "model" / "model.safetensors").unlink()
+    torch.save(weights, place / "model" / "pytorch_model.bin")
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "pickle" in line and "pytorch_model.bin" in line
+
+
+def test_a_model_that_is_not_there(call, place) -> None:
+    line = refused(call, place, "prune", "./absent", "--ratio", "0.2", "--criterion", "l2")
+    assert "--model_name_or_path './absent'" in line
+
+
+def test_no_model_at_all(call, place) -> None:
+    for verb in (("prune", "--ratio", "0.2", "--criterion", "l2"), ("inspect",), ("eval", "--eval_text", "test.txt")):
+        assert "--model_name_or_path: no model is given" in refused(call, place, *verb)
+
+
+def test_the_model_given_twice(call, place) -> None:
+    line = refused(call, place, "inspect", "model", "--model_name_or_path", "other")
+    assert "given twice" in line
+
+
+def test_windows_longer_than_the_models_positions(call, place) -> None:
+    line = refused(call, place, "eval", "model", "--eval_text", "test.txt", "--eval_length", "512")
+    assert "--eval_length 512: is more than the 256 positions that the model knows. Use 256." in line
+
+
+def test_a_device_that_is_not_there(call, place) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--device", "cuda:77")
+    assert "--device 'cuda:77'" in line and "pyprune env" in line
+
+
+def test_nothing_to_evaluate_on(call, place) -> None:
+    assert "--eval_text: there is nothing to measure on" in refused(call, place, "eval", "model")
+
+
+def test_scores_of_another_model(call, place) -> None:
+    save_file({"x": torch.zeros(1, 3)}, place / "s.safetensors", metadata={"criterion": "l2", "details": "{}"})
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--scores_file", "s.safetensors")
+    assert "scores" in line and "no scores for" in line
+    (place / "t.safetensors").write_text("not scores")
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--scores_file", "t.safetensors")
+    assert "--scores_file 't.safetensors': is not a file of scores" in line
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--scores_file", "u.safetensors")
+    assert "--scores_file 'u.safetensors': is not there" in line
+
+
+def test_a_file_of_scores_that_exists(call, place) -> None:
+    (place / "s.safetensors").write_text("precious")
+    line = refused(call, place, "score", "model", "--criterion", "l2", "--output_file", "s.safetensors")
+    assert "--output_file 's.safetensors': exists already" in line
+
+
+def test_an_unknown_flag_and_an_unknown_verb(call, place) -> None:
+    assert "No such option '--rato'" in refused(call, place, "prune", "model", "--rato", "0.2")
+    assert "No such command 'prnue'. Did you mean 'prune'?" in refused(call, place, "prnue", "model")
+
+
+def test_a_recipe_with_an_unknown_key(call, place) -> None:
+    (place / "r.yaml").write_text("rato: 0.2\n")
+    line = refused(call, place, *PRUNE, "--config", "r.yaml")
+    assert "--config 'r.yaml': has the unknown key 'rato'. Did you mean 'ratio'?" in line
+
+
+def test_the_status_of_the_process_is_2(place) -> None:
+    ended = pyprune("prune", "model", "--ratio", "1.2", cwd=place.root)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == "error: --ratio 1.2: must be at least 0 and below 1. Did you mean 0.012?\n"

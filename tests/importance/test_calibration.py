@@ -1,0 +1,317 @@
+"""Where calibration batches come from, that they can be made again, and how bad sources are refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers_llama import llama_groups, tiny_llama
+from safetensors.torch import save_file
+
+from pyprune.errors import PyPruneError
+from pyprune.importance import Calibration, load_calibration, score
+from pyprune.importance.sources import read_tokens
+
+
+def tokenizer(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    """A word is a token; it is its own number. Special tokens would be 999."""
+    ids = [int(word) for word in text.split()]
+    return {"input_ids": [999, *ids] if add_special_tokens else ids}
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(str(i) for i in range(start, start + count))
+
+
+def rows(calibration: Calibration) -> torch.Tensor:
+    return torch.cat([b["input_ids"] for b in calibration])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "train.txt"
+    path.write_text(words(0, 500))
+    return path
+
+
+def test_a_text_gives_random_crops_that_do_not_overlap(text: Path) -> None:
+    made = load_calibration(text, tokenizer, samples=9, length=20, batch_size=4, seed=3)
+    assert [b["input_ids"].shape[0] for b in made] == [4, 4, 1]
+    ids = rows(made)
+    assert ids.shape == (9, 20) and ids.dtype == torch.int64
+    assert (ids.diff(dim=1) == 1).all()  # each is a stretch of the text
+    assert len(ids.unique()) == 180
+    assert (ids[1:, 0] < ids[:-1, 0]).any()  # in random order
+
+
+def test_the_seed_decides_the_crops(text: Path) -> None:
+    def starts(seed: int) -> list[int]:
+        return rows(load_calibration(text, tokenizer, samples=6, length=10, seed=seed))[:, 0].tolist()
+
+    assert starts(1) == starts(1) != starts(2)
+
+
+def test_crops_reach_every_part_of_a_text() -> None:
+    stream = torch.arange(100)
+    seen = torch.cat([rows(load_calibration(stream, samples=8, length=10, seed=s)).flatten() for s in range(60)])
+    counts = seen.bincount(minlength=100)
+    assert counts.min() > 0 and counts[10:90].min() > 20
+
+
+def test_a_text_that_is_just_long_enough_is_used_whole(text: Path) -> None:
+    assert len(rows(load_calibration(text, tokenizer, samples=50, length=10)).unique()) == 500
+
+
+def test_a_text_that_is_too_short_says_what_it_has_and_what_is_needed(text: Path) -> None:
+    with pytest.raises(
+        PyPruneError, match=r"train\.txt.*has 500 tokens, and 32 samples of 128 need 4096.*at most samples=3"
+    ):
+        load_calibration(text, tokenizer)
+    with pytest.raises(PyPruneError, match="smaller length"):
+        load_calibration(text, tokenizer, samples=1, length=501)
+
+
+def test_compressed_text_is_read(tmp_path: Path, text: Path) -> None:
+    packed = tmp_path / "train.txt.gz"
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    a, b = (rows(load_calibration(p, tokenizer, samples=3, length=8)) for p in (text, packed))
+    assert torch.equal(a, b)
+
+
+def records(path: Path, sizes: list[int], field: str = "text") -> Path:
+    starts = np.cumsum([0, *sizes]).tolist()
+    lines = [json.dumps({field: words(a, n), "id": i}) for i, (a, n) in enumerate(zip(starts, sizes, strict=False))]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()) if path.suffix == ".gz" else "\n".join(lines).encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz"])
+def test_records_give_one_crop_of_each_of_some_documents(tmp_path: Path, name: str) -> None:
+    path = records(tmp_path / name, [30, 5, 30, 30, 5, 30, 30, 30])
+    ids = rows(load_calibration(path, tokenizer, samples=5, length=20, seed=1))
+    homes = torch.bucketize(ids, torch.tensor(np.cumsum([30, 5, 30, 30, 5, 30, 30]) - 1))
+    assert (homes == homes[:, :1]).all()  # no crop spans two documents
+    assert len(homes[:, 0].unique()) == 5 and not {1, 4} & set(homes[:, 0].tolist())
+    again = load_calibration(path, tokenizer, samples=5, length=20, seed=1)
+    assert torch.equal(rows(again), ids)
+    assert not torch.equal(rows(load_calibration(path, tokenizer, samples=5, length=20, seed=2)), ids)
+
+
+def test_records_that_are_short_are_joined_in_their_order(tmp_path: Path) -> None:
+    path = records(tmp_path / "lines.jsonl", [7] * 40)
+    ids = rows(load_calibration(path, tokenizer, samples=10, length=25))
+    assert (ids.diff(dim=1) == 1).all() and len(ids.unique()) == 250
+
+
+def test_another_field_of_the_records_can_be_named(tmp_path: Path) -> None:
+    path = records(tmp_path / "chat.jsonl", [30, 30], field="output")
+    assert rows(load_calibration(path, tokenizer, samples=2, length=9, field="output")).shape == (2, 9)
+    with pytest.raises(PyPruneError, match=r"chat\.jsonl.*no text in a field 'text'.*It has: output, id"):
+        load_calibration(path, tokenizer, samples=2, length=9)
+
+
+class FakeDataset(list[Any]):
+    def shuffle(self, seed: int, buffer_size: int) -> FakeDataset:
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return FakeDataset([self[i] for i in order])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A stand-in for the package ``datasets``; the list receives the calls."""
+    calls: list[Any] = []
+    module = types.ModuleType("datasets")
+
+    def load_dataset(name: str, configuration: str | None, split: str, streaming: bool) -> FakeDataset:
+        calls.append((name, configuration, split, streaming))
+        if name == "no/such":
+            raise ConnectionError("cannot reach the hub\nlong trace")
+        return FakeDataset({"text": words(100 * i, 40)} for i in range(30))
+
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+def test_a_dataset_is_streamed_by_name_configuration_and_split(hub: list[Any]) -> None:
+    made = load_calibration("owner/corpus:raw-v1:test", tokenizer, samples=4, length=30, seed=1)
+    load_calibration("corpus", tokenizer, samples=1, length=30)
+    assert hub == [("owner/corpus", "raw-v1", "test", True), ("corpus", None, "train", True)]
+    assert rows(made).shape == (4, 30) and made.source == "owner/corpus:raw-v1:test"
+
+
+def test_a_dataset_that_cannot_be_reached_is_one_clear_line(hub: list[Any]) -> None:
+    with pytest.raises(PyPruneError, match=r"no/such.*neither a file nor a dataset.*cannot reach the hub\. ") as error:
+        load_calibration("no/such", tokenizer)
+    assert "\n" not in str(error.value) and "long trace" not in str(error.value)
+
+
+def test_a_dataset_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PyPruneError, match=r"wikitext.*is no file.*pip install datasets"):
+        load_calibration("wikitext", tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_token_files_are_taken_row_by_row(tmp_path: Path, suffix: str) -> None:
+    tokens = torch.randint(0, 90, (6, 16), dtype=torch.int32)
+    path = tmp_path / f"tokens{suffix}"
+    if suffix == ".npy":
+        np.save(path, tokens.numpy())
+    else:
+        save_file({"input_ids": tokens, "other": torch.zeros(1)}, path)
+    whole = load_calibration(path, batch_size=4)
+    assert torch.equal(rows(whole), tokens.long()) and whole.seed is None
+    part = load_calibration(path, samples=2, length=5)
+    assert torch.equal(rows(part), tokens[:2, :5].long())
+    with pytest.raises(PyPruneError, match="holds 6 samples of 16 tokens, not 7 of 16"):
+        load_calibration(path, samples=7)
+
+
+def test_a_stream_of_token_ids_is_cropped() -> None:
+    ids = rows(load_calibration(torch.arange(300), samples=4, length=50))
+    assert ids.shape == (4, 50) and (ids.diff(dim=1) == 1).all()
+
+
+def test_batches_of_any_kind_are_taken_as_they_are() -> None:
+    ids = torch.randint(0, 90, (7, 6))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    stream = iter([
+        {"input_ids": ids[:2], "attention_mask": mask[:2]},
+        ids[2:5],
+        ids[5].tolist(),
+        {"input_ids": ids[6].tolist(), "attention_mask": [1] * 6},
+    ])  # fmt: skip
+    made = load_calibration(stream)
+    assert torch.equal(rows(made), ids)
+    assert (made.samples, made.length, made.tokens, len(made)) == (7, 6, 40, 4)
+    assert made.batches[3]["attention_mask"].shape == (1, 6)
+
+
+def test_an_endless_stream_of_batches_ends_with_the_samples_asked() -> None:
+    def endless() -> Any:
+        while True:
+            yield torch.ones(4, 5, dtype=torch.int64)
+
+    made = load_calibration(endless(), samples=10)
+    assert [b["input_ids"].shape[0] for b in made] == [4, 4, 2] and made.samples == 10
+    with pytest.raises(PyPruneError, match="holds 4 samples, and 10 were asked"):
+        load_calibration([torch.ones(4, 5, dtype=torch.int64)], samples=10)
+
+
+def test_a_calibration_describes_itself(text: Path) -> None:
+    made = load_calibration(text, tokenizer, samples=9, length=20, batch_size=4, seed=3)
+    assert str(made) == "train.txt: 9 samples of 20 tokens, seed 3"
+    want = {"source": "train.txt", "samples": 9, "length": 20, "tokens": 180, "seed": 3, "batches": 3}
+    assert made.to_dict() == want and json.loads(json.dumps(want)) == want
+    assert load_calibration(made) is made
+
+
+def test_evaluation_text_is_one_stream_in_its_own_order(tmp_path: Path) -> None:
+    path = records(tmp_path / "docs.jsonl", [3, 4, 5])
+    assert read_tokens(str(path), tokenizer).tolist() == list(range(12))
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\t\n", "holds no text"),
+        ("empty.jsonl", b"\n", "holds no text"),
+        ("latin.txt", b"\xe9\xff caf\xe9", "not UTF-8"),
+        ("broken.txt.gz", b"not gzip", "cannot be read"),
+        ("short.txt.gz", gzip.compress(b"1 2 3 4 5 6 7 8")[:-9], "cannot be read"),
+        ("broken.jsonl", b'{"text": "1 2"}\n{"text": ', "line 2 is not JSON"),
+        ("list.jsonl", b"[1, 2]\n", "no text in a field 'text'"),
+        ("broken.npy", b"junk", "cannot be read"),
+        ("broken.safetensors", b"junk", "cannot be read"),
+        ("table.csv", b"a,b\n", "is not a kind of file"),
+    ],
+)
+def test_files_that_hold_nothing_usable_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    with pytest.raises(PyPruneError, match=message) as error:
+        load_calibration(_write(tmp_path / name, data), tokenizer, samples=2, length=2)
+    assert name in str(error.value) and error.value.option == "calibration"
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 3), dtype=np.float32), "not token ids"),
+        (np.zeros((2, 3, 4), dtype=np.int64), "has shape"),
+        (np.zeros((0, 3), dtype=np.int64), "is empty"),
+        (np.zeros((3, 1), dtype=np.int64), "nothing to predict"),
+    ],
+)
+def test_arrays_that_are_no_token_ids_are_refused(array: Any, message: str) -> None:
+    with pytest.raises(PyPruneError, match=message):
+        load_calibration(array)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/no/such/file", "missing.npy", "deep/down/there"])
+def test_a_file_that_is_missing_is_not_taken_for_a_dataset(hub: list[Any], name: str) -> None:
+    with pytest.raises(PyPruneError, match="does not exist"):
+        load_calibration(name, tokenizer)
+    assert not hub
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PyPruneError, match="is a folder"):
+        load_calibration(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (17, "nothing to calibrate on"),
+        ([], "holds no batches"),
+        ([{"attention_mask": torch.ones(1, 4)}], "neither input_ids nor labels"),
+        ([3.5], "is a float"),
+        ([torch.rand(2, 3)], "not token ids"),
+    ],
+)
+def test_objects_that_are_no_batches_are_refused(source: Any, message: str) -> None:
+    with pytest.raises(PyPruneError, match=message):
+        load_calibration(source)
+
+
+@pytest.mark.parametrize(("option", "value"), [("samples", 0), ("length", 1), ("batch_size", 0)])
+def test_sizes_below_the_least_are_refused(text: Path, option: str, value: int) -> None:
+    with pytest.raises(PyPruneError, match=f"{option} {value}: must be at least"):
+        load_calibration(text, tokenizer, **{option: value})
+
+
+def test_text_without_a_tokenizer_is_refused(text: Path) -> None:
+    with pytest.raises(PyPruneError, match="there is no tokenizer"):
+        load_calibration(text)
+
+
+@pytest.mark.parametrize("bad", [97, 5000, -1])
+def test_token_ids_outside_the_vocabulary_are_refused_before_anything_runs(bad: int) -> None:
+    model = tiny_llama()
+    ids = torch.randint(0, 97, (3, 8))
+    ids[2, 5] = bad
+    with pytest.raises(PyPruneError, match=rf"holds token id {bad}, and the model's vocabulary has 97 tokens"):
+        score(model, llama_groups(model.config, model), ids)
+
+
+def test_a_sample_with_nothing_to_predict_is_refused() -> None:
+    model = tiny_llama()
+    ids = torch.randint(0, 97, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[1, 1:] = 0
+    with pytest.raises(PyPruneError, match="'sample 1 of a batch': has no token to predict"):
+        score(model, llama_groups(model.config, model), [{"input_ids": ids, "attention_mask": mask}])
