@@ -1,4 +1,6 @@
-"""Write English text that needs no download, from the standard library's help topics: one part to calibrate on, another to evaluate on.
+"""Write English text that needs no download, from the standard library's help topics.
+
+One part is to calibrate on, the other to evaluate on; they share no topic.
 
 python examples/text.py OUTPUT_DIR
 """

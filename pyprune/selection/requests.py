@@ -30,7 +30,7 @@ def parse_ratio(ratio: Any) -> float:
     if not 0 <= ratio < 1:  # NaN too
         hint = (
             f"Did you mean {ratio / 100:g}?"
-            if 1 <= ratio < 100
+            if 2 <= ratio < 100  # a percentage
             else "Give the fraction of parameters to remove, as 0.2."
         )
         raise PyPruneError("ratio", ratio, "must be at least 0 and below 1", hint)
