@@ -123,7 +123,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         batches = None if ready is not None else _calibration(recipe.score, recipe.calibration, dense)
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
-        groups = discover(dense.model)
+        groups = _groups(dense.model)
         asked = list(requests(recipe.select, groups))
         trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
         rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
@@ -139,7 +139,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         step = f" {number} of {len(asked)}" if len(asked) > 1 else ""
         if number > 1:
             with stages("discover" + step):
-                now = discover(smaller)
+                now = _groups(smaller)
         with stages("score" + step, bar=False):
             scores = ready if ready is not None else _score(smaller, now, batches, recipe, roles, layers)
         with stages("prune" + step):
@@ -176,7 +176,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
 def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
     """Class name and groups of a model; only its configuration is read."""
     model = open_outline(_name(recipe.model.model_name_or_path), recipe.model.trust_remote_code)
-    return type(model).__name__, discover(model)
+    return type(model).__name__, _groups(model)
 
 
 def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None) -> tuple[Groups, Scores]:
@@ -188,7 +188,7 @@ def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None)
     with stages("read text"):
         batches = _calibration(recipe.score, recipe.calibration, dense)
     with stages("discover"):
-        groups = discover(dense.model)
+        groups = _groups(dense.model)
         roles = roles_to_share(groups, recipe.scope.roles, ())
         layers = None if recipe.scope.layers is None else parse_layers(recipe.scope.layers, layer_count(groups))
     with stages("score", bar=False):
@@ -219,6 +219,11 @@ def evaluate(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None)
         "recipe": recipe.to_dict(),
         "versions": versions(),
     }
+
+
+def _groups(model: Any) -> Groups:
+    """The model's groups. Surgery carries position-dependent slopes (ALiBi) over to the heads that stay."""
+    return discover(model).thaw(("kv_heads", "query_heads"))
 
 
 def _name(model_name_or_path: str | None) -> str:

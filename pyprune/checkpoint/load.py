@@ -150,6 +150,9 @@ def model_class(config: Any, name: str, trust_remote_code: bool) -> Any:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return found[0] if isinstance(found, (list, tuple)) else found
+    listed = _listed_class(config)
+    if listed is not None:
+        return listed
     kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     raise PyPruneError(
         OPTION,
@@ -157,6 +160,22 @@ def model_class(config: Any, name: str, trust_remote_code: bool) -> Any:
         f"is a {kind}, which is no causal language model",
         "Name a model with a causal language-model head.",
     )
+
+
+def _listed_class(config: Any) -> Any:
+    """The class that ``config.architectures`` names, if it is one of the causal ones and takes this configuration.
+
+    Decoders of larger models are listed under the larger model's type, which their own configuration does not have.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    listed = {n for v in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for n in ((v,) if isinstance(v, str) else v)}
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None) if name in listed else None
+        if cls is not None and isinstance(config, cls.config_class or ()):
+            return cls
+    return None
 
 
 def _check_complete(info: dict[str, Any], model: Any, name: str) -> None:

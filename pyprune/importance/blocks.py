@@ -75,12 +75,14 @@ def stream_of(out: Any) -> Tensor:
     return y
 
 
-def with_stream(out: Any, y: Tensor) -> Any:
-    """What a block returned, with another residual stream and everything else cut off from the graph."""
-    if isinstance(out, Tensor):
-        return y
-    rest = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, list(out[1:]))
-    return type(out)([y, *rest])
+def with_new_stream(out: Any, y: Tensor) -> Any:
+    """What a block returned, with another residual stream."""
+    return y if isinstance(out, Tensor) else type(out)([y, *out[1:]])
+
+
+def cut(out: Any) -> Any:
+    """What a block returned, cut off from the graph."""
+    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, out)
 
 
 def like(out: Any) -> Callable[[Tensor], Any]:
@@ -89,18 +91,6 @@ def like(out: Any) -> Callable[[Tensor], Any]:
         return lambda y: y
     kind, others = type(out), len(out) - 1
     return lambda y: kind([y, *[None] * others])
-
-
-def check_rest(i: int, stream: Tensor, rest: list[Any]) -> None:
-    """Nothing but the residual stream carries gradients from block to block.
-
-    Raises:
-        NotSweepable: something does.
-    """
-    if i > 0 and stream.requires_grad:
-        raise NotSweepable("parameters act on the residual stream between blocks")
-    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in rest):
-        raise NotSweepable("blocks are given tensors other than the residual stream that depend on parameters")
 
 
 class SavedBytes:

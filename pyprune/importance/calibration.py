@@ -250,8 +250,16 @@ def _batch(item: Any, number: int, option: str) -> dict[str, Any]:
 
 def batch_rows(batch: Mapping[str, Any]) -> int:
     """Sequences in a batch."""
-    key = "input_ids" if "input_ids" in batch else "labels"
-    return int(batch[key].shape[0])
+    return int(_sequences(batch).shape[0])
+
+
+def batch_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens in a batch, padding included."""
+    return int(_sequences(batch).numel())
+
+
+def _sequences(batch: Mapping[str, Any]) -> Tensor:
+    return batch["input_ids"] if "input_ids" in batch else batch["labels"]
 
 
 def take(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:

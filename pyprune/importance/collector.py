@@ -8,18 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pyprune.importance.losses import NotFinite
 from pyprune.importance.registry import Criterion
 from pyprune.ops import accumulate_square_
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class NotFinite(Exception):
-    """The sums of a parameter hold NaN or infinity."""
-
-    def __init__(self, parameter: str) -> None:
-        super().__init__(parameter)
-        self.parameter = parameter
 
 
 class Collector:
@@ -68,7 +61,7 @@ class Collector:
         grad = p.grad
         if grad is None:
             return
-        if not self.criterion.curvature and p.dtype not in HALF:
+        if not self.criterion.curvature and p.dtype not in HALF and self.scale == 1:
             return  # autograd adds the batches up in .grad itself
         p.grad = None
         self.add(name, grad)

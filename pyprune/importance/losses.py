@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,22 @@ def targets_of(batch: Mapping[str, Any], option: str = "calibration") -> Tensor:
             option, f"sample {barren[0]} of a batch", "has no token to predict", "Give sequences of 2 tokens or more."
         )
     return targets
+
+
+class NotFinite(Exception):
+    """The sums of a parameter hold NaN or infinity, or, where ``parameter`` is None, the loss."""
+
+    def __init__(self, parameter: str | None = None) -> None:
+        super().__init__(parameter)
+        self.parameter = parameter
+
+
+def check_losses(losses: Sequence[Tensor]) -> Tensor:
+    """All losses in one tensor. Raises NotFinite when one is NaN or infinite."""
+    joined = torch.cat(list(losses))
+    if not bool(joined.isfinite().all()):
+        raise NotFinite
+    return joined
 
 
 def logits_of(out: Any) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,11 +12,11 @@ from torch import nn
 from pyprune.errors import PyPruneError
 
 
-def activation_budget(asked: float | None, scored: Iterable[nn.Parameter], device: torch.device) -> int:
+def activation_budget(asked: float | None, model: nn.Module, device: torch.device) -> int:
     """Bytes of saved activations that may stay alive.
 
     Args:
-        asked: MiB, or None for the scored parameters' own size, but no more than a quarter of the free memory.
+        asked: MiB, or None for as much as the model's weights take, but no more than a quarter of the free memory.
 
     Raises:
         PyPruneError: a negative size.
@@ -26,7 +25,7 @@ def activation_budget(asked: float | None, scored: Iterable[nn.Parameter], devic
         if not 0 <= asked < float("inf"):
             raise PyPruneError("activation_memory", asked, "must be a number of MiB, at least 0")
         return int(asked * 2**20)
-    own = sum(p.numel() * p.element_size() for p in scored)
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
     free = _free(device)
     return own if free is None else min(own, free // 4)
 
@@ -43,13 +42,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def trim_heap() -> None:
-    """Hand the heap's free pages back to the system, where the C library is glibc; elsewhere do nothing.
+def trim_heap(device: torch.device) -> None:
+    """Hand the heap's free pages back to the system, for tensors on the CPU and where the C library is glibc.
 
     Before version 2.38, glibc cannot put an aligned block (and PyTorch's are) into a hole of its own size, so a pass
     that keeps some of its tensors leaves holes of the size of the others, which nothing fills.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune.importance.collector import Collector
-from pyprune.importance.losses import loss_and_seed
+from pyprune.importance.losses import check_losses, loss_and_seed
 from pyprune.importance.steps import Forward, Step
 from pyprune.progress import Bar
 
@@ -21,6 +21,9 @@ def accumulate(forward: Forward, steps: Sequence[Step], collector: Collector, ba
 
     Returns:
         Every sample's loss, float32 or wider.
+
+    Raises:
+        NotFinite: losses, weights or gradients hold NaN or infinity.
     """
     at_once = len(steps) == 1 or collector.criterion.additive
     handles = collector.install(after=(lambda name: collector.finish([name])) if at_once else None)
@@ -29,7 +32,7 @@ def accumulate(forward: Forward, steps: Sequence[Step], collector: Collector, ba
         for step in steps:
             logits = forward(step)
             loss, seed = loss_and_seed(logits, step.targets, collector.factor)
-            losses.append(loss)
+            losses.append(check_losses([loss]))
             if logits.requires_grad:
                 torch.autograd.backward(logits, seed)
             del logits, seed

@@ -20,21 +20,23 @@ from pyprune.importance import criteria  # noqa: F401 (registers them)
 from pyprune.importance.aggregation import check_aggregation, group_scores, scored_members, to_float32
 from pyprune.importance.blocks import NotSweepable
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
-from pyprune.importance.collector import Collector, NotFinite
+from pyprune.importance.collector import Collector
+from pyprune.importance.losses import NotFinite
 from pyprune.importance.memory import activation_budget, peak_memory
 from pyprune.importance.plain import accumulate
 from pyprune.importance.registry import Criterion, get_criterion
 from pyprune.importance.rehearsal import plan_sweep
 from pyprune.importance.samples import SampleTaps
 from pyprune.importance.scores import Scores
-from pyprune.importance.steps import Forward, make_steps
-from pyprune.importance.sweep import Sweep
+from pyprune.importance.steps import Forward, Step, make_steps
+from pyprune.importance.sweep import Layout, Sweep
 
 log = logging.getLogger(__name__)
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
-STEP_TOKENS = 512  # small batches are joined to this many tokens: matrix products on fewer rows are slower
+STEP_TOKENS = 1024  # small batches are joined to this many tokens: matrix products on fewer rows are slower
+STREAM_BYTES = 64 << 20  # that streams at the borders of the blocks may take in any case
 
 # Gradients of float16 weights below 6e-8 would vanish, so losses are scaled up for the backward pass, by less when that
 # overflows. All sums are float32, where squares of such gradients have room.
@@ -61,8 +63,10 @@ def score(
     labels of -100 left out), and gradients are means over samples, whatever the batches are.
 
     Gradients are consumed while the backward pass runs, one decoder block at a time, so memory beyond that of the
-    weights is one block's gradients, the residual stream at every block's border, and ``activation_memory``. A model
-    whose blocks cannot be run one by one is passed backward as a whole; ``details["engine"]`` says which, and why.
+    weights is one block's gradients, the residual stream at every block's border, and ``activation_memory``. Where the
+    streams of a long calibration would take more than all gradients, a criterion that does not add up over batches
+    (param_first, param_mix) keeps those instead. A model whose blocks cannot be run one by one is passed backward as a
+    whole. ``details["engine"]`` says which it was, and why.
 
     The model is left as it was: training mode, ``requires_grad``, ``.grad`` and hooks.
 
@@ -78,7 +82,7 @@ def score(
         layers: only groups of these decoder layers; None is all.
         seed: of the criterion ``random``; each group draws its own numbers, whichever others are scored.
         activation_memory: MiB of saved activations that may stay alive in place of being recomputed: more is faster.
-            None: as much as the scored parameters' own size, but no more than a quarter of the free memory.
+            None: as much as the model's weights take, but no more than a quarter of the free memory.
         progress: False silences the progress bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:
@@ -195,12 +199,11 @@ def _from_gradients(
 ) -> Sums:
     device = next(model.parameters()).device
     scales = FLOAT16_SCALES if any(p.dtype == torch.float16 for p in parameters.values()) else (1.0,)
-    budget = activation_budget(activation_memory, parameters.values(), device)
+    budget = activation_budget(activation_memory, model, device)
     with _scoring_state(model, parameters):
         forward, layout, taps = Forward(model), None, None
         try:
-            trial = Collector(spec, parameters, calibration.samples)
-            layout, taps = plan_sweep(model, forward, trial, calibration.batches[0], device)
+            layout, taps = plan_sweep(model, forward, spec, parameters, calibration.batches[0], device)
         except NotSweepable as reason:
             log.info("scoring by whole backward passes: %s", reason)
             details["engine"] = f"whole backward passes: {reason}"
@@ -214,20 +217,56 @@ def _from_gradients(
                     if layout is None:
                         losses = accumulate(forward, steps, collector, bar)
                     else:
-                        sweep = Sweep(forward, layout, collector, budget)
-                        with _tapped(taps, collector):
-                            losses = sweep.run(steps, bar)
-                        details["engine"] = "block sweep"
-                        details["recomputed_blocks"] = max(0, len(layout.blocks) - sweep.kept)
+                        losses = _sweep(forward, layout, collector, taps, budget, steps, bar, details)
                 except NotFinite as bad:
-                    if scale != scales[-1] and bool(parameters[bad.parameter].isfinite().all()):
+                    if bad.parameter is not None and scale != scales[-1]:
                         continue
                     raise _not_finite(bad.parameter, dict(model.named_parameters())) from None
             break
-    details["loss"] = _mean_loss(losses, model)
+    details["loss"] = float(losses.double().mean())
     if scales != (1.0,):
         details["loss_scale"] = scale
     return {name: collector.sums[name] for name in parameters}
+
+
+def _sweep(
+    forward: Forward,
+    layout: Layout,
+    collector: Collector,
+    taps: SampleTaps | None,
+    budget: int,
+    steps: list[Step],
+    bar: bars.Bar,
+    details: dict[str, Any],
+) -> Tensor:
+    """One sweep over all steps; or several, so that streams at the borders take no more than all gradients would."""
+    gradients = sum(
+        p.numel() * torch.promote_types(p.dtype, torch.float32).itemsize for p in collector.parameters.values()
+    )
+    parts = _parts(steps, max(gradients, STREAM_BYTES) // max(1, layout.stream_bytes * len(layout.blocks)))
+    losses, recomputed = [], 0
+    with _tapped(taps, collector):
+        for i, part in enumerate(parts):
+            sweep = Sweep(forward, layout, collector, budget)
+            losses.append(sweep.run(part, bar, finish=collector.criterion.additive or i == len(parts) - 1))
+            recomputed = max(recomputed, sweep.recomputed)
+    kept = len(parts) > 1 and not collector.criterion.additive
+    details["engine"] = "block sweep, gradients kept" if kept else "block sweep"
+    details["recomputed_blocks"] = recomputed
+    return torch.cat(losses)
+
+
+def _parts(steps: list[Step], tokens: int) -> list[list[Step]]:
+    """The steps in as few runs as have no more than ``tokens`` tokens each (at least one step)."""
+    parts: list[list[Step]] = []
+    size = 0
+    for step in steps:
+        if not parts or size + step.targets.numel() > tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append(step)
+        size += step.targets.numel()
+    return parts
 
 
 @contextmanager
@@ -238,13 +277,6 @@ def _tapped(taps: SampleTaps | None, collector: Collector) -> Iterator[None]:
     taps.collector = collector
     with taps.installed():
         yield
-
-
-def _mean_loss(losses: Tensor, model: nn.Module) -> float:
-    loss = float(losses.double().mean())
-    if not math.isfinite(loss):
-        raise _not_finite(None, dict(model.named_parameters()))
-    return loss
 
 
 def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:

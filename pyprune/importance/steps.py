@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.importance.calibration import batch_rows, take
+from pyprune.importance.calibration import batch_rows, batch_tokens, take
 from pyprune.importance.losses import logits_of, targets_of
 
 
@@ -60,7 +60,7 @@ def make_steps(
 def _joined(batches: Iterable[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
     out: list[list[Mapping[str, Any]]] = []
     for batch in batches:
-        size = sum(targets_of(b).numel() for b in (*out[-1], batch)) if out else 0
+        size = sum(batch_tokens(b) for b in (*out[-1], batch)) if out else 0
         if out and size <= tokens and _form(batch) is not None and _form(batch) == _form(out[-1][0]):
             out[-1].append(batch)
         else:

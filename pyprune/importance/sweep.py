@@ -8,6 +8,9 @@ last batch costs as much memory as the weights. The sweep turns the loops around
 2. Backward: from the last block to the first, and for every batch: recompute the block from its input, push the
    gradient of its output back to its input, add up its parameters' gradients. Then turn these into sums and free them.
 
+The criteria that add up over batches need only one batch at a time in this. The others do too, when so many tokens are
+calibrated on that the streams at the borders would take more memory than all gradients: then those stay alive.
+
 Recomputing stops at the last tensor that the block's backward pass needs (PyTorch's checkpoint does that), so a block's
 final projection is not computed again. Blocks at the end of the model whose saved activations fit into
 ``activation_bytes`` are not recomputed at all. Embedding and head, where they are scored, come last, with the blocks
@@ -29,15 +32,14 @@ from pyprune.importance.blocks import (
     Call,
     NotSweepable,
     SavedBytes,
-    check_rest,
+    cut,
     find_blocks,
     intercepted,
     like,
     stream_of,
-    with_stream,
 )
 from pyprune.importance.collector import Collector
-from pyprune.importance.losses import loss_and_seed
+from pyprune.importance.losses import check_losses, loss_and_seed
 from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Forward, Step
 from pyprune.progress import Bar
@@ -69,11 +71,13 @@ class Layout:
         blocks: the decoder blocks, in order.
         names: for each block, its scored parameters.
         outer: scored parameters outside the blocks.
+        stream_bytes: what one token takes in the residual stream, once seen.
     """
 
     blocks: list[nn.Module]
     names: list[list[str]]
     outer: list[str]
+    stream_bytes: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, scored: Mapping[str, nn.Parameter]) -> Layout:
@@ -99,6 +103,25 @@ class Layout:
         return cls(blocks, names, outer)
 
 
+def bypass(
+    forward: Forward, layout: Layout, forms: Mapping[int, Any], step: Step, stream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits, were ``stream`` what leaves the blocks, and the stream that enters them; no block is run.
+
+    Args:
+        forms: for each block, a function that puts a stream into the form in which it returns one.
+    """
+    entry: list[Tensor] = []
+
+    def handler(i: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
+        if i == 0:
+            entry.append(given)
+        return forms[i](stream if i == len(layout.blocks) - 1 else given)
+
+    with intercepted(layout.blocks, handler):
+        return forward(step), entry[0]
+
+
 @dataclass
 class Sweep:
     """One sweep over the batches.
@@ -108,30 +131,36 @@ class Sweep:
         layout: its blocks.
         collector: where gradients go.
         activation_bytes: saved activations that may stay alive in place of being recomputed.
-        strict: check that blocks depend on parameters through the residual stream only.
 
     Attributes:
         kept: blocks that were not recomputed.
+        recomputed: blocks that were.
     """
 
     forward: Forward
     layout: Layout
     collector: Collector
     activation_bytes: int = 0
-    strict: bool = False
     kept: int = 0
+    recomputed: int = 0
     _total: int = 0  # tokens in all steps
     _rows: int = 0  # sequences in one pass through the head, once known
     _tape: list[list[_Border]] = field(default_factory=list)
     _forms: dict[int, Any] = field(default_factory=dict)  # how each block returns its stream
     _store: Tensor | None = None
-    _entry: Tensor | None = None
     _lowest: int = 0
     _to_entry: bool = False
     _measured: int | None = None
 
-    def run(self, steps: Sequence[Step], bar: Bar) -> Tensor:
-        """Sweep; the collector holds the sums afterwards. Returns every sample's loss, float32 or wider."""
+    def run(self, steps: Sequence[Step], bar: Bar, finish: bool = True) -> Tensor:
+        """Sweep; the collector holds the sums afterwards, or, without ``finish``, the gradients.
+
+        Returns:
+            Every sample's loss, float32 or wider.
+
+        Raises:
+            NotFinite: losses, weights or gradients hold NaN or infinity.
+        """
         n = len(self.layout.blocks)
         self._total = sum(step.targets.numel() for step in steps)
         handles = self.collector.install()
@@ -143,7 +172,6 @@ class Sweep:
             leaving = []
             for step in steps:
                 leaving.append(self._record(step))
-                trim_heap()
                 bar.advance(max(1, n // 2))
             with self._frozen_outer():
                 for j, step in enumerate(steps):
@@ -151,65 +179,50 @@ class Sweep:
                     up = torch.empty_like(leaving[j]) if self.layout.outer else leaving[j]
                     losses.append(self._head(step, leaving[j], up))
                     upstream.append(up)
+            all_losses = check_losses(losses)
             for i in range(n - 1, self._lowest - 1, -1):
                 borders = self._tape.pop()
                 for j in range(len(steps)):
                     upstream[j] = self._back(borders, j, upstream[j])
                     bar.advance()
-                self.collector.finish(self.layout.names[i])
+                if finish:
+                    self.collector.finish(self.layout.names[i])
+                if i >= n - self.kept and (n - i) % 4 == 0:  # the activations of four blocks are gone
+                    trim_heap(leaving[0].device)
             if self.layout.outer:
                 for j, step in enumerate(steps):
                     self._outer(step, leaving[j], upstream[j])
-                self.collector.finish(self.layout.outer)
+                if finish:
+                    self.collector.finish(self.layout.outer)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat(losses)
-
-    def entry_gradient(self, step: Step) -> Tensor:
-        """Gradient of the stream that enters the first block, for one step and for itself alone."""
-        self._total = step.targets.numel()
-        stream = self._record(step)
-        up = torch.empty_like(stream)
-        with self._frozen_outer():
-            self._head(step, stream, up)
-        grad: Tensor | None = up / self.collector.factor
-        while self._tape:
-            grad = self._back(self._tape.pop(), 0, grad)
-        if grad is None:
-            raise NotSweepable("no gradient comes out of the blocks")
-        return grad
+        return all_losses
 
     def _record(self, step: Step) -> Tensor:
         """Forward through the blocks; returns the stream that leaves the last one. Step 1 of the sweep."""
         self._store = None
         tokens = step.targets.numel()
         n = len(self.layout.blocks)
-        calls: list[int] = []
 
         def handler(i: int, stream: Tensor, call: Call, rest: list[Any]) -> Any:
-            calls.append(i)
-            if self.strict:
-                check_rest(i, stream, rest)
-                if i != len(calls) - 1:
-                    raise NotSweepable("blocks do not follow each other")
             if i == 0:
                 self._to_entry = stream.requires_grad
                 scored = [k for k, names in enumerate(self.layout.names) if names]
-                self._lowest = 0 if self._to_entry or self.strict else min(scored, default=n)
+                self._lowest = 0 if self._to_entry else min(scored, default=n)
                 self._tape = self._tape or [[] for _ in range(n)]
             if i < self._lowest:  # nothing below is scored
                 with torch.no_grad():
                     out = call(stream)
             else:
-                x = self._keep_input(i, stream).requires_grad_(i > self._lowest or self._to_entry or self.strict)
+                x = self._keep_input(i, stream).requires_grad_(i > self._lowest or self._to_entry)
                 out = self._run_block(i, x, call, tokens)
                 self._tape[i].append(_Border(x, get_gradient_edge(stream_of(out))))
             self._forms[i] = like(out)
-            y = stream_of(out).detach()
+            out = cut(out)
             if i == n - 1:
-                raise _LeftBlocks(y)
-            return with_stream(out, y)
+                raise _LeftBlocks(stream_of(out))
+            return out
 
         with intercepted(self.layout.blocks, handler):
             try:
@@ -226,10 +239,14 @@ class Sweep:
                 out = call(x)
             self._measured = max(1, counter.total * self._total // tokens)
             room = max(0, self.activation_bytes - counter.total)
-            self.kept = min(room // self._measured, len(self.layout.blocks) - self._lowest)
+            swept = len(self.layout.blocks) - self._lowest
+            self.kept = min(room // self._measured, swept)
+            self.recomputed = swept - self.kept
             return out
         if i >= len(self.layout.blocks) - self.kept:
-            return call(x)
+            out = call(x)
+            trim_heap(x.device)
+            return out
         return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
     def _keep_input(self, i: int, stream: Tensor) -> Tensor:
@@ -249,8 +266,7 @@ class Sweep:
     def _back(self, borders: list[_Border], j: int, up: Tensor | None) -> Tensor | None:
         """Push one step's gradient through one block; returns the gradient of the block's input."""
         border, borders[j] = borders[j], None  # type: ignore[call-overload]
-        inputs = [border.x] if self.strict else None  # a rehearsal wants no parameters' gradients
-        torch.autograd.backward(border.y, up, inputs=inputs)
+        torch.autograd.backward(border.y, up)
         return border.x.grad
 
     def _head(self, step: Step, stream: Tensor, up: Tensor) -> Tensor:
@@ -258,14 +274,12 @@ class Sweep:
         losses = []
         for here, piece in self._pieces(step):
             part = stream[here].clone().requires_grad_()
-            logits = self._bypass(piece, part)
+            logits, _ = bypass(self.forward, self.layout, self._forms, piece, part)
             loss, seed = loss_and_seed(logits, piece.targets, self.collector.factor)
             torch.autograd.backward(logits, seed)
             self._rows = max(1, LOGIT_BYTES // (4 * logits[0].numel()))
             del logits, seed
-            if part.grad is None:
-                raise NotSweepable("the logits do not depend on what leaves the blocks")
-            up[here] = part.grad
+            up[here] = part.grad  # type: ignore[assignment]
             losses.append(loss)
         return torch.cat(losses)
 
@@ -277,31 +291,19 @@ class Sweep:
             yield here, step if step.rows == 1 else step.part(here)
             start = here.stop
 
-    def _bypass(self, step: Step, stream: Tensor) -> Tensor:
-        """Logits, were ``stream`` what leaves the blocks; no block is run."""
-
-        def handler(i: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
-            if i == 0:
-                self._entry = given
-            return self._forms[i](stream if i == len(self.layout.blocks) - 1 else given)
-
-        with intercepted(self.layout.blocks, handler):
-            return self.forward(step)
-
     def _outer(self, step: Step, stream: Tensor, up: Tensor | None) -> None:
         """Gradients of embedding and head for one step, both in one backward pass: tied weights are in both."""
         for here, piece in self._pieces(step):
-            logits = self._bypass(piece, stream[here])
+            logits, entry = bypass(self.forward, self.layout, self._forms, piece, stream[here])
             _, seed = loss_and_seed(logits, piece.targets, self.collector.factor)
             roots, seeds = [], []
             if logits.requires_grad:
                 roots.append(logits)
                 seeds.append(seed)
-            if up is not None and self._entry is not None and self._entry.requires_grad:
-                roots.append(self._entry)
+            if up is not None and entry.requires_grad:
+                roots.append(entry)
                 seeds.append(up[here])
             torch.autograd.backward(roots, seeds)
-            self._entry = None
 
     def _frozen_outer(self) -> Any:
         return _frozen([self.collector.parameters[name] for name in self.layout.outer])

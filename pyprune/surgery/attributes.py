@@ -133,6 +133,11 @@ class Built:
     def of(cls, module: nn.Module) -> Built:
         return cls(without_kept(structure(module)), scalars(module))
 
+    def has(self, base: Built, wanted: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether the tensors are those of ``base``, with the shapes ``wanted`` where it names them."""
+        same = self.shapes.keys() == base.shapes.keys()
+        return same and all(self.shapes[name] == shape for name, shape in wanted.items())
+
 
 def without_kept(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """``shapes`` without the buffers :data:`pyprune.families.KEPT`."""

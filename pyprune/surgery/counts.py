@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any
 
-import torch
 from torch import nn
 
+from pyprune.discovery.run import trace
+from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut
 from pyprune.surgery import resize, skeleton
 from pyprune.surgery.attributes import HEAD_SIZE, Attribute, Built, Scope, candidates
@@ -109,7 +110,8 @@ def _counts(scope: Scope, layer: nn.Module, cuts: Sequence[Cut], prefix: str, wa
     Args:
         scope: the layer's constructor.
         layer: as constructed, for the kinds of its modules.
-        cuts: of heads, all inside the layer.
+        cuts: of heads, all inside the layer. Where the constructor shows nothing and the modules hold no count of
+            heads, none of their numbers changes.
         prefix: of the layer's names in the model, with the dot.
         wanted: shapes of the layer's parameters after the cuts. Dimensions that the cuts leave alone may come out
             narrower from the constructor, since the residual stream does: only numbers are taken from there.
@@ -143,7 +145,25 @@ def _counts(scope: Scope, layer: nn.Module, cuts: Sequence[Cut], prefix: str, wa
                     continue
                 if all(built.shapes[n][d] == wanted[n][d] for n, d in cut_dims) and _same_heads(base, built, owners):
                     return _changed_numbers(base, built, layer, owners)
-    return None
+    whole = all(c.group.role == "kv_heads" for c in cuts)
+    return {} if whole and _uncounted(base, layer, owners, units) else None
+
+
+def _uncounted(base: Built, layer: nn.Module, owners: tuple[str, ...], units: set[int]) -> bool:
+    """Whether the modules that are cut hold the width of a head and no count of heads: smaller matrices will do.
+
+    Query heads go with their keys, so that as many share one as before.
+    """
+    widths = set()
+    for name, value in base.numbers.items():
+        path, _, last = name.rpartition(".")
+        if not name.startswith(owners) or resize.states_own_sizes(layer.get_submodule(path)):
+            continue
+        if last in HEAD_SIZE:
+            widths.add(path + ".")
+        elif type(value) is int and value in units and not last.endswith(("groups", "_idx", "window")):
+            return False
+    return widths == set(owners)
 
 
 def _same_heads(base: Built, built: Built, owners: tuple[str, ...]) -> bool:
@@ -166,20 +186,9 @@ def _changed_numbers(base: Built, built: Built, layer: nn.Module, owners: tuple[
 
 
 def runs(model: Any) -> bool:
-    """Whether ``model``'s sizes fit together: a forward pass on tensors without data. Uses the model up."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    text = text_config(model.config)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        for module in model.modules():
-            for table in (module._parameters, module._buffers, vars(module)):
-                for name, tensor in list(table.items()):
-                    if isinstance(tensor, nn.Parameter):
-                        table[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
-                    elif isinstance(tensor, torch.Tensor):
-                        table[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        try:
-            model.eval()(input_ids=torch.zeros((2, 7), dtype=torch.int64) % text.vocab_size, use_cache=False)
-        except Exception:  # sizes that do not fit show in any exception, and so do models that need values
-            return False
+    """Whether ``model``'s sizes fit together: a forward pass on tensors without data."""
+    try:
+        trace(model)
+    except PyPruneError:  # also where it needs values: then nothing is known
+        return False
     return True

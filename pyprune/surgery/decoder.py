@@ -23,16 +23,19 @@ def text_config(config: Config) -> Config:
 def layers_path(model: nn.Module) -> str | None:
     """Dotted path of the ``ModuleList`` of decoder layers, or None when the model has none.
 
-    It is the list of ``config.num_hidden_layers`` modules that holds the most parameters.
+    It is the list of ``config.num_hidden_layers`` modules that holds the most parameters; one whose modules refer to
+    the decoder's configuration comes before those of other towers.
     """
-    count = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
-    best: tuple[int, str] | None = None
+    text = text_config(getattr(model, "config", None))
+    count = getattr(text, "num_hidden_layers", None)
+    best: tuple[bool, int, str] | None = None
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and path:
+            refers = any(vars(child).get("config") is text for child in module.modules())
             size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, path)
-    return None if best is None else best[1]
+            if best is None or (refers, size) > best[:2]:
+                best = (refers, size, path)
+    return None if best is None else best[2]
 
 
 def structure(module: nn.Module) -> dict[str, tuple[int, ...]]:

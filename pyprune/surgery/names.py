@@ -24,6 +24,15 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return out
 
 
+def uniform_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of buffers with more than one element that are all equal; none of those on the meta device."""
+    return frozenset(
+        name
+        for name, tensor in model.named_buffers(remove_duplicate=False)
+        if tensor.numel() > 1 and not tensor.is_meta and bool((tensor == tensor.flatten()[0]).all())
+    )
+
+
 @dataclass(frozen=True)
 class Tensors:
     """What a model's tensors are called and how large they are.
@@ -32,11 +41,14 @@ class Tensors:
         shapes: by name, tied tensors under every name.
         first: every name -> the name that plans use.
         buffers: the names that are no parameters.
+        uniform: buffers that no cut names and that hold one number throughout (a norm's fixed ones): of any size they
+            are the same, so that their shapes follow the constructor.
     """
 
     shapes: Shapes
     first: dict[str, str]
     buffers: frozenset[str]
+    uniform: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module) -> Tensors:
@@ -44,10 +56,13 @@ class Tensors:
         return cls(structure(model), first_names(model), buffers)
 
     def after(self, cuts: Iterable[Cut]) -> Shapes:
-        """Shapes after ``cuts``, tied tensors following the one that is cut; tensors of removed layers are absent."""
+        """Shapes after ``cuts``, tied tensors following the one that is cut.
+
+        Tensors of removed layers are absent, and so are uniform buffers.
+        """
         plan = Plan(tuple(cuts))
         new = plan.new_shapes(self.shapes)
-        return {name: new[self.first[name]] for name in self.shapes if name in new}
+        return {name: new[self.first[name]] for name in self.shapes if name in new and name not in self.uniform}
 
     def kept(self, plan: Plan) -> dict[str, dict[int, np.ndarray]]:
         """Every name -> dim -> positions that stay, for the dimensions that lose any."""

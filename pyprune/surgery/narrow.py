@@ -150,9 +150,13 @@ def plan_spec(
     """
     spec: Spec = {}
     buffers: dict[str, np.ndarray] = {}
+    first_path = {id(module): path for path, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     for name, shape in wanted.items():
         path, _, last = name.rpartition(".")
-        dims = matrix_dims(model.get_submodule(path))
+        module = model.get_submodule(path)
+        if first_path[id(module)] != path:
+            continue  # a module that stands in several places is one module
+        dims = matrix_dims(module)
         for dim, (wide, width) in enumerate(zip(expressed[name], shape, strict=True)):
             if wide == width:
                 continue

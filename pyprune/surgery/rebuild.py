@@ -21,7 +21,7 @@ from pyprune.surgery import narrow, resize, skeleton
 from pyprune.surgery.counts import resizable
 from pyprune.surgery.decoder import layers_path, scalars, shorten, structure, text_config
 from pyprune.surgery.layers import solve_layers, solve_model
-from pyprune.surgery.names import LayerNames, Shapes, Tensors
+from pyprune.surgery.names import LayerNames, Shapes, Tensors, uniform_buffers
 
 Config = Any
 
@@ -58,6 +58,7 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
     """
     stock = skeleton.build(type(model), copy.deepcopy(model.config))
     tensors = _checked(Tensors.of(model), stock, plan)
+    tensors = replace(tensors, uniform=uniform_buffers(model) - _cut_names(tensors, plan))
     path = layers_path(model) or ""
     count = len(model.get_submodule(path)) if path else 0
     names = LayerNames(path, _kept_layers(plan, path, count))
@@ -70,13 +71,19 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
             setattr(config, kind.FIELD, _renamed(kind.spec_of(config), names))
 
     failed = [c for c in plan.cuts if c.group.table and c.group.role not in _tables(config)]
-    across, inside = _placed([c for c in plan.cuts if c not in failed], path)
+    across, inside = _placed([c for c in plan.cuts if c not in failed], path, tensors)
     config = solve_model(type(model), config, tensors, names, across, failed)
     done = [c for c in across if c not in failed]
     config = solve_layers(stock, config, tensors, names, done, inside, failed)
+    failed = _unmet(failed, plan, stock, config, names, tensors) if failed else []
     if failed and stock_only:
         raise _inexpressible(stock, tensors, plan, failed)
     return _assembled(stock, config, names, tensors, plan, failed)
+
+
+def _cut_names(tensors: Tensors, plan: Plan) -> set[str]:
+    cut = {tensors.first[m.tensor] for c in plan.cuts for m in c.group.members}
+    return {name for name, first in tensors.first.items() if first in cut}
 
 
 def _renamed(spec: dict[str, Any], names: LayerNames) -> dict[str, Any]:
@@ -117,6 +124,10 @@ def _assembled(
         positions = {names.new([name])[name]: value for name, value in values.items()}
     model = skeleton.build(type(stock), config)
     positions |= _kept_units(model, names, tensors, done)
+    for name, shape in structure(model).items():
+        if (old := names.old(name)) in tensors.uniform:
+            planned[old], sizes = shape, zip(shape, tensors.shapes[old], strict=True)
+            kept[old] = {dim: np.arange(new) for dim, (new, size) in enumerate(sizes) if new < size}
     _verify(model, stock, names, planned, positions)
     return Rebuilt(
         model, names, kept, positions, tuple(c.group.name for c in resized), tuple(c.group.name for c in narrowed)
@@ -183,23 +194,44 @@ def _refuse_narrow_again(config: Config, plan: Plan) -> None:
                 )
 
 
-def _placed(cuts: Sequence[Cut], path: str) -> tuple[list[Cut], dict[int, list[Cut]]]:
-    """Cuts across the model, and cuts that one decoder layer holds, by its index. Removed layers are no cuts here."""
+def _placed(cuts: Sequence[Cut], path: str, tensors: Tensors) -> tuple[list[Cut], dict[int, list[Cut]]]:
+    """Cuts across the model, and cuts that one decoder layer holds, by its index. Removed layers are no cuts here.
+
+    A cut of a module that several layers share is in each of them.
+    """
     across: list[Cut] = []
     inside: dict[int, list[Cut]] = {}
     prefix = f"{path}."
+    layers: dict[str, set[int]] = {}
+    for name, first in tensors.first.items():
+        inner = path and name.startswith(prefix)
+        layers.setdefault(first, set()).add(int(name[len(prefix) :].split(".", 1)[0]) if inner else -1)
     for cut in cuts:
         if cut.group.role == "layers":
             continue
-        places = set()
-        for member in cut.group.members:
-            inner = path and member.tensor.startswith(prefix)
-            places.add(int(member.tensor[len(prefix) :].split(".", 1)[0]) if inner else -1)
-        if len(places) == 1 and -1 not in places:
-            inside.setdefault(places.pop(), []).append(cut)
-        else:
+        places = [layers[tensors.first[m.tensor]] for m in cut.group.members]
+        if -1 in places[0] or any(other != places[0] for other in places):
             across.append(cut)
+            continue
+        for layer in sorted(places[0]):
+            inside.setdefault(layer, []).append(cut)
     return across, inside
+
+
+def _unmet(
+    failed: Sequence[Cut], plan: Plan, stock: Any, config: Config, names: LayerNames, tensors: Tensors
+) -> list[Cut]:
+    """Those of ``failed``, once each, that ``config`` does not express after all: other cuts may have changed it so."""
+    made = structure(skeleton.build(type(stock), config))
+    planned = tensors.after(plan.cuts)
+    new = names.new(list(planned))
+    out: list[Cut] = []
+    for cut in failed:
+        dims = {(name, m.dim) for m in cut.group.members for name in planned if tensors.first[name] == m.tensor}
+        met = not cut.group.table and all(made[new[name]][dim] == planned[name][dim] for name, dim in dims)
+        if not met and cut not in out:
+            out.append(cut)
+    return out
 
 
 def _inexpressible(

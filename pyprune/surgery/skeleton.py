@@ -7,7 +7,9 @@ device, and loading a saved folder hands transformers the very same class, so wh
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -123,18 +125,31 @@ def _plain(config: Config) -> Config:
 
 def _plain_text(text: Config) -> Config:
     out = copy.copy(text)
-    drop_overrides(out)
+    own: Any = type(text)
+    if not _reads_overrides(own):
+        drop_overrides(out)
     family = families.find(text)
     if family is not None and family.applies(text) and family.stock is not None:
         family.stock(out)
     return out
 
 
+@cache
+def _reads_overrides(config_class: Any) -> bool:
+    """Whether the class's own modelling code reads per-layer configurations, perhaps for more than its layers."""
+    try:
+        module = import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+        return "per_layer_config" in inspect.getsource(module)
+    except (ImportError, OSError, TypeError):
+        return False
+
+
 def _fit(model: Any, cls: type, config: Config, plain: Config) -> None:
     """After the stock constructor ran with ``plain``: the real configuration, family sizes, per-layer widths."""
+    text = text_config(config)
     for name in _FOLLOWED:
         config.__dict__[name] = plain.__dict__[name]
-    text = text_config(config)
+        text.__dict__[name] = text_config(plain).__dict__[name]
     _repoint(model, {id(plain): config, id(text_config(plain)): text})
     common = copy.copy(text)
     drop_overrides(common)

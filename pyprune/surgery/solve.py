@@ -59,40 +59,45 @@ def solve(scope: Scope, values: Values, cuts: Sequence[Cut], wanted: Shapes, lay
     Args:
         values: changes made already; the result contains them.
         cuts: of one step (see :data:`STEPS`); they explain every difference to the present shapes.
-        wanted: shapes of all tensors after the cuts, by name in the scope.
+        wanted: shapes after the cuts, by name in the scope, of all tensors whose shape matters.
         layer: the decoder layer in question, for configurations with lists.
     """
     wanted = without_kept(wanted)
     written = _explicit(scope, dict(values), cuts)
     given, values = values, {**values, **written}
     base = scope.build(values)
-    if base is None or base.shapes.keys() != wanted.keys():
+    if base is None or not wanted.keys() <= base.shapes.keys():
         return None
     changed = {
-        (name, dim): (n, wanted[name][dim])
-        for name, shape in base.shapes.items()
-        for dim, n in enumerate(shape)
-        if wanted[name][dim] != n
+        (name, dim): (n, after)
+        for name, shape in wanted.items()
+        for dim, (n, after) in enumerate(zip(base.shapes[name], shape, strict=True))
+        if after != n
     }
     if not changed:
         return dict(given)
+
+    def moves(attribute: Attribute) -> dict[Dim, float]:
+        found = scope.moves(values, attribute, _now(attribute, values, scope))
+        return {dim: slope for dim, slope in found.items() if dim[0] in wanted}
+
     widths_may_change = any(c.group.role in _WIDTH_ROLES for c in cuts)
     options: dict[Attribute, list[int]] = {}
     for attribute in _ordered([*candidates(scope.config, layer), *written], cuts, scope, values):
         now = values.get(attribute, attribute.get(scope.config))
         if now is None or (attribute.head_size and not widths_may_change):
             continue
-        slopes = scope.moves(values, attribute, now)
+        slopes = moves(attribute)
         if slopes.keys() & changed.keys():
             options[attribute] = _suggestions(now, slopes, changed, ratios(cuts))
-    exact = [a for a in options if scope.moves(values, a, _now(a, values, scope)).keys() <= changed.keys()]
+    exact = [a for a in options if moves(a).keys() <= changed.keys()]
     for pool, most in ((exact, _MOST_TOGETHER), (list(options), _MOST_COMPENSATING)):
         for count in range(1, min(most, len(pool)) + 1):
             for chosen in combinations(pool, count):
                 for numbers in product(*(options[a] for a in chosen)):
                     trial = {**values, **dict(zip(chosen, numbers, strict=True))}
                     built = scope.build(trial)
-                    if built is None or built.shapes != wanted or not _honest(base, built, widths_may_change):
+                    if built is None or not built.has(base, wanted) or not _honest(base, built, widths_may_change):
                         continue
                     found = _accompanied(scope, trial, base, cuts, layer)
                     if found is not None:

@@ -315,3 +315,12 @@ def test_a_model_from_a_gguf_file_is_pruned_and_saved_in_full_precision(tmp_path
     save(small, None, tmp_path / "small")
     assert torch.equal(h.logits(load(tmp_path / "small")), h.logits(small))
     assert "quantization_config" not in json.loads((tmp_path / "small/config.json").read_text())
+
+
+def test_the_decoder_of_a_model_with_several_towers_opens_alone(tmp_path):
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Emu3ForCausalLM(Emu3TextConfig(**sizes, num_key_value_heads=2, vocab_size=128, pad_token_id=0)).eval()
+    save(model, None, tmp_path / "saved")
+    assert torch.equal(h.logits(load(tmp_path / "saved")), h.logits(model))

@@ -256,4 +256,5 @@ def test_a_recipe_with_an_unknown_key(call, place) -> None:
 def test_the_status_of_the_process_is_2(place) -> None:
     ended = pyprune("prune", "model", "--ratio", "1.2", cwd=place.root)
     assert (ended.status, ended.out) == (2, "")
-    assert ended.err == "error: --ratio 1.2: must be at least 0 and below 1. Give the fraction of parameters to remove, as 0.2.\n"
+    problem = "error: --ratio 1.2: must be at least 0 and below 1."
+    assert ended.err == f"{problem} Give the fraction of parameters to remove, as 0.2.\n"

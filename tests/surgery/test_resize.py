@@ -7,7 +7,7 @@ import copy
 import helpers_surgery as h
 import pytest
 import torch
-from helpers_discovery import half, logits, masked
+from helpers_discovery import half, liven, logits, masked
 from helpers_families import build
 
 from pyprune.checkpoint import load, save
@@ -146,3 +146,42 @@ def test_layers_of_several_kinds_in_one_class_are_built_as_the_kind_they_are(tmp
     small = apply(model, half(groups.prunable(["kv_heads", "ffn"])))
     assert small.config.num_key_value_heads == 1 and small.config.intermediate_size == 20
     assert skeleton.is_stock(small.config)
+
+
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "vocab_size": 101,
+}
+
+
+def test_a_class_that_reads_per_layer_configurations_itself_gets_them(tmp_path):
+    """Gemma 4's rotary tables follow the head widths of single layers."""
+    import transformers as t
+
+    sizes = {**SMALL, "num_key_value_heads": 3, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4,
+             "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": 101,
+             "hidden_size_per_layer_input": 10, "num_kv_shared_layers": 0}  # fmt: skip
+    model = liven(t.Gemma4ForCausalLM(t.Gemma4TextConfig(**sizes)).eval())
+    groups = discover(model)
+    small = apply(model, half([g for g in groups.prunable(["kv_heads", "ffn"]) if g.units > 1]))
+    assert torch.equal(logits(load(save(small, None, tmp_path / "small"))), logits(small))
+
+
+def test_a_module_that_layers_share_is_cut_once(tmp_path):
+    import transformers as t
+
+    sizes = {**SMALL, "num_hidden_layers": 3, "num_key_value_heads": 6, "attention_hidden_size": 96,
+             "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+             "mamba_d_state": 4, "mamba_dt_rank": 4, "n_mamba_heads": 2, "use_mamba_kernels": False}  # fmt: skip
+    model = liven(t.ZambaForCausalLM(t.ZambaConfig(**sizes)).eval())
+    plan = half(discover(model).prunable(["kv_heads", "ffn"]))
+    expected = logits(masked(model, plan))
+    small = apply(model, plan)
+    first, second = (small.model.layers[i].shared_transf for i in (1, 2))
+    assert first.self_attn.q_proj.weight is second.self_attn.q_proj.weight
+    assert first.self_attn.q_proj.out_features == 48
+    assert (logits(small) - expected).abs().max() <= 1e-4
+    assert torch.equal(logits(load(save(small, None, tmp_path / "small"))), logits(small))

@@ -175,7 +175,7 @@ def _stages(out: Outcome) -> None:
     if groups is None:
         return
     _stage(out, "shuffled", lambda: _shuffled(model, groups))
-    small = _stage(out, "sliced", lambda: _sliced(out, model, chosen(groups)))
+    small = _stage(out, "sliced", lambda: _sliced(out, model, chosen(thawed(groups))))
     if small is None:
         return
     _stage(out, "backward", lambda: _backward(out, model, small))
@@ -208,15 +208,21 @@ def _built(model_type: str) -> nn.Module:
 
 def _discovered(out: Outcome, model: nn.Module) -> Groups:
     groups = discover(model, example_inputs(out.model_type))
+    usable = thawed(groups)
     for role in groups.roles():
-        found = [g for g in groups if g.role == role]
+        found = [g for g in usable if g.role == role]
         out.roles[role] = (sum(g.prunable for g in found), len(found))
-    missing = _missing(groups)
-    if not chosen(groups):
+    missing = _missing(usable)
+    if not chosen(usable):
         raise Failed("; ".join(missing) or "nothing to prune")
     if missing:
         out.failed["discovered"] = "; ".join(missing)
     return groups
+
+
+def thawed(groups: Groups) -> Groups:
+    """As the pipeline cuts them: surgery keeps the slopes of heads. (Shuffling such heads does change logits.)"""
+    return groups.thaw(("kv_heads", "query_heads"))
 
 
 def _missing(groups: Groups) -> list[str]:
