@@ -50,10 +50,12 @@ ONE = Axis(1)
 
 def find(axis: Axis) -> Axis:
     """The node that stands for ``axis`` now."""
-    root = axis
+    root = axis.link
+    if root is None:
+        return axis
     while root.link is not None:
         root = root.link
-    while axis.link is not None:
+    while axis is not root:
         axis.link, axis = root, axis.link
     return root
 

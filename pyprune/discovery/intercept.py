@@ -23,11 +23,17 @@ def _empty_product(a: torch.Tensor, b: torch.Tensor, **_: Any) -> torch.Tensor:
     return a.new_empty((a.shape[0], b.shape[-1]))
 
 
+def _empty_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """What attention of ``query`` [*, L, E] over ``value`` [*, S, V] looks like."""
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 # Function -> (name of its rule, names of its arguments, stand-in for tensors without data).
 _WHOLE: dict[Any, tuple[str, tuple[str, ...], Callable[..., torch.Tensor] | None]] = {
     torch.nn.functional.scaled_dot_product_attention: (
         "scaled_dot_product_attention",
-        ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), None,
+        ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+        _empty_attention,
     ),
     torch._grouped_mm: ("_grouped_mm", ("self", "mat2", "offs", "bias", "out_dtype"), _empty_product),
     torch.nn.functional.one_hot: ("one_hot", ("self", "num_classes"), None),

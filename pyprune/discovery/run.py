@@ -7,6 +7,7 @@ is allocated. Where an op needs values that fakes do not have, the run is repeat
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,11 +25,16 @@ from torch._subclasses.fake_tensor import (
 from pyprune.discovery import axes as ax
 from pyprune.discovery.intercept import Interceptor
 from pyprune.discovery.tracer import Info, Tracer, iter_tensors
+from pyprune.discovery.valueless import ValuelessOps
 from pyprune.errors import PyPruneError
 
 # Different from each other and from 1, so that no dimension of data broadcasts.
 BATCH, LENGTH = 3, 11
 MANY = 59
+# What stands in for the model's tensors: shapes on the meta device; fakes, which know constants and a device to be on,
+# at four times the cost an op; the tensors themselves.
+META, FAKE, REAL = "meta", "fake", "real"
+_DEVICE = {META: "meta", FAKE: "cpu"}
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
@@ -79,21 +85,23 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     """
     _check_weights(model)
     args, kwargs = _inputs(model, example_inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Anything at all may go wrong on the meta device: what has no values there, or is made on another device.
+    with contextlib.suppress(Exception):
+        return _run(model, args, kwargs, META)
     try:
-        return _run(model, args, kwargs, mode)
+        return _run(model, args, kwargs, FAKE)
     except _NEEDS_VALUES as error:
         if any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()]):
             raise PyPruneError(
                 "model", type(model).__name__, f"its forward pass depends on values ({_first_line(error)})",
                 "Load the weights: the meta device has none.",
             ) from error  # fmt: skip
-    result = _run(model, args, kwargs, None)
+    result = _run(model, args, kwargs, REAL)
     if example_inputs is None and result.parameters - result.tracer.touched:
         # A list of many experts needs many tokens before each has had one; a position table may be too short for them.
         with contextlib.suppress(PyPruneError):
             args, kwargs = _inputs(model, None, MANY)
-            result = _run(model, args, kwargs, None)
+            result = _run(model, args, kwargs, REAL)
     return result
 
 
@@ -137,19 +145,20 @@ def _inputs(model: nn.Module, example: Any, length: int = LENGTH) -> tuple[tuple
     return (), {"input_ids": ids} | ({"use_cache": False} if "use_cache" in names else {})
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode | None) -> Trace:
-    tracer = Tracer(rotate=mode is None)
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], data: str) -> Trace:
+    tracer = Tracer(rotate=data == REAL, run=ValuelessOps() if data == META else None)
     result = Trace(tracer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_collector_paused())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_restored(model))
-        if mode is not None:
-            stack.enter_context(mode)
-        _swap_tensors(model, result, mode)
+        if data == FAKE:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _swap_tensors(model, result, data)
         _watch(model, result)
-        args, kwargs = _convert(args, tracer, mode), _convert(kwargs, tracer, mode)
-        stack.enter_context(Interceptor(tracer, fake=mode is not None))
+        args, kwargs = _convert(args, tracer, data), _convert(kwargs, tracer, data)
+        stack.enter_context(Interceptor(tracer, fake=data != REAL))
         stack.enter_context(tracer)
         try:
             out = model(*args, **kwargs)
@@ -165,6 +174,18 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: 
         out = dict(vars(out))
     result.outputs = [tracer.info(t) for t in iter_tensors(out)]
     return result
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: so many small objects, all of which stay, would set off several over the whole heap."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -196,7 +217,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             m.__dict__.update(state)
 
 
-def _swap_tensors(model: nn.Module, result: Trace, mode: FakeTensorMode | None) -> None:
+def _swap_tensors(model: nn.Module, result: Trace, data: str) -> None:
     """Put labelled stand-ins (fakes, or aliases of parameters and copies of buffers) where the model's tensors are."""
     entries = [
         (f"{prefix}.{key}" if prefix else key, table, key, tensor, table is module._parameters)
@@ -209,21 +230,21 @@ def _swap_tensors(model: nn.Module, result: Trace, mode: FakeTensorMode | None) 
     names: dict[int, str] = {}
     for name, table, key, tensor, is_parameter in entries:
         if id(tensor) not in stand_ins:
-            stand_ins[id(tensor)] = new = _stand_in(tensor, is_parameter, mode)
+            stand_ins[id(tensor)] = new = _stand_in(tensor, is_parameter, data)
             names[id(tensor)] = name
             _register(result, name, new, is_parameter)
         elif name != names[id(tensor)]:
             result.tied[name] = names[id(tensor)]
         table[key] = stand_ins[id(tensor)]
-    if mode is not None:
-        _swap_attributes(model, stand_ins)
+    if data != REAL:
+        _swap_attributes(model, stand_ins, data)
 
 
-def _stand_in(tensor: torch.Tensor, is_parameter: bool, mode: FakeTensorMode | None) -> torch.Tensor:
-    if mode is None:
+def _stand_in(tensor: torch.Tensor, is_parameter: bool, data: str) -> torch.Tensor:
+    if data == REAL:
         new = tensor.detach() if is_parameter else tensor.detach().clone()
     else:
-        new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        new = torch.empty(tensor.shape, dtype=tensor.dtype, device=_DEVICE[data])
     return nn.Parameter(new, requires_grad=False) if is_parameter else new
 
 
@@ -238,28 +259,28 @@ def _register(result: Trace, name: str, tensor: torch.Tensor, is_parameter: bool
         result.parameters.add(name)
 
 
-def _swap_attributes(model: nn.Module, stand_ins: dict[int, torch.Tensor]) -> None:
+def _swap_attributes(model: nn.Module, stand_ins: dict[int, torch.Tensor], data: str) -> None:
     """Plain tensor attributes would sit on another device than the fakes; they are constants unless they alias."""
     for module in model.modules():
         for key, value in list(module.__dict__.items()):
             if isinstance(value, torch.Tensor):
                 known = stand_ins.get(id(value))
-                module.__dict__[key] = torch.empty_like(value, device="cpu") if known is None else known
+                module.__dict__[key] = torch.empty_like(value, device=_DEVICE[data]) if known is None else known
 
 
-def _convert(value: Any, tracer: Tracer, mode: FakeTensorMode | None) -> Any:
+def _convert(value: Any, tracer: Tracer, data: str) -> Any:
     """Inputs as labelled stand-ins; containers are copied."""
     if isinstance(value, torch.Tensor):
-        new = value.detach().clone() if mode is None else torch.empty(value.shape, dtype=value.dtype, device="cpu")
+        new = torch.empty(value.shape, dtype=value.dtype) if data == FAKE else value.detach().clone()
         info = Info(tuple(ax.atom(n) for n in new.shape), (False,) * new.dim(), active=True)
         for axis in info.axes:
             ax.freeze(axis, "is a dimension of the model's input")
         tracer.label(new, info)
         return new
     if isinstance(value, Mapping):
-        return {k: _convert(v, tracer, mode) for k, v in value.items()}
+        return {k: _convert(v, tracer, data) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_convert(v, tracer, mode) for v in value)
+        return type(value)(_convert(v, tracer, data) for v in value)
     return value
 
 
@@ -279,7 +300,7 @@ def _watch(model: nn.Module, result: Trace) -> None:
         stack.append(path)
         tracer.module = path
         if id(module) in listed:
-            given = next(iter_tensors([args, kwargs]), None)
+            given = next(iter(iter_tensors([args, kwargs])), None)
             info = Info((), ()) if given is None else tracer.info(given)
             block = Block(listed[id(module)][1], info.axes)
             info.skips = info.skips | {id(block)}
@@ -290,7 +311,7 @@ def _watch(model: nn.Module, result: Trace) -> None:
         tracer.module = stack[-1] if stack else ""
         if id(module) in listed:
             block, _ = open_blocks.pop()
-            returned = next(iter_tensors([out]), None)
+            returned = next(iter(iter_tensors(out)), None)
             if returned is not None:
                 info = tracer.info(returned)
                 block.returned, block.residual = info.axes, id(block) in info.skips

@@ -7,13 +7,13 @@ dimension plus a few facts that roles and exactness are decided on. Each op is h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyprune.discovery import axes as ax
 from pyprune.discovery.axes import Axis, Mismatch
@@ -74,10 +74,12 @@ class Problem:
 class Call:
     """One op as a rule sees it: arguments by schema name, results, and the verbs that relate axes."""
 
-    __slots__ = ("args", "func", "name", "out", "tracer")
+    __slots__ = ("args", "func", "name", "out", "tensors", "tracer")
 
     def __init__(self, tracer: Tracer, func: Any, name: str, args: dict[str, Any], out: Any) -> None:
         self.tracer, self.func, self.name, self.args, self.out = tracer, func, name, args, out
+        # Every tensor among the arguments, in order.
+        self.tensors = [t for a in args.values() if a is not None for t in iter_tensors(a)]
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -89,10 +91,6 @@ class Call:
     def info(self, value: str | torch.Tensor) -> Info:
         """The Info of an argument (by name) or of a tensor."""
         return self.tracer.info(self.args[value] if isinstance(value, str) else value)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor among the arguments, in order."""
-        return list(iter_tensors(list(self.args.values())))
 
     @property
     def where(self) -> str:
@@ -149,16 +147,30 @@ class Call:
         return [int(d) % rank if rank else 0 for d in items]
 
 
-def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested lists, tuples, mappings and objects that are mappings (model outputs)."""
+def iter_tensors(value: Any) -> list[torch.Tensor]:
+    """Tensors in nested lists, tuples, mappings and objects that are mappings (model outputs), in order."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from iter_tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from iter_tensors(item)
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for item in value for t in iter_tensors(item)]
+
+
+class _Infos:
+    """Infos of living tensors, by identity. A lookup is in the path of every op, so it is one of a plain dictionary."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[torch.Tensor], Info]] = {}
+
+    def get(self, tensor: torch.Tensor) -> Info | None:
+        found = self._found.get(id(tensor))
+        return None if found is None else found[1]
+
+    def put(self, tensor: torch.Tensor, info: Info) -> None:
+        key, found = id(tensor), self._found
+        found[key] = (weakref.ref(tensor, lambda _: found.pop(key, None)), info)
 
 
 class Tracer(TorchDispatchMode):
@@ -176,9 +188,10 @@ class Tracer(TorchDispatchMode):
             are is recorded, so any choice will do.
     """
 
-    def __init__(self, rotate: bool = False) -> None:
+    def __init__(self, rotate: bool = False, run: Callable[..., Any] | None = None) -> None:
         super().__init__()
         self.rotate = rotate
+        self._run = run
         self.ranked: list[tuple[Axis, int]] = []
         self.module = ""
         self.uses: dict[tuple[str, int], set[str]] = {}
@@ -187,8 +200,10 @@ class Tracer(TorchDispatchMode):
         self.problems: dict[tuple[str, str], Problem] = {}
         self.products: list[tuple[Axis, Axis, Axis]] = []
         self.paused = False
-        self._infos: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._schemas: dict[Any, tuple[str, tuple[tuple[str, Any], ...], Callable[[Call], Any] | None]] = {}
+        # Whether any tensor so far points into an axis.
+        self._pointers = False
+        self._infos = _Infos()
+        self._schemas: dict[Any, tuple[str, dict[str, Any], Callable[[Call], Any] | None]] = {}
 
     # -- labels ------------------------------------------------------------------------------------------------------
     def info(self, tensor: torch.Tensor) -> Info:
@@ -198,20 +213,21 @@ class Tracer(TorchDispatchMode):
             found = Info(tuple(ax.atom(n) for n in tensor.shape), (False,) * tensor.dim(), made=True)
             for axis in found.axes:
                 ax.freeze(axis, "meets a tensor that is neither a parameter nor a buffer of the model")
-            self._infos[tensor] = found
+            self._infos.put(tensor, found)
         elif found.source is not None and found.root is None:
             self.touched.add(found.source[0])
         return found
 
     def label(self, tensor: torch.Tensor, info: Info) -> None:
         """Attach ``info``; the axes' sizes must be the tensor's."""
-        if tuple(a.size for a in info.axes) != tuple(tensor.shape):
-            sizes = tuple(a.size for a in info.axes)
+        axes = info.axes
+        sizes = tuple([a.size for a in axes])
+        if sizes != tensor.shape:
             raise AssertionError(f"axes {sizes} for a tensor of shape {tuple(tensor.shape)} in {self.module}")
         # A dimension of size one has no units to mask: it is zero wherever they are, vacuously.
-        info.zero = tuple(z or a.size == 1 for z, a in zip(info.zero, info.axes, strict=True))
-        self._infos[tensor] = info
-        self.seen.setdefault(tuple(id(ax.find(a)) for a in info.axes), info.axes)
+        info.zero = tuple([z or n == 1 for z, n in zip(info.zero, sizes, strict=True)])
+        self._infos.put(tensor, info)
+        self.seen.setdefault(tuple([id(ax.find(a)) for a in axes]), axes)
 
     def use(self, info: Info, dim: int, how: str) -> None:
         """Note how a parameter's dimension is used, when ``info`` is a parameter or a relabelling of one."""
@@ -220,56 +236,59 @@ class Tracer(TorchDispatchMode):
 
     # -- dispatch ----------------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {}) if self._run is not None else func(*args, **(kwargs or {}))
         if self.rotate and func is torch.ops.aten.topk.default:
             _rotate(out[1], args[0], args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1))
         if not self.paused:
             self.apply(func, args, kwargs or {}, out)
         return out
 
-    def _schema(self, func: Any) -> tuple[str, tuple[tuple[str, Any], ...], Callable[[Call], Any] | None]:
+    def _schema(self, func: Any) -> tuple[str, dict[str, Any], Callable[[Call], Any] | None]:
         entry = self._schemas.get(func)
         if entry is None:
             name = func._schema.name.split("::")[1]
-            names = tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
-            entry = self._schemas[func] = (name, names, find_rule(func, name))
+            defaults = {a.name: a.default_value if a.has_default_value() else None for a in func._schema.arguments}
+            entry = self._schemas[func] = (name, defaults, find_rule(func, name))
         return entry
 
     def apply(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """Label the results of one op."""
-        name, names, rule = self._schema(func)
+        name, defaults, rule = self._schema(func)
         if name in _SILENT:
             if name == "_local_scalar_dense":
                 self._freeze_pointed(Call(self, func, name, {"self": args[0]}, None))
             return
-        bound = {n: args[i] if i < len(args) else kwargs.get(n, default) for i, (n, default) in enumerate(names)}
+        bound = defaults | dict(zip(defaults, args, strict=False)) | kwargs
         self.run_rule(rule, Call(self, func, name, bound, out))
 
     def run_rule(self, rule: Callable[[Call], Any] | None, call: Call) -> None:
         """Let ``rule`` label the results of ``call``; without one, freeze."""
-        results = list(iter_tensors(call.out if isinstance(call.out, (list, tuple)) else [call.out]))
+        results = iter_tensors(call.out)
         if not results:
             return
-        infos = None
+        found = None
         if rule is not None:
             try:
-                infos = rule(call)
+                found = rule(call)
             except Mismatch as error:
-                infos = self._frozen(call, results, f"no common structure ({error})")
-        if infos is None:
+                found = self._frozen(call, results, f"no common structure ({error})")
+        if found is None:
             problem = self.problems.setdefault((call.name, self.module), Problem(call.name, self.module))
-            problem.axes += [a for t in call.tensors() for a in self.info(t).axes]
-            infos = self._frozen(call, results, "no rule for it: frozen")
-        if not any(i.values for i in ([infos] if isinstance(infos, Info) else infos)):
+            problem.axes += [a for t in call.tensors for a in self.info(t).axes]
+            found = self._frozen(call, results, "no rule for it: frozen")
+        infos: Sequence[Info] = [found] if isinstance(found, Info) else found
+        if any([i.values is not None for i in infos]):
+            self._pointers = True
+        elif self._pointers:
             self._freeze_pointed(call)
         before = self._infos.get(results[0])
-        made = all(self.info(t).made for t in call.tensors())
-        for tensor, info in zip(results, [infos] if isinstance(infos, Info) else infos, strict=True):
+        made = all([self.info(t).made for t in call.tensors])
+        for tensor, info in zip(results, infos, strict=True):
             info.made = made
             self.label(tensor, info)
         if before is not None and before.root is not None and call.name.endswith("_"):
             # Written in place through a view: what the base tensor was known to be holds no more.
-            root, now = before.root, self._infos[results[0]]
+            root, now = before.root, self.info(results[0])
             root.made = root.made and now.made
             now.root, root.active, root.skips = root, root.active or now.active, _NONE
             if not all(now.zero):
@@ -280,7 +299,7 @@ class Tracer(TorchDispatchMode):
         name = call.name.removesuffix("_")
         if name in _POINTER_OPS:
             return
-        for tensor in call.tensors():
+        for tensor in call.tensors:
             info = self._infos.get(tensor)
             if info is None or info.values is None:
                 continue
@@ -291,7 +310,7 @@ class Tracer(TorchDispatchMode):
                 call.freeze(info.values, "is pointed into by numbers that are computed with")
 
     def _frozen(self, call: Call, results: list[torch.Tensor], problem: str) -> list[Info]:
-        inputs = [self.info(t) for t in call.tensors()]
+        inputs = [self.info(t) for t in call.tensors]
         for info in inputs:
             for axis in info.axes:
                 call.freeze(axis, problem)

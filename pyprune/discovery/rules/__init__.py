@@ -11,6 +11,7 @@ Pointwise ops need no entry: torch tags them, and the elementwise rule takes eve
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -38,9 +39,14 @@ def rule(*names: str) -> Callable[[_Rule], _Rule]:
 
 def find_rule(func: Any, name: str) -> Callable[[Any], Any] | None:
     """The rule for an op: by name, in-place variants included, else the elementwise rule for ops tagged pointwise."""
-    for family in _FAMILIES:
-        importlib.import_module(f"{__name__}.{family}")
+    _load()
     found = RULES.get(name) or (RULES.get(name[:-1]) if name.endswith("_") and not name.endswith("__") else None)
     if found is None and func is not None and torch.Tag.pointwise in func.tags:
         found = RULES["pointwise"]
     return found
+
+
+@functools.cache
+def _load() -> None:
+    for family in _FAMILIES:
+        importlib.import_module(f"{__name__}.{family}")

@@ -87,7 +87,7 @@ def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) 
 @rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "where", "masked_fill", "nan_to_num",
       "_prelu_kernel", "log_sigmoid_forward", "bernoulli", "contiguous")  # fmt: skip
 def elementwise(call: Call) -> Info | list[Info]:
-    tensors = call.tensors()
+    tensors = call.tensors
     infos = [call.info(t) for t in tensors]
     out = call.out if isinstance(call.out, torch.Tensor) else call.out[0]
     axes, carriers = broadcast(call, infos, out.shape)

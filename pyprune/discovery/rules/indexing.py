@@ -201,7 +201,7 @@ def nonzero(call: Call) -> Info:
 
 @rule("unique2", "_unique2", "searchsorted", "bucketize")
 def by_value(call: Call) -> list[Info]:
-    infos = [call.info(t) for t in call.tensors()]
+    infos = [call.info(t) for t in call.tensors]
     for info in infos:
         for axis in info.axes:
             call.freeze(axis, "addressed by value")
