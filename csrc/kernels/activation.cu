@@ -21,7 +21,8 @@ Tiles tiles_of(const ActivationCall& c) {
 template <class T>
 Factor<T> factor_of(const Matrix& m, int64_t batches, int64_t tokens, int64_t size) {
   const int64_t bytes = static_cast<int64_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (tokens <= 1 || m.row_stride * bytes % 16 == 0) &&
+  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+                       (tokens <= 1 || m.row_stride * bytes % 16 == 0) &&
                        (batches <= 1 || m.batch_stride * bytes % 16 == 0);
   return {static_cast<const T*>(m.data), m.batch_stride, m.row_stride, size, aligned};
 }

@@ -2,9 +2,11 @@
 //
 // Tile     a block owns BLOCK_M x BLOCK_N elements of the weight and walks all samples and tokens, DEPTH tokens a step.
 //          A step's slices of both inputs are copied to shared memory asynchronously, STAGES - 1 steps ahead.
-// Thread   a warp owns WARP_M x WARP_N of the tile as 16 x 8 products: 4 numbers a thread and product. The criteria that
+// Thread   a warp owns WARP_M x WARP_N of the tile as 16 x 8 products: 4 numbers a thread and product. The criteria
+// that
 //          need squares of each sample's gradient hold a second or third such set, folded at the end of a sample.
-// Sums     a thread's own columns, then 4 lanes of a row and 8 lanes of a column by butterflies, then the warps in order
+// Sums     a thread's own columns, then 4 lanes of a row and 8 lanes of a column by butterflies, then the warps in
+// order
 //          through shared memory: partial sums [col tiles, rows] and [row tiles, cols].
 // float32  every factor is split into two numbers of 11 bits, and three of the four products are taken: their error is
 //          about 2^-22, as that of float32 itself, where plain TF32 would leave 2^-11.
@@ -187,7 +189,7 @@ constexpr int kStageElements = Multiply<T>::DEPTH * (S::BLOCK_M + kPad + S::BLOC
 
 // Dynamic shared memory of a block: the stages, used again for the sums of the warps, which are smaller.
 template <class T, class S>
-constexpr int kSharedBytes = S::STAGES* kStageElements<T, S>* static_cast<int>(sizeof(T));
+constexpr int kSharedBytes = S::STAGES * kStageElements<T, S> * static_cast<int>(sizeof(T));
 
 __device__ inline float quad_sum(float x) {  // over the four lanes that share a row
   x += __shfl_xor_sync(0xffffffffu, x, 1);

@@ -1,6 +1,7 @@
 // Sums over tokens, channel by channel: of products of two tensors, or of one tensor and its squares.
 //
-// Tile     32 lanes of V channels (V elements are one 16-byte word) x a number of tokens of one sample: as many as leave
+// Tile     32 lanes of V channels (V elements are one 16-byte word) x a number of tokens of one sample: as many as
+// leave
 //          a thousand tiles or more, 32 to 512.
 // Thread   lane l of every warp owns channels l*V .. l*V+V-1 and holds their sums in registers; warp k takes tokens
 //          4k .. 4k+3 of every 32, with all loads of the four in flight before the first is used.
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, 2) channel_tiles(const Job job) {
     }
   }
   write_sums<V>(shared[0], sums, job.sums + rest * job.channels + first, job.channels - first);
-  if constexpr (!DOTS) write_sums<V>(shared[1], squares, job.squares + rest * job.channels + first, job.channels - first);
+  if constexpr (!DOTS)
+    write_sums<V>(shared[1], squares, job.squares + rest * job.channels + first, job.channels - first);
 }
 
 int64_t size_of(Dtype dtype) {
@@ -140,7 +142,8 @@ void launch(const Job& job, bool dots, unsigned grid, cudaStream_t stream) {
 int64_t channel_workspace(const ChannelCall& c) {
   const Job job = job_of(c);
   const int64_t sums = c.b.data == nullptr ? 2 : 1;
-  return job.token_tiles > 1 ? sums * c.batches * job.token_tiles * c.channels * static_cast<int64_t>(sizeof(float)) : 0;
+  return job.token_tiles > 1 ? sums * c.batches * job.token_tiles * c.channels * static_cast<int64_t>(sizeof(float))
+                             : 0;
 }
 
 cudaError_t channel_sums_cuda(const ChannelCall& c, void* workspace, cudaStream_t stream) {

@@ -16,8 +16,8 @@ struct Reduction {
   int64_t count, length, pieces;  // pieces = ceil(length / kReduceCols)
 };
 
-// All of the jobs in one launch: `jobs` and `first` are device memory, first[i] = batches * pieces of the jobs before i,
-// and `blocks` is their number.
+// All of the jobs in one launch: `jobs` and `first` are device memory, first[i] = batches * pieces of the jobs before
+// i, and `blocks` is their number.
 cudaError_t add_parts(const Reduction* jobs, const int64_t* first, int count, int64_t blocks, cudaStream_t stream);
 
 // Two jobs in one launch without a table in device memory: nothing is copied, and the host does not wait. A job with no

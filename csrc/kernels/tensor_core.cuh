@@ -60,7 +60,8 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// c [16, 8] += a [16, 8] b [8, 8] of a warp; operands are float32 bit patterns of which the hardware reads the upper 19.
+// c [16, 8] += a [16, 8] b [8, 8] of a warp; operands are float32 bit patterns of which the hardware reads the
+// upper 19.
 __device__ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

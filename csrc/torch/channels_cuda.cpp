@@ -6,27 +6,25 @@
 namespace pyprune {
 namespace {
 
-// Runs the kernel on a [B, T, C] or [T, C], beside b or alone.
-void channel_sums(const char* what, const Tensor& a, const Tensor* b, const Tensor& sums, const Tensor* squares) {
+// Sums over a [B, T, C] or [T, C], beside b or alone.
+void channel_sums(const char* what, const Tensor& a, const Tensor* b, Tensor& sums, Tensor* squares) {
   const CudaScope scope(a);
+  if (a.numel() == 0) {  // there is no memory to point at
+    torch::stable::zero_(sums);
+    if (squares != nullptr) torch::stable::zero_(*squares);
+    return;
+  }
   const Tensor first = with_neighbouring_columns(a);
-  const View v(first);
+  const Tensor second = b == nullptr ? first : with_neighbouring_columns(*b);
+  const View v(first), w(second);
   ChannelCall call{};
   call.dtype = dtype_of(a);
   STD_TORCH_CHECK(call.dtype != Dtype::float64, "pyprune::", what, ": float64 is for the CPU");
   call.batches = v.size[0], call.tokens = v.size[1], call.channels = v.size[2];
   call.a = {first.const_data_ptr(), v.stride[0], v.stride[1]};
+  if (b != nullptr) call.b = {second.const_data_ptr(), w.stride[0], w.stride[1]};
   call.sums = static_cast<float*>(sums.mutable_data_ptr());
   call.squares = squares == nullptr ? nullptr : static_cast<float*>(squares->mutable_data_ptr());
-  const Tensor second = with_neighbouring_columns(b == nullptr ? first : *b);
-  // A product over nothing has no data to point at: zeros, as the sums of a alone over nothing.
-  if (b != nullptr && a.numel() > 0) {
-    const View w(second);
-    call.b = {second.const_data_ptr(), w.stride[0], w.stride[1]};
-  } else if (b != nullptr) {
-    torch::stable::zero_(const_cast<Tensor&>(sums));
-    return;
-  }
   const Tensor workspace = scope.workspace(a, channel_workspace(call));
   check_cuda(channel_sums_cuda(call, workspace.mutable_data_ptr(), scope.stream()), what);
 }
@@ -36,15 +34,15 @@ Tensor channel_dots(const Tensor a, const Tensor b) {
   for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(a.size(d) == b.size(d), "pyprune::channel_dots: shapes differ");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "pyprune::channel_dots: dtypes differ");
   check_one_device({a, b}, a.get_device_index(), "channel_dots");
-  const Tensor sums = torch::stable::new_empty(a, {a.size(0), a.size(2)}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(a, {a.size(0), a.size(2)}, ScalarType::Float);
   channel_sums("channel_dots", a, &b, sums, nullptr);
   return sums;
 }
 
 std::tuple<Tensor, Tensor> channel_moments(const Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2, "pyprune::channel_moments: a tensor of 2 dimensions");
-  const Tensor sums = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
-  const Tensor squares = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
+  Tensor squares = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
   channel_sums("channel_moments", x, nullptr, sums, &squares);
   return {sums, squares};
 }
