@@ -22,15 +22,8 @@ __device__ inline uint4 load16_aligned(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
-// Sixteen bytes from any address that is a multiple of two: the two aligned words around it, shifted together. Both
-// words hold at least one wanted byte, so nothing outside the tensor's own sixteen-byte granules is touched.
-__device__ inline uint4 load16_shifted(const void* address) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-  const uint32_t off = static_cast<uint32_t>(at & 15);
-  const uint4* words = reinterpret_cast<const uint4*>(at - off);
-  const uint4 lo = __ldg(words);
-  if (off == 0) return lo;
-  const uint4 hi = __ldg(words + 1);
+// Bytes off .. off + 15 of two neighbouring words.
+__device__ inline uint4 shifted(uint4 lo, uint4 hi, uint32_t off) {
   uint32_t a = lo.x, b = lo.y, c = lo.z, d = lo.w, e = hi.x, f = hi.y, g = hi.z;
   if (off & 8) {
     a = c, b = d, c = e, d = f, e = g, f = hi.w;
@@ -42,6 +35,38 @@ __device__ inline uint4 load16_shifted(const void* address) {
   const uint32_t bits = (off & 3) * 8;
   return make_uint4(__funnelshift_r(a, b, bits), __funnelshift_r(b, c, bits), __funnelshift_r(c, d, bits),
                     __funnelshift_r(d, e, bits));
+}
+
+// A mask of the lowest `bytes` bytes of a word; none below zero, all from four on.
+__device__ inline uint32_t low_bytes(int bytes) {
+  return bytes <= 0 ? 0u : bytes >= 4 ? 0xffffffffu : (1u << (8 * bytes)) - 1;
+}
+
+// Sixteen bytes from any address that is a multiple of two: the two aligned words around it, shifted together. Both
+// words hold at least one wanted byte, so nothing outside the tensor's own sixteen-byte granules is touched.
+__device__ inline uint4 load16_shifted(const void* address) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  const uint32_t off = static_cast<uint32_t>(at & 15);
+  const uint4* words = reinterpret_cast<const uint4*>(at - off);
+  const uint4 lo = __ldg(words);
+  return off == 0 ? lo : shifted(lo, __ldg(words + 1), off);
+}
+
+// The first `bytes` of sixteen from any address that is a multiple of two, the others zero. The second word is touched
+// only when it holds wanted bytes.
+__device__ inline uint4 load16_partial(const void* address, int bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  const uint32_t off = static_cast<uint32_t>(at & 15);
+  const uint4* words = reinterpret_cast<const uint4*>(at - off);
+  const uint4 none = make_uint4(0, 0, 0, 0);
+  const uint4 lo = bytes > 0 ? __ldg(words) : none;
+  const uint4 hi = static_cast<int>(off) + bytes > 16 ? __ldg(words + 1) : none;
+  uint4 x = shifted(lo, hi, off);
+  x.x &= low_bytes(bytes);
+  x.y &= low_bytes(bytes - 4);
+  x.z &= low_bytes(bytes - 8);
+  x.w &= low_bytes(bytes - 12);
+  return x;
 }
 
 // COUNT elements of T as they lie in memory, in registers.
@@ -65,13 +90,13 @@ struct Packed {
     }
   }
 
-  // The first `valid` elements one by one, the others zero.
+  // The first `valid` elements, the others zero.
   __device__ void load_some(const T* from, int valid) {
-    clear();
-    T* to = reinterpret_cast<T*>(word);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      if (i < valid) to[i] = from[i];
+    for (int i = 0; i < kWords; ++i) {
+      constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+      const int left = valid - i * kEach;
+      word[i] = load16_partial(from + i * kEach, (left < 0 ? 0 : left < kEach ? left : kEach) * sizeof(T));
     }
   }
 

@@ -1,4 +1,4 @@
-// Salience of many tensors: tables, the launch of the first pass, and the second pass that adds up partial sums.
+// Salience of many tensors: tables, and the launches of both passes.
 
 #include "salience.h"
 
@@ -6,47 +6,12 @@
 #include <vector>
 
 #include "../planning/chunks.h"
+#include "parts.h"
 #include "salience_tile.cuh"
 #include "workspace.h"
 
 namespace pyprune {
 namespace {
-
-constexpr int kReduceThreads = 256;
-constexpr int kReduceCols = 32;                              // sums that a block forms
-constexpr int kReduceSlices = kReduceThreads / kReduceCols;  // threads that share one sum
-
-// out[b, i] = sum over k of parts[b, k, i]
-struct Reduction {
-  const float* parts;
-  float* out;
-  int64_t count, length, pieces;  // pieces = ceil(length / kReduceCols)
-};
-
-// Block: 32 sums of one batch. Thread (s, i) adds parts k = s, s + 8, ... of sum i in float64, k ascending; the eight
-// slices are then added in order. Reads each partial sum once, 128 bytes a warp.
-__global__ void __launch_bounds__(kReduceThreads) add_parts(const Reduction* jobs, const int64_t* first, int count) {
-  __shared__ double shared[kReduceSlices][kReduceCols];
-  const int index = tensor_of(first, count, blockIdx.x);
-  const Reduction& job = jobs[index];
-  const int64_t piece = static_cast<int64_t>(blockIdx.x) - first[index];
-  const int64_t batch = piece / job.pieces;
-  const int i = threadIdx.x % kReduceCols, slice = threadIdx.x / kReduceCols;
-  const int64_t col = piece % job.pieces * kReduceCols + i;
-  double sum = 0.0;
-  if (col < job.length) {
-    const float* parts = job.parts + batch * job.count * job.length + col;
-#pragma unroll 4
-    for (int64_t k = slice; k < job.count; k += kReduceSlices) sum += static_cast<double>(parts[k * job.length]);
-  }
-  shared[slice][i] = sum;
-  __syncthreads();
-  if (slice == 0 && col < job.length) {
-#pragma unroll
-    for (int s = 1; s < kReduceSlices; ++s) sum += shared[s][i];
-    job.out[batch * job.length + col] = static_cast<float>(sum);
-  }
-}
 
 bool multiple_of_16(const Matrix& m, int64_t batches, int64_t rows, int64_t element_size) {
   if (m.data == nullptr) return true;
@@ -185,11 +150,8 @@ cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_
     if (status == cudaSuccess) status = first_pass(formula, launch, stream);
   }
   const int64_t blocks = first_items(plan.reduction_blocks).back();
-  if (status != cudaSuccess || blocks == 0) return status;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  add_parts<<<static_cast<unsigned>(blocks), kReduceThreads, 0, stream>>>(plan.device_reductions, plan.device_first,
-                                                                          static_cast<int>(plan.reductions.size()));
-  return cudaGetLastError();
+  if (status != cudaSuccess) return status;
+  return add_parts(plan.device_reductions, plan.device_first, static_cast<int>(plan.reductions.size()), blocks, stream);
 }
 
 }  // namespace pyprune

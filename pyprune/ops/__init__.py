@@ -1,13 +1,15 @@
 """Kernels: the arithmetic and the memory movement of pruning, on CPU and CUDA, with a PyTorch reference for each.
 
 :func:`salience` sums a per-element importance over rows and columns, :func:`accumulate_square_` keeps the diagonal of
-the empirical Fisher matrix, :func:`gather` copies kept slices. Each takes lists of tensors, so one call serves a whole
-model. Where no compiled library is installed, :mod:`pyprune.ops.reference` computes the same.
+the empirical Fisher matrix, :func:`gather` copies kept slices: they take lists of tensors, so one call serves a whole
+model. :func:`activation_salience` scores one weight from activations, without its gradient. Where no compiled library
+is installed, :mod:`pyprune.ops.reference` computes the same.
 """
 
 from pyprune.ops._native import backend_info
 from pyprune.ops.accumulate import accumulate_square_
+from pyprune.ops.activation import activation_salience
 from pyprune.ops.gather import gather
 from pyprune.ops.salience import salience
 
-__all__ = ["accumulate_square_", "backend_info", "gather", "salience"]
+__all__ = ["accumulate_square_", "activation_salience", "backend_info", "gather", "salience"]

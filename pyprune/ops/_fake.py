@@ -20,6 +20,14 @@ def _salience(
     return weights[0].new_empty(rows, dtype=dtype), weights[0].new_empty(cols, dtype=dtype)
 
 
+@torch.library.register_fake("pyprune::activation_salience")
+def _activation_salience(
+    x: Tensor, dy: Tensor, weight: Tensor, formula: int, transposed: bool, gradient_scale: float, curvature_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Row sums [weight.shape[0]] and column sums [weight.shape[1]]."""
+    return tuple(weight.new_empty(size, dtype=torch.float32) for size in weight.shape)  # type: ignore[return-value]
+
+
 @torch.library.register_fake("pyprune::accumulate_square_")
 def _accumulate_square(curvatures: list[Tensor], grads: list[Tensor], scale: float) -> None:
     """In place: nothing is returned."""

@@ -63,6 +63,25 @@ def salience(
     return rows, cols
 
 
+def activation_salience(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    formula: str,
+    transposed: bool = False,
+    *,
+    gradient_scale: float = 1.0,
+    curvature_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Every sample's gradient at once, [samples, rows, columns]; see :func:`pyprune.ops.activation_salience`."""
+    dtype = accumulation_dtype(weight.dtype)
+    rows_input, cols_input = (x, dy) if transposed else (dy, x)
+    each = rows_input.detach().to(dtype).transpose(1, 2) @ cols_input.detach().to(dtype)
+    g, h = gradient_scale * each.sum(0), curvature_scale * each.square().sum(0)
+    rows, cols = salience(formula, [weight], [g], [h])
+    return rows[0], cols[0]
+
+
 def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
     """``h += scale * g * g`` in place; see :func:`pyprune.ops.accumulate_square_`."""
     for h, g in zip(curvatures, grads, strict=True):

@@ -1,0 +1,364 @@
+// Salience from activations: tiles of the gradient are formed on the tensor cores and spent in registers.
+//
+// Tile     a block owns BLOCK_M x BLOCK_N elements of the weight and walks all samples and tokens, DEPTH tokens a step.
+//          A step's slices of both inputs are copied to shared memory asynchronously, STAGES - 1 steps ahead.
+// Thread   a warp owns WARP_M x WARP_N of the tile as 16 x 8 products: 4 numbers a thread and product. The criteria
+// that
+//          need squares of each sample's gradient hold a second or third such set, folded at the end of a sample.
+// Sums     a thread's own columns, then 4 lanes of a row and 8 lanes of a column by butterflies, then the warps in
+// order
+//          through shared memory: partial sums [col tiles, rows] and [row tiles, cols].
+// float32  every factor is split into two numbers of 11 bits, and three of the four products are taken: their error is
+//          about 2^-22, as that of float32 itself, where plain TF32 would leave 2^-11.
+// Bytes    the weight once, the inputs once a row or column of tiles (from the second-level cache), partial sums.
+// Floor    2 * rows * cols * tokens operations over the rate of the tensor cores (three times that for float32).
+#pragma once
+
+#include "activation.h"
+#include "device.cuh"
+#include "tensor_core.cuh"
+
+namespace pyprune {
+
+// One of the two factors of the gradient, as the kernel sees it: [batches, tokens, size].
+template <class T>
+struct Factor {
+  const T* data;
+  int64_t batch_stride, token_stride, size;
+  bool aligned;  // every token starts at a multiple of 16 bytes
+};
+
+template <class T>
+struct ActivationJob {
+  Factor<T> rows, cols;
+  const T* weight;
+  int64_t weight_stride;
+  int64_t batches, tokens, row_tiles, col_tiles;
+  float gradient_scale, curvature_scale;
+  float* row_parts;  // [col_tiles, rows]
+  float* col_parts;  // [row_tiles, cols]
+};
+
+// What is held of G_b: the running sum over samples (in the accumulators themselves), the sum of squares, or both.
+struct TaylorSignedTile {
+  static constexpr bool sum = true, squares = false;
+  static __device__ float at(float w, float g, float) { return w * g; }
+};
+struct TaylorAbsTile {
+  static constexpr bool sum = true, squares = false;
+  static __device__ float at(float w, float g, float) { return fabsf(w * g); }
+};
+struct FisherTile {
+  static constexpr bool sum = false, squares = true;
+  static __device__ float at(float w, float, float h) { return w * w * h; }
+};
+struct MixedTile {
+  static constexpr bool sum = true, squares = true;
+  static __device__ float at(float w, float g, float h) { return fabsf(w * g - (w * w * h) * 0.5f); }
+};
+
+template <int BLOCK_M_, int BLOCK_N_, int WARP_M_, int WARP_N_, int STAGES_>
+struct TileShape {
+  static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, WARP_M = WARP_M_, WARP_N = WARP_N_, STAGES = STAGES_;
+  static constexpr int WARPS_M = BLOCK_M / WARP_M, WARPS_N = BLOCK_N / WARP_N, THREADS = 32 * WARPS_M * WARPS_N;
+  static constexpr int MT = WARP_M / 16, NT = WARP_N / 8;  // products of a warp
+};
+
+// Sizes of a block's tile; activation.cu lays out the partial sums by them.
+constexpr int kBlockRows = 128;
+constexpr int block_cols(bool sum, bool squares, bool wide) {
+  return sum && squares ? 64 : squares || wide ? 128 : 256;
+}
+
+// As many sums as fit into 255 registers: one set of 128 numbers a thread, two of 64, or three of 32.
+template <class F, class T, int COLS = block_cols(F::sum, F::squares, sizeof(T) == 4)>
+struct ShapeOf;
+template <class F, class T>
+struct ShapeOf<F, T, 256> {
+  using type = TileShape<kBlockRows, 256, 64, 64, 3>;
+};
+template <class F, class T>
+struct ShapeOf<F, T, 128> {
+  using type = TileShape<kBlockRows, 128, 64, 32, 4>;
+};
+template <class F, class T>
+struct ShapeOf<F, T, 64> {
+  using type = TileShape<kBlockRows, 64, 32, 32, 4>;
+};
+
+// Padding of a row in shared memory, in elements: the eight addresses of a fragment load fall on different banks.
+constexpr int kPad = 8;
+
+// How a warp multiplies DEPTH tokens of both slices, by type.
+template <class T>
+struct Multiply {
+  static constexpr int DEPTH = 32;
+
+  template <int MT, int NT>
+  static __device__ void step(const T* a, int a_row, const T* b, int b_row, float (&c)[MT][NT][4]) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+      uint32_t fa[MT][4], fb[NT][2];
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+        load_transposed(fa[i], a + (k + matrix / 2 * 8 + row) * a_row + i * 16 + matrix % 2 * 8);
+      }
+#pragma unroll
+      for (int j = 0; j < NT; j += 2) {
+        uint32_t both[4];
+        load_transposed(both, b + (k + matrix % 2 * 8 + row) * b_row + j * 8 + matrix / 2 * 8);
+        fb[j][0] = both[0], fb[j][1] = both[1];
+        fb[j + 1][0] = both[2], fb[j + 1][1] = both[3];
+      }
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) multiply_add(c[i][j], fa[i], fb[j], T{});
+      }
+    }
+  }
+};
+
+template <>
+struct Multiply<float> {
+  static constexpr int DEPTH = 16;
+
+  // x = big + small within 2^-22 of it.
+  static __device__ void split(float x, uint32_t& big, uint32_t& small) {
+    big = round_to_tf32(x);
+    small = round_to_tf32(x - __uint_as_float(big));
+  }
+
+  template <int MT, int NT>
+  static __device__ void step(const float* a, int a_row, const float* b, int b_row, float (&c)[MT][NT][4]) {
+    const int lane = threadIdx.x % 32, col = lane / 4, token = lane % 4;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 8) {
+      uint32_t big_b[NT][2], small_b[NT][2];
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          split(b[(k + token + r * 4) * b_row + j * 8 + col], big_b[j][r], small_b[j][r]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+        uint32_t big_a[4], small_a[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          split(a[(k + token + r / 2 * 4) * a_row + i * 16 + r % 2 * 8 + col], big_a[r], small_a[r]);
+        }
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {  // small products first
+          multiply_add_tf32(c[i][j], small_a, big_b[j]);
+          multiply_add_tf32(c[i][j], big_a, small_b[j]);
+          multiply_add_tf32(c[i][j], big_a, big_b[j]);
+        }
+      }
+    }
+  }
+};
+
+// Tokens token .. token + DEPTH - 1, channels first .. first + WIDTH - 1 of one sample, zeros outside.
+template <class T, int WIDTH, int THREADS>
+__device__ inline void copy_slice(T* to, const Factor<T>& f, int64_t batch, int64_t token, int64_t tokens,
+                                  int64_t first) {
+  constexpr int EACH = 16 / static_cast<int>(sizeof(T)), PER_TOKEN = WIDTH / EACH;
+  constexpr int WORDS = Multiply<T>::DEPTH * PER_TOKEN;
+  static_assert(WORDS % THREADS == 0, "all threads copy alike");
+#pragma unroll
+  for (int i = 0; i < WORDS / THREADS; ++i) {
+    const int word = static_cast<int>(threadIdx.x) + i * THREADS;
+    const int row = word / PER_TOKEN, col = word % PER_TOKEN * EACH;
+    const int64_t left = token + row < tokens ? f.size - first - col : 0;
+    const int bytes = left <= 0 ? 0 : left < EACH ? static_cast<int>(left) * static_cast<int>(sizeof(T)) : 16;
+    const T* from = bytes > 0 ? f.data + batch * f.batch_stride + (token + row) * f.token_stride + first + col : f.data;
+    T* at = to + row * (WIDTH + kPad) + col;
+    if (f.aligned) {
+      copy16_async(at, from, bytes);
+    } else {
+      *reinterpret_cast<uint4*>(at) = load16_partial(from, bytes);
+    }
+  }
+}
+
+template <class T, class S>
+constexpr int kStageElements = Multiply<T>::DEPTH * (S::BLOCK_M + kPad + S::BLOCK_N + kPad);
+
+// Dynamic shared memory of a block: the stages, used again for the sums of the warps, which are smaller.
+template <class T, class S>
+constexpr int kSharedBytes = S::STAGES * kStageElements<T, S> * static_cast<int>(sizeof(T));
+
+__device__ inline float quad_sum(float x) {  // over the four lanes that share a row
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ inline float column_sum(float x) {  // over the eight lanes that share a column
+  x += __shfl_xor_sync(0xffffffffu, x, 4);
+  x += __shfl_xor_sync(0xffffffffu, x, 8);
+  return x + __shfl_xor_sync(0xffffffffu, x, 16);
+}
+
+// grid: row_tiles * col_tiles, row tiles first, so that blocks that run together share the columns' slices.
+template <class F, class T, class S>
+__global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const ActivationJob<T> job) {
+  constexpr int A_ROW = S::BLOCK_M + kPad, B_ROW = S::BLOCK_N + kPad, DEPTH = Multiply<T>::DEPTH;
+  constexpr int STAGE = kStageElements<T, S>, MT = S::MT, NT = S::NT;
+  static_assert((S::WARPS_N * S::BLOCK_M + S::WARPS_M * S::BLOCK_N) * sizeof(float) <= kSharedBytes<T, S>, "sums fit");
+  constexpr bool KEEP_SUM = F::sum && F::squares;
+  T* const stages = reinterpret_cast<T*>(dynamic_shared());
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_m = warp % S::WARPS_M * S::WARP_M, warp_n = warp / S::WARPS_M * S::WARP_N;
+  const int64_t row_tile = blockIdx.x % job.row_tiles, col_tile = blockIdx.x / job.row_tiles;
+  const int64_t first_row = row_tile * S::BLOCK_M, first_col = col_tile * S::BLOCK_N;
+  const int64_t steps = (job.tokens + DEPTH - 1) / DEPTH * job.batches;
+
+  float acc[MT][NT][4], sum[KEEP_SUM ? MT : 1][KEEP_SUM ? NT : 1][4];
+  float squares[F::squares ? MT : 1][F::squares ? NT : 1][4];
+#pragma unroll
+  for (int i = 0; i < MT * NT * 4; ++i) {
+    acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+    if constexpr (F::squares) squares[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+    if constexpr (KEEP_SUM) sum[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+  }
+
+  int64_t load_batch = 0, load_token = 0, loaded = 0;
+  int load_stage = 0;
+  const auto load_next = [&] {
+    if (loaded < steps) {
+      T* const to = stages + load_stage * STAGE;
+      copy_slice<T, S::BLOCK_M, S::THREADS>(to, job.rows, load_batch, load_token, job.tokens, first_row);
+      copy_slice<T, S::BLOCK_N, S::THREADS>(to + DEPTH * A_ROW, job.cols, load_batch, load_token, job.tokens,
+                                            first_col);
+      load_token += DEPTH;
+      if (load_token >= job.tokens) load_token = 0, ++load_batch;
+      load_stage = load_stage + 1 == S::STAGES ? 0 : load_stage + 1;
+      ++loaded;
+    }
+    commit_copies();  // an empty group where nothing is left, so that the count of groups stays that of steps
+  };
+#pragma unroll
+  for (int i = 0; i < S::STAGES - 1; ++i) load_next();
+
+  int64_t token = 0;
+  int stage = 0;
+  for (int64_t step = 0; step < steps; ++step) {
+    wait_copies<S::STAGES - 2>();
+    __syncthreads();  // this step's slices are there for all, and all have done with the stage that is filled next
+    load_next();
+    const T* const a = stages + stage * STAGE;
+    Multiply<T>::template step<MT, NT>(a + warp_m, A_ROW, a + DEPTH * A_ROW + warp_n, B_ROW, acc);
+    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
+    token += DEPTH;
+    if constexpr (F::squares) {
+      if (token >= job.tokens) {  // the sample's gradient is complete
+        token = 0;
+#pragma unroll
+        for (int i = 0; i < MT * NT * 4; ++i) {
+          float& g = acc[i / 4 / NT][i / 4 % NT][i % 4];
+          squares[i / 4 / NT][i / 4 % NT][i % 4] += g * g;
+          if constexpr (KEEP_SUM) sum[i / 4 / NT][i / 4 % NT][i % 4] += g;
+          g = 0.0f;
+        }
+      }
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();  // shared memory changes hands
+
+  float* const row_sums = reinterpret_cast<float*>(dynamic_shared());  // [WARPS_N, BLOCK_M]
+  float* const col_sums = row_sums + S::WARPS_N * S::BLOCK_M;          // [WARPS_M, BLOCK_N]
+  float cols[NT][2];
+#pragma unroll
+  for (int j = 0; j < NT; ++j) cols[j][0] = cols[j][1] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MT; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int tile_row = warp_m + i * 16 + half * 8 + lane / 4;
+      const int64_t row = first_row + tile_row;
+      float total = 0.0f;
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t col = first_col + warp_n + j * 8 + lane % 4 * 2 + e;
+          if (row < job.rows.size && col < job.cols.size) {
+            const float w = widen(job.weight[row * job.weight_stride + col]);
+            float g = 0.0f, h = 0.0f;
+            if constexpr (KEEP_SUM) {
+              g = job.gradient_scale * sum[i][j][half * 2 + e];
+            } else if constexpr (F::sum) {
+              g = job.gradient_scale * acc[i][j][half * 2 + e];
+            }
+            if constexpr (F::squares) h = job.curvature_scale * squares[i][j][half * 2 + e];
+            const float s = F::at(w, g, h);
+            total += s;
+            cols[j][e] += s;
+          }
+        }
+      }
+      total = quad_sum(total);
+      if (lane % 4 == 0) row_sums[warp / S::WARPS_M * S::BLOCK_M + tile_row] = total;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < NT; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float total = column_sum(cols[j][e]);
+      if (lane / 4 == 0) col_sums[warp % S::WARPS_M * S::BLOCK_N + warp_n + j * 8 + lane % 4 * 2 + e] = total;
+    }
+  }
+  __syncthreads();
+  for (int r = threadIdx.x; r < S::BLOCK_M && first_row + r < job.rows.size; r += S::THREADS) {
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < S::WARPS_N; ++k) total += row_sums[k * S::BLOCK_M + r];
+    job.row_parts[col_tile * job.rows.size + first_row + r] = total;
+  }
+  for (int c = threadIdx.x; c < S::BLOCK_N && first_col + c < job.cols.size; c += S::THREADS) {
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < S::WARPS_M; ++k) total += col_sums[k * S::BLOCK_N + c];
+    job.col_parts[row_tile * job.cols.size + first_col + c] = total;
+  }
+}
+
+template <class F, class T>
+cudaError_t launch_tiles(const ActivationJob<T>& job, cudaStream_t stream) {
+  using S = typename ShapeOf<F, T>::type;
+  constexpr int kShared = kSharedBytes<T, S>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(activation_tiles<F, T, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (status != cudaSuccess) return status;
+  const unsigned grid = static_cast<unsigned>(job.row_tiles * job.col_tiles);
+  activation_tiles<F, T, S><<<grid, S::THREADS, kShared, stream>>>(job);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_formula(Formula formula, const ActivationJob<T>& job, cudaStream_t stream) {
+  switch (formula) {
+    case Formula::taylor_signed:
+      return launch_tiles<TaylorSignedTile>(job, stream);
+    case Formula::taylor_abs:
+      return launch_tiles<TaylorAbsTile>(job, stream);
+    case Formula::fisher:
+      return launch_tiles<FisherTile>(job, stream);
+    case Formula::mixed:
+      return launch_tiles<MixedTile>(job, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// One per type, each in a file of its own so that they compile side by side.
+cudaError_t launch_activation(Formula formula, const ActivationJob<__nv_bfloat16>& job, cudaStream_t stream);
+cudaError_t launch_activation(Formula formula, const ActivationJob<__half>& job, cudaStream_t stream);
+cudaError_t launch_activation(Formula formula, const ActivationJob<float>& job, cudaStream_t stream);
+
+}  // namespace pyprune

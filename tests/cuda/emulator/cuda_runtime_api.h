@@ -1,0 +1,101 @@
+// Just enough of CUDA to compile the kernels of csrc/kernels with a C++ compiler and run them on the CPU.
+//
+// A block's threads are fibers that one processor thread runs in turn. They give way at __syncthreads and at the
+// operations of a warp, which are carried out when all 32 lanes have arrived. Shared memory is static, and filled with
+// NaN before each block; blocks run one after the other.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __device__
+#define __host__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+using cudaStream_t = void*;
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaMemcpyHostToDevice };
+
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
+  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+struct dim3 {
+  unsigned x;
+  explicit dim3(unsigned n) : x(n) {}
+  operator unsigned() const { return x; }
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (shift & 31));
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+namespace emulator {
+
+struct Index {
+  unsigned x;
+};
+extern Index thread, block;
+constexpr int kSharedBytes = 227 * 1024;
+extern char dynamic_shared[kSharedBytes];
+
+void launch(unsigned grid, unsigned threads, int shared_bytes, const std::function<void()>& kernel);
+void block_barrier();
+
+// Waits for all lanes of the warp; the last one to arrive runs `work` with what each lane brought.
+void together(void* mine, const std::function<void(void* const (&lanes)[32])>& work);
+
+}  // namespace emulator
+
+#define threadIdx emulator::thread
+#define blockIdx emulator::block
+
+inline void __syncthreads() {
+  emulator::block_barrier();
+}
+inline float __shfl_xor_sync(uint32_t, float x, int offset) {
+  struct Lane {
+    float in, out;
+  } mine{x, 0.0f};
+  emulator::together(&mine, [&](void* const(&lanes)[32]) {
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->out = static_cast<Lane*>(lanes[i ^ offset])->in;
+  });
+  return mine.out;
+}

@@ -1,0 +1,148 @@
+"""The CUDA kernels' own code, run on the CPU: indices, bounds, fragment layouts, barriers, and the order of sums."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from pathlib import Path
+
+import helpers_emulation as emulation
+import pytest
+import torch
+from helpers_ops import FLOATS, assert_salience, inputs
+from torch import Tensor
+
+from pyprune.ops import reference
+
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulation.build(tmp_path_factory.mktemp("emulated"))
+
+
+def layer(samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = [(samples, tokens, inputs), (samples, tokens, outputs), (outputs, inputs)]
+    return tuple(torch.randn(s).to(dtype) for s in shapes)  # type: ignore[return-value]
+
+
+def assert_activation(
+    library: ctypes.CDLL, x: Tensor, dy: Tensor, weight: Tensor, formula: str, transposed: bool = False
+) -> None:
+    wide = [t.double() for t in (x, dy, weight)]
+    options = {"transposed": transposed, "gradient_scale": 0.5, "curvature_scale": 0.25}
+    expected = reference.activation_salience(*wide, formula, **options)
+    parts = {"taylor_signed": ["taylor_abs"], "mixed": ["taylor_abs", "fisher"]}.get(formula, [formula])
+    masses = [reference.activation_salience(*(t.abs() for t in wide), part, **options) for part in parts]
+    got = emulation.activation_salience(library, x, dy, weight, formula, transposed, (0.5, 0.25))
+    for side in (0, 1):
+        error = (got[side].double() - expected[side]).abs()
+        assert bool((error <= 1e-6 * sum(m[side] for m in masses)).all()), (formula, weight.dtype, tuple(x.shape))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("formula", ["taylor_signed", "taylor_abs", "fisher", "mixed"])
+def test_salience_from_activations_matches_float64(formula: str, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    """Less than a tile, ragged tiles, several tiles either way; aligned rows and rows of odd length."""
+    for size in ((1, 1, 1, 1), (2, 5, 7, 3), (3, 20, 24, 40), (1, 33, 131, 129), (2, 65, 264, 136)):
+        x, dy, weight = layer(*size, dtype)
+        assert_activation(library, x, dy, weight, formula)
+        assert_activation(library, x, dy, weight.t().contiguous(), formula, transposed=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_salience_from_activations_reads_views_in_place(dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    """Unaligned starts and row lengths, gaps between tokens and samples, samples that are not one after the other."""
+    x, dy, weight = layer(4, 40, 80, 72, dtype)
+    assert_activation(library, x[:, :, 3:67], dy[:, :, 1:], weight[1:, 3:67], "mixed")
+    assert_activation(library, x[::2, ::3], dy[::2, ::3], weight, "fisher")
+    assert_activation(library, x[1:, 2:], dy[1:, 2:], weight, "taylor_abs")
+    assert_activation(library, x.transpose(0, 1), dy.transpose(0, 1), weight, "taylor_signed")
+    assert_activation(library, x[:1].expand(3, 40, 80), dy[1:], weight, "fisher")
+
+
+def test_salience_from_activations_of_nothing_is_zero(library: ctypes.CDLL) -> None:
+    for size in ((0, 5, 6, 4), (2, 0, 6, 4), (2, 5, 0, 4), (2, 5, 6, 0)):
+        for sums in emulation.activation_salience(library, *layer(*size, torch.bfloat16), "mixed", False, (1.0, 1.0)):
+            assert sums.tolist() == [0.0] * len(sums)
+
+
+def test_infinity_outside_a_view_stays_outside(library: ctypes.CDLL) -> None:
+    """What shares sixteen bytes with wanted elements, or lies in a tile beyond the edge, must not leak into sums."""
+    x, dy, weight = (torch.full(s, torch.inf) for s in ((2, 20, 80), (2, 20, 72), (72, 80)))
+    inner = (x[:, 1:19, 3:67], dy[:, 1:19, 5:66], weight[5:66, 3:67])
+    for t in inner:
+        t.normal_()
+    for formula in ("taylor_abs", "mixed"):
+        assert_activation(library, *inner, formula)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_channel_sums_match_float64(dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    """Over sizes, several tiles of tokens, rows of odd length and views; and nothing at all."""
+    for size in ((1, 1, 1), (2, 5, 7), (3, 70, 24), (1, 300, 300), (2, 33, 257), (2, 0, 5)):
+        a, b = (torch.randn(size).to(dtype) for _ in range(2))
+        views = [(a, b), (a[:, 1:, 1:], b[:, 1:, 1:]), (a[:, ::2], b[:, ::2]), (a.transpose(0, 1), b.transpose(0, 1))]
+        for left, right in views:
+            if left.numel() == 0:
+                continue
+            wide, other = left.double(), right.double()
+            dots, _ = emulation.channel_sums(library, left, right)
+            mass = (wide * other).abs().sum(1)
+            assert bool(((dots.double() - (wide * other).sum(1)).abs() <= 1e-6 * mass).all())
+            sums, squares = emulation.channel_sums(library, left, None)
+            assert bool(((sums.double() - wide.sum(1)).abs() <= 1e-6 * wide.abs().sum(1)).all())
+            assert bool(((squares.double() - wide.square().sum(1)).abs() <= 1e-6 * wide.square().sum(1)).all())
+
+
+def test_channel_sums_over_many_tokens_use_several_rounds_a_tile(library: ctypes.CDLL) -> None:
+    a = torch.randn(40, 1100, 5)
+    sums, squares = emulation.channel_sums(library, a, None)
+    torch.testing.assert_close(sums, a.double().sum(1).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(squares, a.double().square().sum(1).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("formula", sorted(reference.FORMULAS))
+def test_salience_from_gradients_matches_float64(formula: str, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    """Tensors with ragged ends beside aligned ones, several tiles either way, and views, in one launch."""
+    weights, grads, curvatures = inputs([(5, 7), (16, 256), (33, 300), (530, 17), (3, 600), (64, 264)], dtype)
+    for tensors in (weights, grads, curvatures):
+        tensors += [tensors[2][1:, 1:], tensors[2][::3, 5:], tensors[5][:, 3:131]]
+    got = emulation.salience(library, formula, weights, grads, curvatures)
+    assert_salience(formula, weights, grads, curvatures, got)
+
+
+def test_repeats_of_every_kernel_give_the_same_bits(library: ctypes.CDLL) -> None:
+    x, dy, weight = layer(2, 40, 140, 130, torch.bfloat16)
+    runs = [
+        (
+            *emulation.activation_salience(library, x, dy, weight, "mixed", False, (1.0, 1.0)),
+            *emulation.channel_sums(library, x, None),
+            *itertools.chain(*emulation.salience(library, "abs", [weight], [weight], [weight.float()])),
+        )
+        for _ in range(2)
+    ]
+    assert all(map(torch.equal, *runs))
+
+
+def test_the_emulator_notices_a_missing_barrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the check: without the barriers of the main loop the sums come out wrong."""
+    broken = tmp_path / "repository"
+    for part in ("planning", "kernels"):
+        (broken / "csrc" / part).mkdir(parents=True)
+        for file in (emulation.CSRC / part).iterdir():
+            text = file.read_text(encoding="utf-8")
+            if file.name == "activation_tile.cuh":
+                assert "__syncthreads();  // this step's" in text
+                text = text.replace("__syncthreads();  // this step's", "// this step's")
+            (broken / "csrc" / part / file.name).write_text(text, encoding="utf-8")
+    (broken / "csrc" / "common.h").write_text((emulation.CSRC / "common.h").read_text(encoding="utf-8"))
+    monkeypatch.setattr(emulation, "CSRC", broken / "csrc")
+    (tmp_path / "build").mkdir()
+    library = emulation.build(tmp_path / "build")
+    x, dy, weight = layer(3, 70, 140, 130, torch.bfloat16)
+    rows, _ = emulation.activation_salience(library, x, dy, weight, "fisher", False, (1.0, 1.0))
+    expected, _ = reference.activation_salience(x, dy, weight, "fisher")
+    assert not torch.allclose(rows, expected, rtol=1e-3)

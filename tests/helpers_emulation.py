@@ -1,0 +1,126 @@
+"""The CUDA kernels compiled by the C++ compiler against tests/cuda/emulator, and called through ctypes.
+
+What a GPU adds is speed and the hardware's own rounding; indices, bounds, fragment layouts, barriers and the order of
+sums are the kernels' own code, and are run here on every machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+EMULATOR = TESTS / "cuda" / "emulator"
+LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMULAS = {"abs": 0, "square": 1, "taylor_signed": 2, "taylor_abs": 3, "fisher": 4, "mixed": 5}
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("row_stride", ctypes.c_int64)]
+
+
+class SalienceTensor(ctypes.Structure):
+    _fields_ = [
+        ("weight", Matrix), ("grad", Matrix), ("curvature", Matrix),
+        ("batches", ctypes.c_int64), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+        ("row_sums", ctypes.c_void_p), ("col_sums", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32), ("grad_dtype", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """Compile the kernels in ``folder``: launches become calls, and the emulator's headers stand for CUDA's."""
+    shutil.copytree(CSRC / "planning", folder / "planning")
+    shutil.copy(CSRC / "common.h", folder)
+    kernels = folder / "kernels"
+    kernels.mkdir()
+    sources = [EMULATOR / "emulator.cpp"]
+    for file in sorted((CSRC / "kernels").iterdir()):
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".cu":
+            text = LAUNCH.sub(_call, text)
+            assert text.count("<<<") == 0, file
+            sources.append(kernels / f"{file.stem}.cpp")
+            sources[-1].write_text(text, encoding="utf-8")
+        elif file.name != "tensor_core.cuh":
+            (kernels / file.name).write_text(LAUNCH.sub(_call, text), encoding="utf-8")
+    for file in EMULATOR.glob("*.*h"):
+        shutil.copy(file, kernels)
+    library = folder / "libemulated.so"
+    # -O1: a fiber may move between calls that the optimiser would otherwise see as one.
+    command = [str(compiler()), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+    subprocess.run([*command, f"-I{folder}", f"-I{kernels}", "-o", str(library), *map(str, sources)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _call(launch: re.Match[str]) -> str:
+    kernel, configuration, arguments = launch.groups()
+    grid, block, shared, _stream = (part.strip() for part in configuration.split(","))
+    return f"emulator::launch({grid}, {block}, {shared}, [&] {{ {kernel}({arguments}); }});"
+
+
+def matrix(t: Tensor) -> Matrix:
+    """A tensor [.., rows, cols] with neighbouring columns."""
+    assert t.stride(-1) == 1 or t.shape[-1] <= 1
+    return Matrix(t.data_ptr(), t.stride(0) if t.dim() == 3 else 0, t.stride(-2))
+
+
+def activation_salience(
+    library: ctypes.CDLL,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    formula: str,
+    transposed: bool,
+    scales: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    rows_input, cols_input = (x, dy) if transposed else (dy, x)
+    rows, cols = torch.full((weight.shape[0],), torch.nan), torch.full((weight.shape[1],), torch.nan)
+    sizes = (ctypes.c_int64 * 4)(x.shape[0], x.shape[1], *weight.shape)
+    matrices = [ctypes.byref(matrix(t)) for t in (rows_input, cols_input, weight)]
+    status = library.emulate_activation(
+        FORMULAS[formula], DTYPES[weight.dtype], *matrices, sizes, ctypes.c_float(scales[0]), ctypes.c_float(scales[1]),
+        ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(cols.data_ptr()),
+    )  # fmt: skip
+    assert status == 0
+    return rows, cols
+
+
+def channel_sums(library: ctypes.CDLL, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of a*b [B, C] (and nothing), or of a and a^2, for a, b [B, T, C]."""
+    sums, squares = torch.full((2, a.shape[0], a.shape[2]), torch.nan).unbind()
+    sizes = (ctypes.c_int64 * 3)(*a.shape)
+    status = library.emulate_channels(
+        DTYPES[a.dtype], ctypes.byref(matrix(a)), None if b is None else ctypes.byref(matrix(b)), sizes,
+        ctypes.c_void_p(sums.data_ptr()), ctypes.c_void_p(squares.data_ptr()),
+    )  # fmt: skip
+    assert status == 0
+    return sums, squares
+
+
+def salience(
+    library: ctypes.CDLL, formula: str, weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums of tensors [rows, cols]."""
+    rows = [torch.full(w.shape[:1], torch.nan) for w in weights]
+    cols = [torch.full(w.shape[1:], torch.nan) for w in weights]
+    entries = (SalienceTensor * len(weights))()
+    for i, (w, g, h) in enumerate(zip(weights, grads, curvatures, strict=True)):
+        entries[i] = SalienceTensor(
+            matrix(w), matrix(g), matrix(h), 1, *w.shape, rows[i].data_ptr(), cols[i].data_ptr(), DTYPES[w.dtype],
+            DTYPES[g.dtype],
+        )  # fmt: skip
+    assert library.emulate_salience(FORMULAS[formula], entries, ctypes.c_int64(len(weights))) == 0
+    return rows, cols
