@@ -80,7 +80,12 @@ class ScoreConfig(Stage):
     criterion: str = option(
         "param_first",
         parsing.text(),
-        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, l1, l2, random.",
+        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, l1, l2, random.",
+    )
+    route: str | None = option(
+        None,
+        parsing.text(),
+        "activations or gradients: where Taylor and Fisher scores come from. Left out: activations, where they serve.",
     )
     aggregation: str = option(
         "sum", parsing.text(), "How the parameters of a unit combine: sum, mean, max, prod, first, last."

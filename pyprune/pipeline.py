@@ -276,7 +276,7 @@ def _score(
 ) -> Scores:
     return score(
         model, groups, batches, recipe.score.criterion, recipe.score.aggregation, roles, layers,
-        seed=recipe.calibration.seed, activation_memory=recipe.score.activation_memory,
+        route=recipe.score.route, seed=recipe.calibration.seed, activation_memory=recipe.score.activation_memory,
     )  # fmt: skip
 
 

@@ -47,10 +47,12 @@ def check_request(recipe: PruneConfig) -> None:
 
 
 def check_scoring(config: ScoreConfig, calibration: Any) -> None:
-    """Criterion and aggregation exist, and there is calibration where the criterion reads it."""
+    """Criterion, aggregation and route exist, and there is calibration where the criterion reads it."""
     from pyprune.importance.aggregation import check_aggregation
+    from pyprune.importance.scoring import check_route, get_criterion
 
     check_aggregation(config.aggregation)
+    check_route(config.route, get_criterion(config.criterion))
     if needs_batches(config):
         if calibration is None:
             problem = f"is missing, and criterion {config.criterion} is measured on text"

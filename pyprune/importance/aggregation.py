@@ -34,25 +34,31 @@ def check_aggregation(name: str) -> str:
 
 
 def slice_sums(sums: tuple[Tensor, Tensor], dim: int, ndim: int) -> Tensor:
-    """Sum over every slice along ``dim``, float64 [size of dim] on the CPU.
+    """Sum over every slice along ``dim``, float64 [..., size of dim] on the CPU.
 
     Args:
-        sums: rows and columns of one tensor, as :func:`pyprune.ops.salience` returns them.
+        sums: rows and columns of one tensor, as :func:`pyprune.ops.salience` returns them; any dimensions in front.
         dim: dimension of the tensor.
         ndim: its number of dimensions, 1 to 3.
     """
     rows, cols = (s.cpu().double() for s in sums)
     if ndim == 3:
-        return rows.sum(1) if dim == 0 else rows.sum(0) if dim == 1 else cols.sum(0)
+        return rows.sum(-1) if dim == 0 else rows.sum(-2) if dim == 1 else cols.sum(-2)
     return rows if dim == 0 else cols
 
 
-def member_scores(member: Member, sums: tuple[Tensor, Tensor], ndim: int, signed: bool) -> Tensor:
-    """Score of each unit in one tensor, float64 [outer, units]: the sum of the slices at the unit's positions."""
+def member_scores(
+    member: Member, sums: tuple[Tensor, Tensor], ndim: int, signed: bool, samples: int | None = None
+) -> Tensor:
+    """Score of each unit in one tensor, float64 [outer, units]: the sum of the slices at the unit's positions.
+
+    With ``samples``, the sums have a leading dimension for them: the mean over samples of the square of a unit's sum.
+    """
     values = slice_sums(sums, member.dim, ndim)
-    if signed:
+    if signed and samples is None:
         values = values.abs()
-    return values[torch.from_numpy(member.index.positions().copy())].sum(-1)
+    units = values[..., torch.from_numpy(member.index.positions().copy())].sum(-1)
+    return units if samples is None else units.square().sum(0) / samples
 
 
 def group_scores(
@@ -61,6 +67,7 @@ def group_scores(
     shapes: Mapping[str, tuple[int, ...]],
     aggregation: str,
     signed: bool,
+    samples: int | None = None,
 ) -> Tensor:
     """Score of each unit, float64 [outer, units] (base-2 logarithms for ``prod``).
 
@@ -71,17 +78,23 @@ def group_scores(
         sums: tensor name -> row and column sums, in model order.
         shapes: tensor name -> shape.
         signed: whether the sums are signed, so that the magnitude of each slice is taken here.
+        samples: of calibration, where the sums are apart for each and their squares count.
     """
     combine = AGGREGATIONS[aggregation]
     if group.role == "layers":
         columns = []
         for module in group.modules:
-            totals = [rows.cpu().double().sum() for name, (rows, _) in sums.items() if name.startswith(module + ".")]
-            column = torch.stack(totals).reshape(-1, 1, 1)
-            columns.append(combine(column.abs() if signed else column))
+            found = [rows.cpu().double() for name, (rows, _) in sums.items() if name.startswith(module + ".")]
+            if samples is None:
+                column = torch.stack([rows.sum() for rows in found]).reshape(-1, 1, 1)
+                column = column.abs() if signed else column
+            else:
+                squares = [rows.flatten(1).sum(1).square().sum() / samples for rows in found]
+                column = torch.stack(squares).reshape(-1, 1, 1)
+            columns.append(combine(column))
         return torch.cat(columns, dim=1)
     parts = [
-        member_scores(member, sums[member.tensor], len(shapes[member.tensor]), signed)
+        member_scores(member, sums[member.tensor], len(shapes[member.tensor]), signed, samples)
         for member in scored_members(group)
     ]  # fmt: skip
     return combine(torch.stack(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +13,16 @@ from pyprune.importance.steps import Forward, Step
 from pyprune.progress import Bar
 
 
-def accumulate(forward: Forward, steps: Sequence[Step], collector: Collector, bar: Bar) -> Tensor:
+def accumulate(
+    forward: Forward, steps: Sequence[Step], collector: Collector, passed: Callable[[], None], bar: Bar
+) -> Tensor:
     """Run every step forward and backward; the collector holds the sums afterwards.
 
     With one step, or a criterion that adds up over batches, a gradient is turned into sums and freed the moment it is
     complete. Otherwise the gradients of the scored parameters are added up until the last batch.
+
+    Args:
+        passed: called after every backward pass.
 
     Returns:
         Every sample's loss, float32 or wider.
@@ -35,6 +40,7 @@ def accumulate(forward: Forward, steps: Sequence[Step], collector: Collector, ba
             losses.append(check_losses([loss]))
             if logits.requires_grad:
                 torch.autograd.backward(logits, seed)
+                passed()
             del logits, seed
             bar.advance()
     finally:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pyprune.discovery.groups import Group
 from pyprune.errors import unknown_name
+from pyprune.ops import salience
 
 Sums = tuple[list[Tensor], list[Tensor]]
-Measure = Callable[[Sequence[Tensor], Sequence[Tensor] | None, Sequence[Tensor] | None], Sums]
+Measure = Callable[[Sequence[Tensor], "Sequence[Tensor] | None", "Sequence[Tensor] | None"], Sums]
 
 
 @dataclass(frozen=True)
@@ -25,28 +26,46 @@ class Criterion:
     Attributes:
         name: as users write it.
         summary: the formula and its source, one line.
-        measure: (weights, G or None, H or None) -> row sums and column sums of the salience, as
-            :func:`pyprune.ops.salience` returns them. None where ``draw`` is given.
-        gradient: reads G.
-        curvature: reads H. Samples are then passed backward one by one.
-        additive: ``measure`` is linear in G and H, so that sums over batches may be added up in place of gradients.
-        signed: the sums are signed, and the magnitude is taken of a whole slice.
+        formula: of :func:`pyprune.ops.salience`, summed over rows and columns. With a formula (and a gradient in it)
+            scores come from activations too, without gradients of weights. None where ``measure`` or ``draw`` is given.
+        measure: (weights, G or None, H or None) -> row sums and column sums, for what no formula says.
+        gradient: reads G, or every g_b where ``per_sample``.
+        curvature: reads H.
+        additive: linear in G and H, so that sums over batches may be added up in place of gradients.
+        signed: the sums are signed, and the magnitude or the square is taken of a whole slice.
+        per_sample: the square of a slice's signed sum, and the mean of it over samples.
         draw: (group, generator) -> float32 [outer, units], for criteria that read no tensor.
     """
 
     name: str
     summary: str
+    formula: str | None = None
     measure: Measure | None = None
     gradient: bool = False
     curvature: bool = False
     additive: bool = False
     signed: bool = False
+    per_sample: bool = False
     draw: Callable[[Group, torch.Generator], Tensor] | None = None
 
     @property
     def backward(self) -> bool:
         """Whether calibration batches are needed."""
         return self.gradient or self.curvature
+
+    @property
+    def separate(self) -> bool:
+        """Whether each sample's own gradients are needed, and not their sum alone."""
+        return self.curvature or self.per_sample
+
+    def sums(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor] | None, curvatures: Sequence[Tensor] | None
+    ) -> Sums:
+        """Row sums and column sums of every tensor, as :func:`pyprune.ops.salience` returns them."""
+        if self.measure is not None:
+            return self.measure(weights, gradients, curvatures)
+        assert self.formula is not None
+        return salience(self.formula, weights, gradients, curvatures)
 
 
 CRITERIA: dict[str, Criterion] = {}

@@ -10,20 +10,20 @@ graph. Nothing is passed backward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from pyprune.importance.blocks import Call, NotSweepable, intercepted, like, stream_of, with_new_stream
+from pyprune.importance.blocks import Call, NotSweepable, SavedBytes, intercepted, like, stream_of, with_new_stream
 from pyprune.importance.calibration import take
 from pyprune.importance.losses import targets_of
-from pyprune.importance.registry import Criterion
-from pyprune.importance.samples import NotTappable, SampleTaps
 from pyprune.importance.steps import Forward, Step
 from pyprune.importance.sweep import Layout, bypass
+from pyprune.importance.taps import NotTappable, Taps, untapped
 
 log = logging.getLogger(__name__)
 
@@ -33,41 +33,62 @@ TOKENS = 8
 def plan_sweep(
     model: nn.Module,
     forward: Forward,
-    criterion: Criterion,
     parameters: Mapping[str, nn.Parameter],
     batch: Mapping[str, Any],
     device: torch.device,
-) -> tuple[Layout, SampleTaps | None]:
-    """The blocks to sweep over; and where the criterion reads curvatures, taps if the scored parameters allow them.
+    taps: Taps | None = None,
+) -> Layout:
+    """The blocks to sweep over.
 
     Args:
         parameters: the scored ones; they require gradients, and no others do.
         batch: the first of the calibration.
+        taps: what the layers are to be tapped by; it learns what it can see.
 
     Raises:
         NotSweepable: the model has no blocks, or they are not all that lies between its embedding and its head.
     """
     layout = Layout.of(model, parameters)
     step = _few_tokens(batch, device)
-    taps = None
+    _tried(taps, forward, parameters, step, lambda: _rehearse(forward, layout, parameters, step))
+    return layout
+
+
+def plan_whole(
+    forward: Forward, parameters: Mapping[str, nn.Parameter], batch: Mapping[str, Any], device: torch.device, taps: Taps
+) -> None:
+    """Let ``taps`` learn what they see of a model that is passed backward as a whole.
+
+    Raises:
+        NotSweepable: the model does not run on a few tokens of the batch.
+    """
+    step = _few_tokens(batch, device)
+    _tried(taps, forward, parameters, step, lambda: forward(step))
+
+
+def _tried(
+    taps: Taps | None, forward: Forward, parameters: Mapping[str, nn.Parameter], step: Step, run: Callable[[], Tensor]
+) -> None:
     try:
-        if criterion.curvature and not layout.outer:
-            try:
-                taps = SampleTaps.of(model, parameters)
-                taps.rows = step.rows
-                with taps.installed():
-                    _rehearse(forward, layout, parameters, step)
-                taps.rows = None  # they do keep samples apart
-            except NotTappable as reason:
-                log.info("one backward pass for each sample: %s", reason)
-                taps = None
         if taps is None:
-            _rehearse(forward, layout, parameters, step)
+            run()
+            return
+        forward.around = taps.active
+        try:
+            with taps.rehearsal(step.rows):
+                logits = run()
+        except NotTappable as reason:
+            log.info("one backward pass for each sample: %s", reason)
+            taps.apart = False
+            with taps.rehearsal(None):
+                logits = run()
+        taps.drop(untapped(logits, parameters))
     except NotSweepable:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise NotSweepable(f"its blocks do not run one by one ({type(error).__name__}: {error})") from error
-    return layout, taps
+    finally:
+        forward.around = nullcontext
 
 
 class _Border(torch.autograd.Function):
@@ -82,12 +103,13 @@ class _Border(torch.autograd.Function):
         return dx
 
 
-def _rehearse(forward: Forward, layout: Layout, parameters: Mapping[str, nn.Parameter], step: Step) -> None:
-    """One forward pass, and the checks. Raises NotSweepable."""
+def _rehearse(forward: Forward, layout: Layout, parameters: Mapping[str, nn.Parameter], step: Step) -> Tensor:
+    """One forward pass, and the checks; returns the logits. Raises NotSweepable."""
     n = len(layout.blocks)
     borders: list[Tensor] = []  # behind the marker in front of each block, and after the last
     leaving: list[Tensor] = []  # what leaves each block
     forms: dict[int, Any] = {}
+    saved: list[int] = []
 
     def handler(i: int, stream: Tensor, call: Call, rest: list[Any]) -> Any:
         if i != len(leaving):
@@ -100,7 +122,10 @@ def _rehearse(forward: Forward, layout: Layout, parameters: Mapping[str, nn.Para
         if i == 0 and not stream.requires_grad:
             stream = stream.detach().requires_grad_()
         borders.append(_Border.apply(stream))
-        out = call(borders[-1])
+        counter = SavedBytes(layout.blocks[i])
+        with counter.active():
+            out = call(borders[-1])
+        saved.append(counter.total)
         forms[i] = like(out)
         y = stream_of(out)
         if i == n - 1:
@@ -114,6 +139,7 @@ def _rehearse(forward: Forward, layout: Layout, parameters: Mapping[str, nn.Para
         logits = forward(step)
     if len(leaving) != n:
         raise NotSweepable("it does not run all of its blocks")
+    layout.saved_bytes = sum(saved) // step.targets.numel()
 
     marks = {border.grad_fn: i for i, border in enumerate(borders)}
     owners = {id(p): name for name, p in parameters.items()}
@@ -127,6 +153,7 @@ def _rehearse(forward: Forward, layout: Layout, parameters: Mapping[str, nn.Para
         off, size = float((again - logits).float().norm()), float(logits.float().norm())
     if not off <= 0.01 * size:
         raise NotSweepable("its head needs more of the blocks than the residual stream")
+    return logits
 
 
 def _check_reach(

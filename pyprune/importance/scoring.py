@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyprune import progress as bars
 from pyprune.discovery.groups import Group, Groups
-from pyprune.errors import PyPruneError
+from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance import criteria  # noqa: F401 (registers them)
 from pyprune.importance.aggregation import check_aggregation, group_scores, scored_members, to_float32
 from pyprune.importance.blocks import NotSweepable
@@ -25,16 +25,17 @@ from pyprune.importance.losses import NotFinite
 from pyprune.importance.memory import activation_budget, peak_memory
 from pyprune.importance.plain import accumulate
 from pyprune.importance.registry import Criterion, get_criterion
-from pyprune.importance.rehearsal import plan_sweep
-from pyprune.importance.samples import SampleTaps
+from pyprune.importance.rehearsal import plan_sweep, plan_whole
 from pyprune.importance.scores import Scores
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.sweep import Layout, Sweep
+from pyprune.importance.taps import Taps, experts_one_by_one
 
 log = logging.getLogger(__name__)
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
+ROUTES = ("activations", "gradients")
 STEP_TOKENS = 1024  # small batches are joined to this many tokens: matrix products on fewer rows are slower
 STREAM_BYTES = 64 << 20  # that streams at the borders of the blocks may take in any case
 
@@ -52,6 +53,7 @@ def score(
     roles: Iterable[str] | None = None,
     layers: Iterable[int] | None = None,
     *,
+    route: str | None = None,
     seed: int = 0,
     activation_memory: float | None = None,
     progress: bool | None = None,
@@ -75,11 +77,15 @@ def score(
         groups: what :func:`pyprune.discover` found in it.
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer. Needed by criteria that
             read gradients.
-        criterion: a registered name: random, l1, l2, vectorize, param_first (taylor), param_second (fisher), param_mix.
+        criterion: a registered name: random, l1, l2, vectorize, param_first (taylor), param_second (fisher), param_mix,
+            group_fisher.
         aggregation: sum, mean, max, prod, first or last, over a group's members in their order. ``prod`` is scaled by a
             power of two for each role where float32 could not hold it (``details["prod_shift"]``).
         roles: only groups of these roles; None is all.
         layers: only groups of these decoder layers; None is all.
+        route: ``"activations"``: salience comes from what went into a layer and the gradient that came back, and no
+            gradient of a weight is ever made; ``"gradients"``: from the gradients that autograd makes. None takes
+            activations for what can be had from them (``details["route"]`` says what it was).
         seed: of the criterion ``random``; each group draws its own numbers, whichever others are scored.
         activation_memory: MiB of saved activations that may stay alive in place of being recomputed: more is faster.
             None: as much as the model's weights take, but no more than a quarter of the free memory.
@@ -87,7 +93,8 @@ def score(
 
     Returns:
         Scores with ``details``: criterion, aggregation, seed, calibration, loss (mean over samples, nats per token),
-        engine, recomputed_blocks, dtype, seconds, peak_memory (bytes: of the GPU, or the process's high-water mark).
+        route, engine, recomputed_blocks, dtype, seconds, peak_memory (bytes: of the GPU, or the process's high-water
+        mark).
 
     Raises:
         PyPruneError: an unknown criterion or aggregation, no groups, missing or unfit calibration, weights or gradients
@@ -96,6 +103,7 @@ def score(
     start = time.perf_counter()
     spec = get_criterion(criterion)
     check_aggregation(aggregation)
+    check_route(route, spec)
     chosen = [g for g in groups.prunable(roles, layers) if g.modules or scored_members(g)]
     if not chosen:
         raise PyPruneError(
@@ -114,14 +122,16 @@ def score(
                 generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()) ^ seed)
                 values[group.name] = spec.draw(group, generator)
         else:
+            samples = None
             if not spec.backward:
                 sums = _from_weights(spec, parameters)
             else:
                 calibration = _calibration(batches, spec)
                 check_vocabulary(calibration, model)
                 details["calibration"] = calibration.to_dict()
-                sums = _from_gradients(model, spec, parameters, calibration, activation_memory, details)
-            wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed) for g in chosen}
+                sums = _from_calibration(model, spec, parameters, calibration, route, activation_memory, details)
+                samples = calibration.samples if spec.per_sample else None
+            wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed, samples) for g in chosen}
             values, shifts = to_float32(wide, {g.name: g.role for g in chosen}, aggregation)
             if shifts:
                 details["prod_shift"] = shifts
@@ -182,42 +192,72 @@ def _scored_parameters(model: nn.Module, groups: Groups, chosen: list[Group]) ->
 
 
 def _from_weights(spec: Criterion, parameters: Mapping[str, nn.Parameter]) -> Sums:
-    rows, cols = spec.measure([p.detach() for p in parameters.values()], None, None)  # type: ignore[misc]
+    rows, cols = spec.sums([p.detach() for p in parameters.values()], None, None)
     for name, r in zip(parameters, rows, strict=True):
         if not r.isfinite().all():
             raise _not_finite(name, parameters)
     return dict(zip(parameters, zip(rows, cols, strict=True), strict=True))
 
 
-def _from_gradients(
+def check_route(route: str | None, spec: Criterion) -> None:
+    """Raises PyPruneError when there is no such route, or the criterion cannot take it."""
+    if route is not None and route not in ROUTES:
+        raise unknown_name("route", route, ROUTES)
+    if route == "activations" and spec.backward and spec.formula is None:
+        raise PyPruneError(
+            "route", route, f"cannot serve criterion {spec.name!r}, which needs whole gradients", "Use gradients."
+        )
+
+
+def _from_calibration(
     model: nn.Module,
     spec: Criterion,
     parameters: Mapping[str, nn.Parameter],
     calibration: Calibration,
+    route: str | None,
     activation_memory: float | None,
     details: dict[str, Any],
 ) -> Sums:
     device = next(model.parameters()).device
     scales = FLOAT16_SCALES if any(p.dtype == torch.float16 for p in parameters.values()) else (1.0,)
     budget = activation_budget(activation_memory, model, device)
-    with _scoring_state(model, parameters):
-        forward, layout, taps = Forward(model), None, None
+    with _scoring_state(model, parameters), ExitStack() as stack:
+        forward, layout = Forward(model), None
+        taps = None if route == "gradients" or spec.formula is None else Taps(parameters, spec)
+        if taps is not None:
+            stack.enter_context(experts_one_by_one(model, parameters))
         try:
-            layout, taps = plan_sweep(model, forward, spec, parameters, calibration.batches[0], device)
+            layout = plan_sweep(model, forward, parameters, calibration.batches[0], device, taps)
         except NotSweepable as reason:
             log.info("scoring by whole backward passes: %s", reason)
             details["engine"] = f"whole backward passes: {reason}"
-        single = spec.curvature and taps is None
-        steps = make_steps(calibration, device, single, STEP_TOKENS if layout is not None else 0)
+            try:
+                if taps is not None:
+                    plan_whole(forward, parameters, calibration.batches[0], device, taps)
+            except NotSweepable:
+                taps = None  # the real batches will tell what is wrong
+        if taps is not None and not taps.seen:
+            taps = None
+        details["route"] = "gradients" if taps is None else "activations"
+        # Samples whose gradients come from autograd are told apart by passing them backward one by one.
+        single = spec.separate and (taps is None or not taps.apart or len(taps.seen) < len(parameters))
+        steps = make_steps(calibration, device, single, _step_tokens(spec, layout, budget, device))
+        if taps is not None:
+            forward.around = taps.active
         for scale in scales:
             collector = Collector(spec, parameters, calibration.samples, scale)
+            passed: Callable[[], None] = collector.next_samples
+            if taps is not None:
+                taps.collector, passed = collector, taps.flush
+                if len(steps) == 1:  # embedding and head come in pieces all the same
+                    taps.whole = frozenset(set(parameters) - set(layout.outer if layout is not None else ()))
             total = len(steps) * (max(1, len(layout.blocks) // 2) + len(layout.blocks) if layout else 1)
             with bars.bar("scoring", total) as bar:
                 try:
                     if layout is None:
-                        losses = accumulate(forward, steps, collector, bar)
+                        losses = accumulate(forward, steps, collector, passed, bar)
                     else:
-                        losses = _sweep(forward, layout, collector, taps, budget, steps, bar, details)
+                        losses = _sweep(forward, layout, collector, passed, budget, steps, bar, details)
                 except NotFinite as bad:
                     if bad.parameter is not None and scale != scales[-1]:
                         continue
@@ -229,11 +269,20 @@ def _from_gradients(
     return {name: collector.sums[name] for name in parameters}
 
 
+def _step_tokens(spec: Criterion, layout: Layout | None, budget: int, device: torch.device) -> int:
+    """Tokens in a step: no more, where batches add up, than leave nothing to recompute, and a quarter of the room for
+    the holes that allocation leaves."""
+    if layout is None:
+        return 0
+    tokens = STEP_TOKENS * (4 if device.type == "cuda" else 1)
+    return min(tokens, budget * 3 // 4 // max(1, layout.saved_bytes)) if spec.additive else tokens
+
+
 def _sweep(
     forward: Forward,
     layout: Layout,
     collector: Collector,
-    taps: SampleTaps | None,
+    passed: Callable[[], None],
     budget: int,
     steps: list[Step],
     bar: bars.Bar,
@@ -243,13 +292,14 @@ def _sweep(
     gradients = sum(
         p.numel() * torch.promote_types(p.dtype, torch.float32).itemsize for p in collector.parameters.values()
     )
-    parts = _parts(steps, max(gradients, STREAM_BYTES) // max(1, layout.stream_bytes * len(layout.blocks)))
+    # Where batches add up there is nothing to be gained from having several in one sweep.
+    tokens = max(gradients, STREAM_BYTES) // max(1, layout.stream_bytes * len(layout.blocks))
+    parts = _parts(steps, 0 if collector.criterion.additive else tokens)
     losses, recomputed = [], 0
-    with _tapped(taps, collector):
-        for i, part in enumerate(parts):
-            sweep = Sweep(forward, layout, collector, budget)
-            losses.append(sweep.run(part, bar, finish=collector.criterion.additive or i == len(parts) - 1))
-            recomputed = max(recomputed, sweep.recomputed)
+    for i, part in enumerate(parts):
+        sweep = Sweep(forward, layout, collector, passed, budget)
+        losses.append(sweep.run(part, bar, finish=collector.criterion.additive or i == len(parts) - 1))
+        recomputed = max(recomputed, sweep.recomputed)
     kept = len(parts) > 1 and not collector.criterion.additive
     details["engine"] = "block sweep, gradients kept" if kept else "block sweep"
     details["recomputed_blocks"] = recomputed
@@ -267,16 +317,6 @@ def _parts(steps: list[Step], tokens: int) -> list[list[Step]]:
         parts[-1].append(step)
         size += step.targets.numel()
     return parts
-
-
-@contextmanager
-def _tapped(taps: SampleTaps | None, collector: Collector) -> Iterator[None]:
-    if taps is None:
-        yield
-        return
-    taps.collector = collector
-    with taps.installed():
-        yield
 
 
 def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +83,15 @@ class Forward:
 
     Args:
         model: anything that returns logits [batch, length, vocabulary], or an output or tuple that holds them.
+
+    Attributes:
+        around: makes the context manager that every piece of a forward pass runs in.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._here = threading.local()
         signature = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
         cached = hasattr(getattr(model, "config", None), "use_cache")
@@ -92,4 +99,29 @@ class Forward:
 
     def __call__(self, step: Step) -> Tensor:
         """Logits [batch, length, vocabulary] of a step."""
-        return logits_of(self.model(**step.inputs, **self._options))
+        with self._entered():
+            return logits_of(self.model(**step.inputs, **self._options))
+
+    def again(self, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """``call`` as it runs in a forward pass, for when it is computed once more in a backward pass.
+
+        Contexts belong to a thread, and the backward pass of a GPU has threads of its own.
+        """
+
+        def run(x: Tensor) -> Any:
+            with self._entered():
+                return call(x)
+
+        return run
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        if getattr(self._here, "inside", False):
+            yield
+            return
+        self._here.inside = True
+        try:
+            with self.around():
+                yield
+        finally:
+            self._here.inside = False

@@ -19,7 +19,7 @@ bypassed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +72,14 @@ class Layout:
         names: for each block, its scored parameters.
         outer: scored parameters outside the blocks.
         stream_bytes: what one token takes in the residual stream, once seen.
+        saved_bytes: about what one token's saved activations take in all blocks, once seen.
     """
 
     blocks: list[nn.Module]
     names: list[list[str]]
     outer: list[str]
     stream_bytes: int = 0
+    saved_bytes: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, scored: Mapping[str, nn.Parameter]) -> Layout:
@@ -130,6 +132,7 @@ class Sweep:
         forward: calls the model.
         layout: its blocks.
         collector: where gradients go.
+        passed: called after every backward pass that reaches scored parameters.
         activation_bytes: saved activations that may stay alive in place of being recomputed.
 
     Attributes:
@@ -140,6 +143,7 @@ class Sweep:
     forward: Forward
     layout: Layout
     collector: Collector
+    passed: Callable[[], None]
     activation_bytes: int = 0
     kept: int = 0
     recomputed: int = 0
@@ -187,7 +191,9 @@ class Sweep:
                     bar.advance()
                 if finish:
                     self.collector.finish(self.layout.names[i])
-                if i >= n - self.kept and (n - i) % 4 == 0:  # the activations of four blocks are gone
+                if (
+                    self.recomputed and i >= n - self.kept and (n - i) % 4 == 0
+                ):  # the activations of four blocks are gone
                     trim_heap(leaving[0].device)
             if self.layout.outer:
                 for j, step in enumerate(steps):
@@ -197,6 +203,7 @@ class Sweep:
         finally:
             for handle in handles:
                 handle.remove()
+        trim_heap(leaving[0].device)
         return all_losses
 
     def _record(self, step: Step) -> Tensor:
@@ -245,9 +252,12 @@ class Sweep:
             return out
         if i >= len(self.layout.blocks) - self.kept:
             out = call(x)
-            trim_heap(x.device)
+            if self.recomputed:  # what the recomputed blocks freed
+                trim_heap(x.device)
             return out
-        return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        return checkpoint(
+            self.forward.again(call), x, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+        )
 
     def _keep_input(self, i: int, stream: Tensor) -> Tensor:
         """A copy of the stream, all of a step's copies in one allocation.
@@ -267,6 +277,7 @@ class Sweep:
         """Push one step's gradient through one block; returns the gradient of the block's input."""
         border, borders[j] = borders[j], None  # type: ignore[call-overload]
         torch.autograd.backward(border.y, up)
+        self.passed()
         return border.x.grad
 
     def _head(self, step: Step, stream: Tensor, up: Tensor) -> Tensor:
@@ -304,6 +315,7 @@ class Sweep:
                 roots.append(entry)
                 seeds.append(up[here])
             torch.autograd.backward(roots, seeds)
+            self.passed()
 
     def _frozen_outer(self) -> Any:
         return _frozen([self.collector.parameters[name] for name in self.layout.outer])

@@ -10,8 +10,10 @@ from pyprune.ops import _check, _native, reference
 from pyprune.ops.accumulate import accumulate_square_
 from pyprune.ops.salience import salience
 
-# Of gradients and their squares at a time where there is no fused kernel: small enough for the processor's caches.
-BUFFER_BYTES = 16 << 20
+# Where there is no fused kernel, so many bytes of a gradient at a time: they and their squares stay in the caches. With
+# fewer rows than these, matrix products lose more than that gains.
+BLOCK_BYTES = 16 << 20
+LEAST_ROWS = 128
 
 
 def activation_salience(
@@ -29,7 +31,8 @@ def activation_salience(
     With ``G_b = dy_b^T x_b`` the gradient of sample b (``x_b^T dy_b`` where ``transposed``),
     ``g = gradient_scale * sum_b G_b`` and ``h = curvature_scale * sum_b G_b^2``, the sums are those of
     :func:`pyprune.ops.salience` for this w, g and h. No gradient is ever whole: on CUDA one kernel forms its tiles on
-    the tensor cores and spends them in registers; elsewhere rows are taken in blocks of at most :data:`BUFFER_BYTES`.
+    the tensor cores and spends them in registers; elsewhere rows are taken in blocks of about
+    :data:`BLOCK_BYTES`.
 
     Samples of unequal length are padded: a token whose ``dy`` is zero adds nothing.
 
@@ -90,32 +93,36 @@ def _check_shapes(x: Tensor, dy: Tensor, weight: Tensor, transposed: bool) -> No
 def _by_blocks(
     rows_input: Tensor, cols_input: Tensor, weight: Tensor, formula: str, gradient_scale: float, curvature_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of rows: their gradients by matrix products, in float32 or wider, and the sums by the fused kernel."""
+    """Blocks of rows that stay in the caches: their gradients by matrix products, in float32 or wider, into the same
+    few buffers every time, and the sums by the fused kernel."""
     spec = reference.FORMULAS[formula]
     wide = reference.accumulation_dtype(weight.dtype)
     samples, _, columns = cols_input.shape
-    cols_input = cols_input.to(wide)
-    held = 1 + spec.needs_curvature + (spec.needs_grad and spec.needs_curvature)
-    step = max(1, min(weight.shape[0], BUFFER_BYTES // max(1, held * columns * wide.itemsize)))
+    cols_input, rows_input = cols_input.to(wide), rows_input.to(wide)
+    step = max(1, min(weight.shape[0], max(LEAST_ROWS, BLOCK_BYTES // max(1, columns * wide.itemsize))))
+    product = weight.new_empty((step, columns), dtype=wide)
+    squares = torch.empty_like(product) if spec.needs_curvature else product
+    total = torch.empty_like(product) if spec.needs_curvature and spec.needs_grad else product
     rows: list[Tensor] = []
     cols = torch.zeros(columns, dtype=wide, device=weight.device)
     for start in range(0, weight.shape[0], step):
-        block = rows_input[..., start : start + step].to(wide)
         w = weight[start : start + step]
-        g = h = None
+        block, g, h, each = rows_input[..., start : start + step], total[: len(w)], squares[: len(w)], product[: len(w)]
         if spec.needs_curvature:
-            h = torch.zeros(w.shape, dtype=wide, device=w.device)
-            g = torch.zeros_like(h) if spec.needs_grad else None
+            h.zero_()
+            if spec.needs_grad:
+                g.zero_()
             for sample in range(samples):
-                of_sample = block[sample].T @ cols_input[sample]
-                accumulate_square_([h], [of_sample], curvature_scale)
-                if g is not None:
-                    g.add_(of_sample, alpha=gradient_scale)
+                torch.mm(block[sample].T, cols_input[sample], out=each)
+                accumulate_square_([h], [each], curvature_scale)
+                if spec.needs_grad:
+                    g.add_(each, alpha=gradient_scale)
         else:
-            g = (block.flatten(0, 1).T @ cols_input.flatten(0, 1)).mul_(gradient_scale)
+            torch.mm(block.flatten(0, 1).T, cols_input.flatten(0, 1), out=each)
+            each.mul_(gradient_scale)
         row_sums, col_sums = salience(
-            formula, [w], None if g is None else [g], None if h is None else [h]
-        )  # fmt: skip
+            formula, [w], [g] if spec.needs_grad else None, [h] if spec.needs_curvature else None
+        )
         rows.append(row_sums[0])
         cols += col_sums[0]
     return torch.cat(rows) if rows else cols.new_zeros(0), cols

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pyprune.discovery.groups import Group, Groups
+from pyprune.errors import PyPruneError
 from pyprune.importance import score
 
 GRADIENT = ("vectorize", "param_first", "param_second", "param_mix")
@@ -147,9 +148,12 @@ def test_a_registered_criterion_of_ones_own_is_used(model: nn.Module, groups: Gr
     from pyprune.importance.registry import CRITERIA as registry
     from pyprune.importance.registry import Criterion, register
 
-    register(Criterion("gradient_l1", "sum of |G|", lambda w, g, h: ops.salience("abs", g), gradient=True))
+    register(Criterion("gradient_l1", "sum of |G|", measure=lambda w, g, h: ops.salience("abs", g), gradient=True))
     try:
         scores = score(model, groups, ids, "gradient_l1", roles=["ffn"])
+        assert scores.details["route"] == "gradients"
+        with pytest.raises(PyPruneError, match=r"route.*activations.*gradient_l1"):
+            score(model, groups, ids, "gradient_l1", roles=["ffn"], route="activations")
     finally:
         del registry["gradient_l1"]
     double = copy.deepcopy(model).double()

@@ -235,7 +235,7 @@ def test_never_more_than_one_blocks_gradients_are_alive(
     model: nn.Module, groups: Groups, ids: Tensor, criterion: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = LiveGradients(model, monkeypatch)
-    score(model, groups, ids.split(size), criterion, roles=["kv_heads", "ffn"])
+    score(model, groups, ids.split(size), criterion, roles=["kv_heads", "ffn"], route="gradients")
     block = sum(p.nbytes for n, p in model.named_parameters() if n.startswith("model.layers.0.") and "norm" not in n)
     assert live.arrivals >= 21
     assert 0 < live.most <= block * (2 if criterion == "param_mix" else 1)
@@ -248,7 +248,7 @@ def test_whole_backward_passes_free_each_gradient_as_it_comes(
 ) -> None:
     whole()
     live = LiveGradients(model, monkeypatch)
-    score(model, groups, ids.split(size), criterion, roles=["kv_heads", "ffn"])
+    score(model, groups, ids.split(size), criterion, roles=["kv_heads", "ffn"], route="gradients")
     largest = max(p.nbytes for n, p in model.named_parameters() if "layers" in n)
     assert 0 < live.most <= largest
 
@@ -487,8 +487,12 @@ def test_a_model_that_is_no_chain_of_blocks_is_passed_backward_whole(
     net = Skipping(**shape)
     groups = _channels(net, {scored: 0, "gain": 0})
     tokens = torch.randint(0, 13, (4, 6))
-    got = score(net, groups, tokens.split(2), criterion)
+    # Without gradients of weights in the graph, what passes by the blocks is seen at their borders.
+    by_activations = score(net, groups, tokens.split(2), criterion)
+    assert by_activations.details["engine"].startswith("whole backward passes")
+    got = score(net, groups, tokens.split(2), criterion, route="gradients")
     assert reason in got.details["engine"]
+    assert_close(by_activations, got, 1e-4)
     double, grads = copy.deepcopy(net).double(), []
     p = double.get_parameter(scored)
     for t in tokens:

@@ -5,18 +5,8 @@ et al. 1989) with the Hessian replaced by the mean of squared per-sample gradien
 so it is left out, as in their code.
 """
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from pyprune.importance.registry import Criterion, Sums
-from pyprune.ops import salience
-
-
-def measure(weights: Sequence[Tensor], gradients: Sequence[Tensor] | None, curvatures: Sequence[Tensor] | None) -> Sums:
-    return salience("fisher", weights, curvatures=curvatures)
-
+from pyprune.importance.registry import Criterion
 
 CRITERION = Criterion(
-    "param_second", "sum of w^2*H (LLM-Pruner, eq. 5, second term)", measure, curvature=True, additive=True
+    "param_second", "sum of w^2*H (LLM-Pruner, eq. 5, second term)", "fisher", curvature=True, additive=True
 )

@@ -3,18 +3,8 @@
 To first order the loss changes by the sum of w * G when a slice is set to zero; the magnitude is taken of that sum.
 """
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from pyprune.importance.registry import Criterion, Sums
-from pyprune.ops import salience
-
-
-def measure(weights: Sequence[Tensor], gradients: Sequence[Tensor] | None, curvatures: Sequence[Tensor] | None) -> Sums:
-    return salience("taylor_signed", weights, gradients)
-
+from pyprune.importance.registry import Criterion
 
 CRITERION = Criterion(
-    "vectorize", "|sum of w*G| (LLM-Pruner, eq. 3)", measure, gradient=True, additive=True, signed=True
+    "vectorize", "|sum of w*G| (LLM-Pruner, eq. 3)", "taylor_signed", gradient=True, additive=True, signed=True
 )
