@@ -88,7 +88,10 @@ section "kernels usable" 60 "$PYTHON" -c 'from pyprune import ops; info = ops.ba
 
 section "tests" 150 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/cuda tests/ops
 
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+sanitizer=$(command -v compute-sanitizer)
+for found in /usr/local/cuda*/bin/compute-sanitizer; do
+    [[ -z $sanitizer && -x $found ]] && sanitizer=$found
+done
 for tool in memcheck racecheck; do
     if [[ -z $sanitizer ]]; then
         echo "| $tool | compute-sanitizer is not installed | 0 | |" >>"$SUMMARY"
@@ -99,8 +102,9 @@ for tool in memcheck racecheck; do
 done
 
 section "bench llama-7b" 170 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --output "$OUT/llama-7b"
-section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16
-whole=$WORK/whole-prune.log
+whole=
+section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
+    whole=$WORK/whole-prune.log
 section "bench llama-3-8b" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-3-8b --no_compile --rounds 5 \
     --output "$OUT/llama-3-8b"
 

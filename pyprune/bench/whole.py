@@ -64,9 +64,9 @@ def make_model(shapes: str, dtype: torch.dtype, device: torch.device) -> tuple[n
 
 def ours(model: nn.Module, groups: Any, ids: Tensor, criterion: str) -> Any:
     """pyprune's scoring of the groups that LLM-Pruner scores."""
-    import pyprune
+    from pyprune.importance import score
 
-    return pyprune.score(model, groups, [{"input_ids": ids}], criterion, roles=ROLES)
+    return score(model, groups, [{"input_ids": ids}], criterion, roles=ROLES)
 
 
 def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -100,7 +100,7 @@ def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple
 
 
 def _in_this_process(shapes: str, dtype: torch.dtype, device: torch.device) -> Any:
-    from pyprune import discover
+    from pyprune.discovery import discover
 
     model, ids = make_model(shapes, dtype, device)
     model.requires_grad_(False)
@@ -148,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     import resource
 
-    from pyprune import discover
+    from pyprune.discovery import discover
 
     model, ids = make_model(args.shapes, getattr(torch, args.dtype), torch.device("cpu"))
     groups = discover(model)
