@@ -87,7 +87,9 @@ def _run(
     parts = WHAT if "all" in what else tuple(p for p in WHAT if p in what)
     command = "pyprune " + shlex.join(sys.argv[1:])
     with session(quiet):
-        lines = run(parts, shapes, kind, torch.device(device), rounds, compiler)
+        lines = run(
+            parts, shapes, kind, torch.device("cuda", 0) if device == "cuda" else torch.device(device), rounds, compiler
+        )
     told = written.facts(command)
     if output is not None:
         written.write(output, lines, told)
