@@ -101,7 +101,7 @@ for tool in memcheck racecheck; do
     fi
 done
 
-section "bench llama-7b" 170 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --output "$OUT/llama-7b"
+section "bench llama-7b" 200 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --output "$OUT/llama-7b"
 whole=
 section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
     whole=$WORK/whole-prune.log

@@ -94,7 +94,7 @@ def slice_cases(name: str, dtype: torch.dtype, device: torch.device) -> Iterator
         work = sum(2 * tensors[i].numel() // tensors[i].shape[kept[i][0]] * len(kept[i][1]) * size for i in chosen)
         yield Case(
             f"slice {label}", work, "GB/s", _gather(sources, [{kept[i][0]: kept[i][1]} for i in chosen]),
-            torch.index_select, [(tensors[i], kept[i][0], kept[i][1].to(device)) for i in chosen],
+            kept_slices, [(tensors[i], kept[i][0], kept[i][1].to(device)) for i in chosen],
         )  # fmt: skip
 
 
@@ -145,6 +145,10 @@ def taylor_sums(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def fisher_sums(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return _sums(w * w * h)
+
+
+def kept_slices(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    return tensor.index_select(dim, index)
 
 
 def moment_sums(x: Tensor) -> tuple[Tensor, Tensor]:

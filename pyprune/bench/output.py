@@ -103,8 +103,12 @@ def _used(lines: Sequence[Line]) -> list[str]:
     return [name for name in HEADINGS if any(row[name] for row in shown)]
 
 
-def write(folder: str, lines: Sequence[Line], told: dict[str, str]) -> list[Path]:
-    """``results.csv`` (seconds, all columns), ``results.md`` (table and facts) and ``results.png`` in ``folder``."""
+def write(folder: str, lines: Sequence[Line], told: dict[str, str]) -> None:
+    """``results.csv`` (seconds, all columns) and ``results.md`` (table and facts) in ``folder``; :func:`plot` is apart.
+
+    Raises:
+        PyPruneError: the folder cannot be made.
+    """
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -120,12 +124,10 @@ def write(folder: str, lines: Sequence[Line], told: dict[str, str]) -> list[Path
     about = [f"- {name}: {value}" for name, value in told.items()]
     page = ["# pyprune bench", "", *about, "", *head, *rows, "", *(f"- {note}" for note in notes(lines))]
     (place / "results.md").write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
-    plot(place / "results.png", lines, told)
-    return [place / f"results.{kind}" for kind in ("csv", "md", "png")]
 
 
-def plot(file: Path, lines: Sequence[Line], told: dict[str, str]) -> None:
-    """Percent of the ceiling, and how many times as long stock PyTorch takes."""
+def plot(folder: str, lines: Sequence[Line], told: dict[str, str]) -> None:
+    """``results.png``: percent of the ceiling, and how many times as long stock PyTorch takes."""
     from matplotlib.figure import Figure
 
     shown = [line for line in lines if line.median is not None]
@@ -145,4 +147,4 @@ def plot(file: Path, lines: Sequence[Line], told: dict[str, str]) -> None:
     right.legend(fontsize=8)
     place = told["gpu"] if told["gpu"] != "none" and "cuda" in told["command"] else told["processor"]
     figure.suptitle(f"pyprune bench, {place}, torch {told['torch']}, {told['date']}", fontsize=9)
-    figure.savefig(file, dpi=120)
+    figure.savefig(Path(folder) / "results.png", dpi=120)

@@ -78,20 +78,27 @@ def _run(
 
     from pyprune import preflight
     from pyprune.bench import output as written
-    from pyprune.bench.run import run
+    from pyprune.bench.run import Line, run
 
     preflight.device(device)
     if output is not None:
         written.check_plot(output)
     kind = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     parts = WHAT if "all" in what else tuple(p for p in WHAT if p in what)
-    command = "pyprune " + shlex.join(sys.argv[1:])
-    with session(quiet):
-        lines = run(
-            parts, shapes, kind, torch.device("cuda", 0) if device == "cuda" else torch.device(device), rounds, compiler
-        )
-    told = written.facts(command)
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
+    told = written.facts("pyprune " + shlex.join(sys.argv[1:]))
+    lines: list[Line] = []
+
+    def keep(line: Line) -> None:
+        lines.append(line)
+        if output is not None:  # line by line, so that a run that is cut short leaves what it found
+            written.write(output, lines, told)
+
     if output is not None:
         written.write(output, lines, told)
+    with session(quiet):
+        run(parts, shapes, kind, place, rounds, compiler, keep)
+    if output is not None:
+        written.plot(output, lines, told)
     data: dict[str, Any] = {"facts": told, "lines": [vars(line) for line in lines]}
     emit(data, json, lambda: ["\n".join(f"{k}: {v}" for k, v in told.items()), written.table(lines)])

@@ -191,3 +191,21 @@ def test_a_device_that_is_not_there_is_a_mistake_of_one_line() -> None:
 def test_notes_are_told_once_for_all_lines_that_share_them() -> None:
     lines = [run.Line("a", "tiny", "float32", note="why"), run.Line("b", "tiny", "float32", note="why")]
     assert output.notes(lines) == ["a, b: why"]
+
+
+def test_a_run_that_is_cut_short_leaves_the_lines_that_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyprune.cli.main import main
+
+    def interrupted(shapes: str, dtype: torch.dtype, device: torch.device) -> Any:
+        yield next(cases.salience_cases(shapes, dtype, device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "check_plot", lambda folder: None)
+    monkeypatch.setitem(cases.CASES, "salience", interrupted)
+    arguments = ["--shapes", "tiny", "--what", "salience", "--rounds", "1", "--no_compile", "--output", str(tmp_path)]
+    assert main(["bench", *arguments]) == 130
+    with open(tmp_path / "results.csv", encoding="utf-8") as file:
+        assert [row["op"] for row in csv.DictReader(file)] == ["salience abs(w*g)"]
+    assert "salience abs(w*g)" in (tmp_path / "results.md").read_text(encoding="utf-8")
