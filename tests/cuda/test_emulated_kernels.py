@@ -149,3 +149,12 @@ def test_the_emulator_notices_a_missing_barrier(tmp_path: Path, monkeypatch: pyt
     rows, _ = emulation.activation_salience(library, x, dy, weight, "fisher", False, (1.0, 1.0))
     expected, _ = reference.activation_salience(x, dy, weight, "fisher")
     assert not torch.allclose(rows, expected, rtol=1e-3)
+
+
+def test_one_call_serves_many_tensors_of_every_pair_of_dtypes(library: ctypes.CDLL) -> None:
+    """Five launches from one table; tensors of one tile and of several."""
+    pairs = [(d, d) for d in FLOATS] + [(d, torch.float32) for d in FLOATS[1:]]
+    sets = [inputs([(3, 5), (2, 600), (520, 4)] * 4, d, grad_dtype=g, seed=i) for i, (d, g) in enumerate(pairs)]
+    weights, grads, curvatures = ([t for s in sets for t in s[k]] for k in range(3))
+    got = emulation.salience(library, "mixed", weights, grads, curvatures)
+    assert_salience("mixed", weights, grads, curvatures, got)
