@@ -99,8 +99,9 @@ def activation_salience(
 
 
 def channel_sums(library: ctypes.CDLL, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums of a*b [B, C] (and nothing), or of a and a^2, for a, b [B, T, C]."""
-    sums, squares = torch.full((2, a.shape[0], a.shape[2]), torch.nan).unbind()
+    """Sums of a*b [B, C] (and nothing), or of a [C] and of a^2 [C], for a, b [B, T, C]."""
+    sums = torch.full((a.shape[2],) if b is None else (a.shape[0], a.shape[2]), torch.nan)
+    squares = torch.full((a.shape[2],), torch.nan)
     sizes = (ctypes.c_int64 * 3)(*a.shape)
     status = library.emulate_channels(
         DTYPES[a.dtype], ctypes.byref(matrix(a)), None if b is None else ctypes.byref(matrix(b)), sizes,

@@ -66,24 +66,18 @@ struct TileShape {
 
 // Sizes of a block's tile; activation.cu lays out the partial sums by them.
 constexpr int kBlockRows = 128;
-constexpr int block_cols(bool sum, bool squares, bool wide) {
-  return sum && squares ? 64 : squares || wide ? 128 : 256;
+constexpr int block_cols(bool squares, bool wide) {
+  return squares || wide ? 128 : 256;
 }
 
-// As many sums as fit into 255 registers: one set of 128 numbers a thread, two of 64, or three of 32.
-template <class F, class T, int COLS = block_cols(F::sum, F::squares, sizeof(T) == 4)>
-struct ShapeOf;
-template <class F, class T>
-struct ShapeOf<F, T, 256> {
-  using type = TileShape<kBlockRows, 256, 64, 64, 3>;
-};
-template <class F, class T>
-struct ShapeOf<F, T, 128> {
+// As many sums as fit into 255 registers beside the fragments: one set of 128 numbers a thread, or up to three of 64.
+template <class F, class T, int COLS = block_cols(F::squares, sizeof(T) == 4)>
+struct ShapeOf {
   using type = TileShape<kBlockRows, 128, 64, 32, 4>;
 };
 template <class F, class T>
-struct ShapeOf<F, T, 64> {
-  using type = TileShape<kBlockRows, 64, 32, 32, 4>;
+struct ShapeOf<F, T, 256> {
+  using type = TileShape<kBlockRows, 256, 64, 64, 3>;
 };
 
 // Padding of a row in shared memory, in elements: the eight addresses of a fragment load fall on different banks.

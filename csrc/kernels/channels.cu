@@ -1,4 +1,4 @@
-// Sums over tokens, channel by channel: of products of two tensors, or of one tensor and its squares.
+// Sums over tokens, channel by channel: of products of two tensors, sample by sample, or of one tensor and its squares.
 //
 // Tile     32 lanes of V channels (V elements are one 16-byte word) x a number of tokens of one sample: as many as
 // leave
@@ -107,14 +107,14 @@ int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float32 ? 4 : 2;
 }
 
-bool aligned(const Matrix& m, const ChannelCall& c) {
+bool aligned(const Matrix& m, const ChannelSums& c) {
   if (m.data == nullptr) return true;
   const int64_t size = size_of(c.dtype);
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (c.tokens <= 1 || m.row_stride * size % 16 == 0) &&
          (c.batches <= 1 || m.batch_stride * size % 16 == 0);
 }
 
-Job job_of(const ChannelCall& c) {
+Job job_of(const ChannelSums& c) {
   Job job{};
   job.a = c.a, job.b = c.b;
   job.tokens = c.tokens, job.channels = c.channels;
@@ -137,21 +137,26 @@ void launch(const Job& job, bool dots, unsigned grid, cudaStream_t stream) {
   }
 }
 
-}  // namespace
-
-int64_t channel_workspace(const ChannelCall& c) {
-  const Job job = job_of(c);
-  const int64_t sums = c.b.data == nullptr ? 2 : 1;
-  return job.token_tiles > 1 ? sums * c.batches * job.token_tiles * c.channels * static_cast<int64_t>(sizeof(float))
-                             : 0;
+// Whether what a tile sums up is the result.
+bool one_part(const ChannelSums& c, const Job& job) {
+  return job.token_tiles == 1 && (c.batches == 1 || c.b.data != nullptr);
 }
 
-cudaError_t channel_sums_cuda(const ChannelCall& c, void* workspace, cudaStream_t stream) {
+}  // namespace
+
+int64_t channel_workspace(const ChannelSums& c) {
+  const Job job = job_of(c);
+  const int64_t sums = c.b.data == nullptr ? 2 : 1;
+  const int64_t parts = sums * c.batches * job.token_tiles * c.channels * static_cast<int64_t>(sizeof(float));
+  return one_part(c, job) ? 0 : parts;
+}
+
+cudaError_t channel_sums_cuda(const ChannelSums& c, void* workspace, cudaStream_t stream) {
   Job job = job_of(c);
   const int64_t tiles = job.channel_tiles * job.token_tiles * c.batches;
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const bool dots = c.b.data != nullptr, whole = job.token_tiles == 1;
+  const bool dots = c.b.data != nullptr, whole = one_part(c, job);
   float* parts = static_cast<float*>(workspace);
   job.sums = whole ? c.sums : parts;
   job.squares = whole ? c.squares : parts + c.batches * job.token_tiles * c.channels;
@@ -168,9 +173,10 @@ cudaError_t channel_sums_cuda(const ChannelCall& c, void* workspace, cudaStream_
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess || whole) return status;
   const int64_t pieces = ceil_div(c.channels, kReduceCols);
-  const Reduction sums{job.sums, c.sums, job.token_tiles, c.channels, pieces};
-  const Reduction squares{job.squares, c.squares, job.token_tiles, c.channels, pieces};
-  return add_two(sums, c.batches, squares, dots ? 0 : c.batches, stream);
+  if (dots) return add_two({job.sums, c.sums, job.token_tiles, c.channels, pieces}, c.batches, {}, 0, stream);
+  const int64_t parts_of_all = c.batches * job.token_tiles;
+  return add_two({job.sums, c.sums, parts_of_all, c.channels, pieces}, 1,
+                 {job.squares, c.squares, parts_of_all, c.channels, pieces}, 1, stream);
 }
 
 }  // namespace pyprune

@@ -31,6 +31,7 @@ struct Launch {
   std::vector<int64_t> tiles;
   const SalienceEntry* device_entries;
   const int64_t* device_first;
+  int64_t blocks;  // tiles of all entries
 };
 
 // Everything that is sent to the device, with the partial sums behind it in the workspace.
@@ -40,30 +41,45 @@ struct Plan {
   std::vector<int64_t> reduction_blocks;
   const Reduction* device_reductions = nullptr;
   const int64_t* device_first = nullptr;
-  int64_t part_floats = 0;
+  int64_t blocks = 0;  // of the second pass
 };
+
+struct Tiles {
+  int64_t rows, cols;
+};
+
+// A tensor with no rows or no columns still has sums: zeros, written by a tile that reads nothing.
+Tiles tiles_of(const SalienceTensor& t) {
+  const int64_t tile_cols = 32 * (16 / size_of(t.dtype));
+  return {std::max<int64_t>(1, ceil_div(t.rows, kSalienceTileRows)), std::max<int64_t>(1, ceil_div(t.cols, tile_cols))};
+}
+
+// Bytes that suffice for the table of `count` tensors: an entry, at most two reductions and the numbers before each,
+// and for every launch (at most nine pairs of dtypes, and the second pass) an end of two lists and their alignment.
+int64_t table_bound(int64_t count) {
+  constexpr int64_t kEach = sizeof(SalienceEntry) + 2 * sizeof(Reduction) + 3 * sizeof(int64_t), kLaunch = 2 * 16 + 8;
+  return (count * kEach + 10 * kLaunch + 255) / 256 * 256;
+}
 
 Plan plan_of(Formula formula, const SalienceTensor* tensors, int64_t count) {
   Plan plan;
   for (int64_t i = 0; i < count; ++i) {
     const SalienceTensor& t = tensors[i];
+    const Tiles tiles = tiles_of(t);
     SalienceEntry e{};
     e.tensor = t;
-    const int64_t tile_cols = 32 * (16 / size_of(t.dtype));
-    // A tensor with no rows or no columns still has sums: zeros, written by a tile that reads nothing.
-    e.row_tiles = std::max<int64_t>(1, ceil_div(t.rows, kSalienceTileRows));
-    e.col_tiles = std::max<int64_t>(1, ceil_div(t.cols, tile_cols));
+    e.row_tiles = tiles.rows, e.col_tiles = tiles.cols;
     e.aligned = multiple_of_16(t.weight, t.batches, t.rows, size_of(t.dtype)) &&
                 multiple_of_16(t.grad, t.batches, t.rows, size_of(t.grad_dtype)) &&
                 multiple_of_16(t.curvature, t.batches, t.rows, 4);
-    if (e.col_tiles > 1) plan.part_floats += t.batches * e.col_tiles * t.rows;
-    if (e.row_tiles > 1) plan.part_floats += t.batches * e.row_tiles * t.cols;
     const Dtype grad_dtype = reads_grad(formula) ? t.grad_dtype : t.dtype;
     auto launch = std::find_if(plan.launches.begin(), plan.launches.end(),
                                [&](const Launch& l) { return l.dtype == t.dtype && l.grad_dtype == grad_dtype; });
     if (launch == plan.launches.end()) {
-      plan.launches.push_back({t.dtype, grad_dtype, {}, {}, nullptr, nullptr});
+      plan.launches.push_back({t.dtype, grad_dtype, {}, {}, nullptr, nullptr, 0});
       launch = plan.launches.end() - 1;
+      launch->entries.reserve(static_cast<size_t>(count - i));
+      launch->tiles.reserve(static_cast<size_t>(count - i));
     }
     launch->entries.push_back(e);
     launch->tiles.push_back(t.batches * e.row_tiles * e.col_tiles);
@@ -94,24 +110,20 @@ void place_parts(Plan& plan, float* parts) {
 
 void fill(Table& table, Plan& plan) {
   for (Launch& launch : plan.launches) {
+    const std::vector<int64_t> first = first_items(launch.tiles);
     launch.device_entries = table.append(launch.entries);
-    launch.device_first = table.append(first_items(launch.tiles));
+    launch.device_first = table.append(first);
+    launch.blocks = first.back();
   }
+  const std::vector<int64_t> first = first_items(plan.reduction_blocks);
   plan.device_reductions = table.append(plan.reductions);
-  plan.device_first = table.append(first_items(plan.reduction_blocks));
-}
-
-int64_t table_size(const Plan& plan) {
-  Plan counted = plan;
-  place_parts(counted, nullptr);
-  Table table(nullptr);
-  fill(table, counted);
-  return table.size();
+  plan.device_first = table.append(first);
+  plan.blocks = first.back();
 }
 
 cudaError_t first_pass(Formula formula, const Launch& l, cudaStream_t stream) {
   const int count = static_cast<int>(l.entries.size());
-  const int64_t tiles = first_items(l.tiles).back();
+  const int64_t tiles = l.blocks;
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   switch (formula) {
@@ -133,25 +145,30 @@ cudaError_t first_pass(Formula formula, const Launch& l, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t salience_workspace(Formula formula, const SalienceTensor* tensors, int64_t count) {
-  const Plan plan = plan_of(formula, tensors, count);
-  return table_size(plan) + plan.part_floats * static_cast<int64_t>(sizeof(float));
+int64_t salience_workspace(Formula, const SalienceTensor* tensors, int64_t count) {
+  int64_t parts = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Tiles tiles = tiles_of(tensors[i]);
+    if (tiles.cols > 1) parts += tensors[i].batches * tiles.cols * tensors[i].rows;
+    if (tiles.rows > 1) parts += tensors[i].batches * tiles.rows * tensors[i].cols;
+  }
+  return table_bound(count) + parts * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
                           cudaStream_t stream) {
   Plan plan = plan_of(formula, tensors, count);
-  const int64_t table_bytes = table_size(plan);
-  place_parts(plan, reinterpret_cast<float*>(static_cast<char*>(workspace) + table_bytes));
+  place_parts(plan, reinterpret_cast<float*>(static_cast<char*>(workspace) + table_bound(count)));
   Table table(workspace);
   fill(table, plan);
+  if (table.size() > table_bound(count)) return cudaErrorInvalidValue;
   cudaError_t status = table.send(stream);
   for (const Launch& launch : plan.launches) {
     if (status == cudaSuccess) status = first_pass(formula, launch, stream);
   }
-  const int64_t blocks = first_items(plan.reduction_blocks).back();
   if (status != cudaSuccess) return status;
-  return add_parts(plan.device_reductions, plan.device_first, static_cast<int>(plan.reductions.size()), blocks, stream);
+  return add_parts(plan.device_reductions, plan.device_first, static_cast<int>(plan.reductions.size()), plan.blocks,
+                   stream);
 }
 
 }  // namespace pyprune

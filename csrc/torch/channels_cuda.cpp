@@ -6,7 +6,13 @@
 namespace pyprune {
 namespace {
 
-// Sums over a [B, T, C] or [T, C], beside b or alone.
+// A [T, C] tensor is one sample, a [B, T, C] tensor has B.
+View channel_view(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "pyprune::channel ops: tensors have 2 or 3 dimensions");
+  return View(t);
+}
+
+// Of products of a and b over the tokens of each sample, or of a and its squares over all tokens.
 void channel_sums(const char* what, const Tensor& a, const Tensor* b, Tensor& sums, Tensor* squares) {
   const CudaScope scope(a);
   if (a.numel() == 0) {  // there is no memory to point at
@@ -17,7 +23,7 @@ void channel_sums(const char* what, const Tensor& a, const Tensor* b, Tensor& su
   const Tensor first = with_neighbouring_columns(a);
   const Tensor second = b == nullptr ? first : with_neighbouring_columns(*b);
   const View v(first), w(second);
-  ChannelCall call{};
+  ChannelSums call{};
   call.dtype = dtype_of(a);
   STD_TORCH_CHECK(call.dtype != Dtype::float64, "pyprune::", what, ": float64 is for the CPU");
   call.batches = v.size[0], call.tokens = v.size[1], call.channels = v.size[2];
@@ -30,19 +36,19 @@ void channel_sums(const char* what, const Tensor& a, const Tensor* b, Tensor& su
 }
 
 Tensor channel_dots(const Tensor a, const Tensor b) {
-  STD_TORCH_CHECK(a.dim() == 3 && b.dim() == 3, "pyprune::channel_dots: tensors have 3 dimensions");
-  for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(a.size(d) == b.size(d), "pyprune::channel_dots: shapes differ");
+  const View v = channel_view(a), w = channel_view(b);
+  for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(v.size[d] == w.size[d], "pyprune::channel_dots: shapes differ");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "pyprune::channel_dots: dtypes differ");
   check_one_device({a, b}, a.get_device_index(), "channel_dots");
-  Tensor sums = torch::stable::new_empty(a, {a.size(0), a.size(2)}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(a, {v.size[0], v.size[2]}, ScalarType::Float);
   channel_sums("channel_dots", a, &b, sums, nullptr);
   return sums;
 }
 
 std::tuple<Tensor, Tensor> channel_moments(const Tensor x) {
-  STD_TORCH_CHECK(x.dim() == 2, "pyprune::channel_moments: a tensor of 2 dimensions");
-  Tensor sums = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
-  Tensor squares = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
+  const int64_t channels = channel_view(x).size[2];
+  Tensor sums = torch::stable::new_empty(x, {channels}, ScalarType::Float);
+  Tensor squares = torch::stable::new_empty(x, {channels}, ScalarType::Float);
   channel_sums("channel_moments", x, nullptr, sums, &squares);
   return {sums, squares};
 }

@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from pyprune.cli import env, evaluate, inspect, prune, score
+from pyprune.cli import bench, env, evaluate, inspect, prune, score
 from pyprune.cli.options import CONTEXT
 from pyprune.errors import PyPruneError
 
@@ -53,7 +53,7 @@ def cli() -> None:
     """
 
 
-for _verb in (prune, inspect, score, evaluate, env):
+for _verb in (prune, inspect, score, evaluate, env, bench):
     _verb.register(cli)
 
 

@@ -92,15 +92,17 @@ def test_channel_sums_match_float64(dtype: torch.dtype, library: ctypes.CDLL) ->
             mass = (wide * other).abs().sum(1)
             assert bool(((dots.double() - (wide * other).sum(1)).abs() <= 1e-6 * mass).all())
             sums, squares = emulation.channel_sums(library, left, None)
-            assert bool(((sums.double() - wide.sum(1)).abs() <= 1e-6 * wide.abs().sum(1)).all())
-            assert bool(((squares.double() - wide.square().sum(1)).abs() <= 1e-6 * wide.square().sum(1)).all())
+            assert bool(((sums.double() - wide.sum((0, 1))).abs() <= 1e-6 * wide.abs().sum((0, 1))).all())
+            assert bool(
+                ((squares.double() - wide.square().sum((0, 1))).abs() <= 1e-6 * wide.square().sum((0, 1))).all()
+            )
 
 
 def test_channel_sums_over_many_tokens_use_several_rounds_a_tile(library: ctypes.CDLL) -> None:
     a = torch.randn(40, 1100, 5)
     sums, squares = emulation.channel_sums(library, a, None)
-    torch.testing.assert_close(sums, a.double().sum(1).float(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(squares, a.double().square().sum(1).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums, a.double().sum((0, 1)).float(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(squares, a.double().square().sum((0, 1)).float(), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -127,6 +129,7 @@ def test_repeats_of_every_kernel_give_the_same_bits(library: ctypes.CDLL) -> Non
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.slow
 def test_the_emulator_notices_a_missing_barrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the check: without the barriers of the main loop the sums come out wrong."""
     broken = tmp_path / "repository"
@@ -146,3 +149,12 @@ def test_the_emulator_notices_a_missing_barrier(tmp_path: Path, monkeypatch: pyt
     rows, _ = emulation.activation_salience(library, x, dy, weight, "fisher", False, (1.0, 1.0))
     expected, _ = reference.activation_salience(x, dy, weight, "fisher")
     assert not torch.allclose(rows, expected, rtol=1e-3)
+
+
+def test_one_call_serves_many_tensors_of_every_pair_of_dtypes(library: ctypes.CDLL) -> None:
+    """Five launches from one table; tensors of one tile and of several."""
+    pairs = [(d, d) for d in FLOATS] + [(d, torch.float32) for d in FLOATS[1:]]
+    sets = [inputs([(3, 5), (2, 600), (520, 4)] * 4, d, grad_dtype=g, seed=i) for i, (d, g) in enumerate(pairs)]
+    weights, grads, curvatures = ([t for s in sets for t in s[k]] for k in range(3))
+    got = emulation.salience(library, "mixed", weights, grads, curvatures)
+    assert_salience("mixed", weights, grads, curvatures, got)

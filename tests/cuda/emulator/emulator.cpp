@@ -141,7 +141,7 @@ int emulate_activation(int formula, int dtype, const Matrix* rows_input, const M
 }
 
 int emulate_channels(int dtype, const Matrix* a, const Matrix* b, const int64_t* sizes, float* sums, float* squares) {
-  ChannelCall call{};
+  ChannelSums call{};
   call.dtype = static_cast<Dtype>(dtype);
   call.a = *a;
   if (b != nullptr) call.b = *b;

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of at most ten minutes, on a machine with nothing but Python, a C++
+# compiler, nvcc and a driver:
+#
+#     bash benchmarks/gpu.sh [FOLDER]
+#
+# FOLDER (or $OUT; default benchmarks/results/<date>-<card>) gets eight files: log.txt, summary.md, and the CSV, page and
+# plot of each benchmark. A section that fails or runs out of time leaves the others alone; the status is the number of
+# sections that failed.
+#
+# Environment: PYTHON (default python3), BUDGET (seconds for everything, default 570), WORK (default build/gpu).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+ROOT=$PWD
+PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-570}
+WORK=${WORK:-$ROOT/build/gpu}
+START=$SECONDS
+failed=0
+
+card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -c 'A-Za-z0-9\n' '-')
+OUT=${1:-${OUT:-$ROOT/benchmarks/results/$(date +%F)-${card:-no-card}}}
+mkdir -p "$OUT" "$WORK" || exit 1
+LOG=$OUT/log.txt
+SUMMARY=$OUT/summary.md
+: >"$LOG"
+{
+    echo "# GPU run, $(date -u '+%F %H:%M UTC')"
+    echo
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | sed 's/^/- GPU: /'
+    echo "- processor: $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(nproc) cores"
+    echo "- commit: $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    echo
+    echo '| section | status | seconds | last line |'
+    echo '|---|---|---|---|'
+} >"$SUMMARY"
+
+# section NAME LIMIT COMMAND...: at most LIMIT seconds, and never past the budget.
+section() {
+    local name=$1 limit=$2 left=$((BUDGET - SECONDS + START)) began=$SECONDS status word file
+    shift 2
+    file=$WORK/$(echo "$name" | tr -c 'a-z0-9\n' '-').log
+    if ((left < 5)); then
+        echo "| $name | no time left | 0 | |" >>"$SUMMARY"
+        failed=$((failed + 1))
+        return 1
+    fi
+    ((limit > left)) && limit=$left
+    echo "== $name: $*" | tee -a "$LOG"
+    timeout --kill-after=5 "$limit" "$@" >"$file" 2>&1
+    status=$?
+    cat "$file" >>"$LOG"
+    case $status in
+        0) word=passed ;;
+        124 | 137) word="stopped after $limit s" ;;
+        *) word="failed ($status)" ;;
+    esac
+    ((status != 0)) && failed=$((failed + 1)) && tail -n 15 "$file"
+    echo "| $name | $word | $((SECONDS - began)) | $(grep -v '^[[:space:]]*$' "$file" | tail -n 1 | cut -c1-150 | tr '|' '/') |" >>"$SUMMARY"
+    return $status
+}
+
+# An interpreter that can see the GPU is taken as it is; else a virtual environment is made, with PyTorch from PyPI.
+ready() {
+    "$1" - <<'PYTHON' >/dev/null 2>&1
+import click, hypothesis, matplotlib, numpy, pybind11, pytest, rich, safetensors, setuptools, torch, transformers, yaml
+assert torch.version.cuda
+PYTHON
+}
+if ! ready "$PYTHON"; then
+    if ! ready "$WORK/venv/bin/python"; then
+        section "environment" 240 bash -c "
+            '$PYTHON' -m venv '$WORK/venv' &&
+            '$WORK/venv/bin/python' -m pip install --quiet 'torch>=2.10' 'transformers>=5' 'safetensors>=0.4.3' numpy click rich \
+                pyyaml pytest pytest-benchmark hypothesis psutil matplotlib 'setuptools>=77' wheel cmake ninja pybind11"
+    fi
+    PYTHON=$WORK/venv/bin/python
+fi
+PYTHON=$(command -v "$PYTHON")
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 COLUMNS=160
+
+arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null || echo 90)
+section "build" 150 env PYPRUNE_CUDA=ON PYPRUNE_CUDA_ARCHS="$arch-real" MAX_JOBS="$(nproc)" \
+    "$PYTHON" setup.py build_ext --inplace
+section "kernels usable" 60 "$PYTHON" -c 'from pyprune import ops; info = ops.backend_info(); print(info); assert info["cuda_usable"]'
+
+section "tests" 150 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/cuda tests/ops
+
+sanitizer=$(command -v compute-sanitizer)
+for found in /usr/local/cuda*/bin/compute-sanitizer; do
+    [[ -z $sanitizer && -x $found ]] && sanitizer=$found
+done
+for tool in memcheck racecheck; do
+    if [[ -z $sanitizer ]]; then
+        echo "| $tool | compute-sanitizer is not installed | 0 | |" >>"$SUMMARY"
+    else
+        section "$tool" 60 "$sanitizer" --tool "$tool" --kernel-name kernel_substring=pyprune --error-exitcode 9 \
+            "$PYTHON" tests/cuda/small_calls.py
+    fi
+done
+
+section "bench llama-7b" 200 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --output "$OUT/llama-7b"
+whole=
+section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
+    whole=$WORK/whole-prune.log
+section "bench llama-3-8b" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-3-8b --no_compile --rounds 5 \
+    --output "$OUT/llama-3-8b"
+
+{
+    for part in "$OUT/llama-7b/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do
+        [[ -f $part ]] && echo && sed 's/^# /## /' "$part"
+    done
+    echo
+    echo "$((SECONDS - START)) seconds, $failed sections failed."
+} >>"$SUMMARY"
+cat "$SUMMARY"
+exit "$failed"

@@ -1,0 +1,132 @@
+"""What only a GPU can show: streams, sizes beyond 32 bits, and the hardware's own arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyprune import ops
+from pyprune.ops import reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def room_for(gib: float) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free / 2**30:.1f} are free")
+
+
+def layer(samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = [(samples, tokens, inputs), (samples, tokens, outputs), (outputs, inputs)]
+    return tuple(torch.randn(s, device="cuda").to(dtype) for s in shapes)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formula", ["taylor_signed", "taylor_abs", "fisher", "mixed"])
+def test_a_layer_of_a_real_size_matches_float64(formula: str, dtype: torch.dtype) -> None:
+    """Sums over 1280 tokens: the order and the rounding of the tensor cores must not show."""
+    args = layer(10, 128, 4096, 1024, dtype)
+    wide = [t.double() for t in args]
+    expected = reference.activation_salience(*wide, formula, gradient_scale=0.1, curvature_scale=0.1)
+    got = ops.activation_salience(*args, formula, gradient_scale=0.1, curvature_scale=0.1)
+    for value, truth in zip(got, expected, strict=True):
+        scale = float(truth.abs().max())
+        assert float((value.double() - truth).abs().max()) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formula", ["taylor_abs", "fisher", "mixed"])
+def test_repeats_give_the_same_bits_beside_other_work(formula: str, dtype: torch.dtype) -> None:
+    args = layer(4, 100, 1030, 770, dtype)
+    first = ops.activation_salience(*args, formula)
+    other = torch.randn(2048, 2048, device="cuda")
+    stream = torch.cuda.Stream()
+    for _ in range(5):
+        with torch.cuda.stream(stream):
+            other @ other
+        assert all(map(torch.equal, ops.activation_salience(*args, formula), first))
+
+
+def test_both_routes_give_the_same_scores_of_a_layer() -> None:
+    x, dy, weight = layer(6, 40, 520, 390, torch.float32)
+    each = torch.einsum("bto,bti->boi", dy.double(), x.double()).float()
+    for formula in ("taylor_abs", "fisher", "mixed"):
+        rows, cols = ops.salience(formula, [weight], [each.sum(0) / 6], [each.square().sum(0) / 6])
+        got = ops.activation_salience(x, dy, weight, formula, gradient_scale=1 / 6, curvature_scale=1 / 6)
+        torch.testing.assert_close(got[0], rows[0], rtol=1e-3, atol=1e-5 * float(rows[0].max()))
+        torch.testing.assert_close(got[1], cols[0], rtol=1e-3, atol=1e-5 * float(cols[0].max()))
+
+
+def test_work_on_a_side_stream_is_waited_for() -> None:
+    """Inputs written on a stream are read by a kernel that is launched on it, with no synchronisation in between."""
+    x, dy, weight = (torch.zeros(s, device="cuda") for s in ((1, 64, 1024), (1, 64, 512), (512, 1024)))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for t in (x, dy, weight):
+            t.fill_(1.0)
+        rows, cols = ops.activation_salience(x, dy, weight, "taylor_abs")
+    stream.synchronize()
+    assert bool((rows == 64.0 * 1024).all())
+    assert bool((cols == 64.0 * 512).all())
+
+
+def test_the_host_does_not_wait_for_the_kernel() -> None:
+    args = layer(1, 64, 256, 256, torch.bfloat16)
+    ops.activation_salience(*args, "fisher")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    ops.activation_salience(*args, "fisher")
+    assert not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+
+
+def test_activations_of_more_than_two_to_the_31_elements() -> None:
+    room_for(12)
+    tokens = 2**31 // 4096 + 40
+    x = torch.zeros(1, tokens, 4096, dtype=torch.bfloat16, device="cuda")
+    dy = torch.zeros(1, tokens, 64, dtype=torch.bfloat16, device="cuda")
+    x[0, -8:], dy[0, -8:] = 1.0, 2.0
+    weight = torch.ones(64, 4096, dtype=torch.bfloat16, device="cuda")
+    rows, cols = ops.activation_salience(x, dy, weight, "taylor_abs")
+    assert bool((rows == 16.0 * 4096).all())
+    assert bool((cols == 16.0 * 64).all())
+
+
+def test_a_weight_of_more_than_two_to_the_31_elements() -> None:
+    room_for(12)
+    outputs = 2**31 // 4096 + 40
+    weight = torch.ones(outputs, 4096, dtype=torch.bfloat16, device="cuda")
+    x = torch.ones(2, 4, 4096, dtype=torch.bfloat16, device="cuda")
+    dy = torch.ones(2, 4, outputs, dtype=torch.bfloat16, device="cuda")
+    rows, cols = ops.activation_salience(x, dy, weight, "fisher")
+    assert bool((rows == 32.0 * 4096).all())
+    assert bool(((cols - 32.0 * outputs).abs() <= 1e-6 * 32.0 * outputs).all())
+    del x, dy
+    (kept,) = ops.gather([weight], [{0: [0, outputs - 1], 1: range(1, 4096, 3)}])
+    assert kept.shape == (2, 1365) and bool((kept == 1).all())
+    rows, _ = ops.salience("square", [weight])
+    assert bool((rows[0] == 4096.0).all())
+
+
+@pytest.mark.skipif(not hasattr(ops, "channel_dots"), reason="pyprune.ops has no channel sums")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channel_sums_match_float64(dtype: torch.dtype) -> None:
+    for shape in ((1, 1, 1), (3, 70, 24), (2, 1000, 4099), (0, 4, 5), (2, 0, 5)):
+        a, b = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+        wide, other = a.double(), b.double()
+        dots = ops.channel_dots(a, b)
+        assert dots.shape == (shape[0], shape[2]) and dots.dtype == torch.float32
+        assert bool(((dots - (wide * other).sum(1)).abs() <= 2e-6 * (wide * other).abs().sum(1)).all())
+        sums, squares = ops.channel_moments(a.flatten(0, 1))
+        wide = wide.flatten(0, 1)
+        assert bool(((sums - wide.sum(0)).abs() <= 2e-6 * wide.abs().sum(0)).all())
+        assert bool(((squares - wide.square().sum(0)).abs() <= 2e-6 * wide.square().sum(0)).all())
+        assert torch.equal(ops.channel_dots(a, b), dots)
