@@ -152,5 +152,13 @@ PYPRUNE_INLINE Vec<float> load(const Float16* from) {
   return v;
 }
 
+// Asks for the cache lines of sixteen elements `ahead` elements on, whether or not such memory exists.
+template <class T>
+PYPRUNE_INLINE void prefetch(const T* at, int64_t ahead) {
+  const uintptr_t place = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead) * sizeof(T);
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kLanes * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(place + i));
+}
+
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune
