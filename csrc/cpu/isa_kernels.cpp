@@ -1,6 +1,7 @@
 // The inner loops. This file is compiled once for each instruction set, with PYPRUNE_ISA naming the set.
 
 #include "kernels.h"
+#include "pack.h"
 #include "simd.h"
 
 namespace pyprune {
@@ -187,27 +188,6 @@ void accumulate(void* curvature, const void* grad, int64_t count, Dtype grad_dty
   }
 }
 
-// Runs of kept columns are mostly a few elements long, with lengths that no branch predictor learns. Copying a whole
-// word for each, and letting the next run overwrite what was too much, costs one load and one store and no
-// misprediction.
-void copy_runs(const char* source, char* dest, const ByteRun* runs, int64_t loose, int64_t count) {
-  int64_t i = 0;
-  for (; i < loose; ++i) {
-    const char* from = source + runs[i].source;
-    char* to = dest + runs[i].dest;
-    int64_t left = runs[i].length;
-    do {
-      char word[kCopyWord];
-      memcpy(word, from, kCopyWord);
-      memcpy(to, word, kCopyWord);
-      from += kCopyWord;
-      to += kCopyWord;
-      left -= kCopyWord;
-    } while (left > 0);
-  }
-  for (; i < count; ++i) memcpy(dest + runs[i].dest, source + runs[i].source, static_cast<size_t>(runs[i].length));
-}
-
 }  // namespace PYPRUNE_ISA
 
 #define PYPRUNE_TEXT(x) #x
@@ -216,7 +196,8 @@ void copy_runs(const char* source, char* dest, const ByteRun* runs, int64_t loos
 #define PYPRUNE_TABLE(isa) PYPRUNE_JOIN(cpu_kernels_, isa)
 
 extern const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA);
-const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA) = {PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile,
-                                               PYPRUNE_ISA::accumulate, PYPRUNE_ISA::copy_runs};
+const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA) = {
+    PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile, PYPRUNE_ISA::accumulate, PYPRUNE_ISA::copy_runs,
+    PYPRUNE_ISA::kWordBytes,   PYPRUNE_ISA::permute_row,   PYPRUNE_ISA::stream,     PYPRUNE_ISA::drain};
 
 }  // namespace pyprune
