@@ -2,27 +2,23 @@
 
     python benchmarks/cpu_kernels.py [--threads 1 2] [--rounds 15] [--only salience slicing moments]
 
-Every round times each contender once, in turn, so that a machine whose speed drifts slows all of them alike; ratios are
-medians over the rounds of the ratio within a round. The ceiling is ``Tensor.copy_`` between two 256 MiB tensors, counted
-as bytes read plus bytes written, timed in the same rounds.
+Every round times each contender once, in turn, so that a machine whose speed drifts slows all of them alike; ratios
+are medians over the rounds of the ratio within a round. The ceiling is ``Tensor.copy_`` between two 256 MiB tensors,
+counted as bytes read plus bytes written, timed in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.ops import reference
 
 LAYERS, HIDDEN, KV, FFN, VOCABULARY = 30, 576, 192, 1536, 49152
 LAYER = [(HIDDEN, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HIDDEN), (FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)]

@@ -1,5 +1,6 @@
 // The inner loops. This file is compiled once for each instruction set, with PYPRUNE_ISA naming the set.
 
+#include "channels_isa.h"
 #include "kernels.h"
 #include "pack.h"
 #include "simd.h"
@@ -52,27 +53,6 @@ struct Mixed {
   static PYPRUNE_INLINE Vec<float> half(Vec<float>) { return Vec<float>::splat(0.5f); }
   static PYPRUNE_INLINE Vec<double> half(Vec<double>) { return Vec<double>::splat(0.5); }
 };
-
-// `count` elements, the others zero: a zero element has salience zero under every formula.
-template <class T>
-struct Padded {
-  T data[kLanes];
-  PYPRUNE_INLINE Padded(const T* from, int64_t count) {
-    memset(data, 0, sizeof(data));
-    memcpy(data, from, static_cast<size_t>(count) * sizeof(T));
-  }
-};
-
-// Bytes between what is read and what is asked for ahead of it. Short enough to stay in the first-level cache beside
-// the column sums, long enough to hide the latency of memory.
-constexpr int64_t kPrefetchBytes = 6144;
-
-// Elements from a place in a row to the same place some whole rows below, at least kPrefetchBytes of reading later.
-template <class T>
-PYPRUNE_INLINE int64_t prefetch_distance(int64_t cols, int64_t stride) {
-  const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(T));
-  return row_bytes == 0 ? 0 : (kPrefetchBytes + row_bytes - 1) / row_bytes * stride;
-}
 
 // A tile, one row after the other: each element is read once, in the order of memory, and added to its row's sixteen
 // lanes and to its column, whose sums stay in the nearest caches. Taking several rows together would save traffic with
@@ -197,7 +177,8 @@ void accumulate(void* curvature, const void* grad, int64_t count, Dtype grad_dty
 
 extern const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA);
 const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA) = {
-    PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile, PYPRUNE_ISA::accumulate, PYPRUNE_ISA::copy_runs,
-    PYPRUNE_ISA::kWordBytes,   PYPRUNE_ISA::permute_row,   PYPRUNE_ISA::stream,     PYPRUNE_ISA::drain};
+    PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile, PYPRUNE_ISA::accumulate,
+    PYPRUNE_ISA::channel_tile, PYPRUNE_ISA::copy_runs,     PYPRUNE_ISA::kWordBytes,
+    PYPRUNE_ISA::permute_row,  PYPRUNE_ISA::stream,        PYPRUNE_ISA::drain};
 
 }  // namespace pyprune

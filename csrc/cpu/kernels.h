@@ -59,11 +59,25 @@ struct Permutation {
 
 constexpr int64_t kIndexAlignment = 64;
 
+// Widest column tile of a channel kernel; its two rows of float sums take 32 KiB.
+constexpr int64_t kChannelCols = 4096;
+
+// A tile of at most kTileRows x kChannelCols elements of one tensor, or of two. Strides in elements.
+struct ChannelTile {
+  const void* a;
+  const void* b;  // null: sums of a and of its squares; else sums of a * b
+  int64_t a_stride, b_stride;
+  int64_t rows, cols;
+  void* sums;     // [cols], written
+  void* squares;  // [cols], written when b is null
+};
+
 struct CpuKernels {
   const char* name;
   void (*salience_tile)(Formula formula, Dtype dtype, Dtype grad_dtype, const SalienceTile& tile);
   // curvature [count] += scale * grad [count]^2
   void (*accumulate)(void* curvature, const void* grad, int64_t count, Dtype grad_dtype, double scale);
+  void (*channel_tile)(Dtype dtype, const ChannelTile& tile);
   // One row: the first `loose` runs may overrun by a word (later runs overwrite it), the others are copied exactly.
   void (*copy_runs)(const char* source, char* dest, const ByteRun* runs, int64_t loose, int64_t count);
   int64_t word_bytes;  // of a permutation: 64, 16, or 0 where the instruction set has none

@@ -9,4 +9,8 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def("accumulate_square_(Tensor(a!)[] curvatures, Tensor[] grads, float scale) -> ()");
   // runs [n, 3] = (source, dest, length) in elements; run_counts: runs of each dimension of each tensor, -1 = whole
   m.def("gather(Tensor[] tensors, Tensor runs, int[] run_counts, Tensor(a!)[] out) -> ()");
+  // [T, C] or [B, T, C] to the sums [C] of x and of x^2 over everything but the channels
+  m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
+  // two of [T, C] or [B, T, C] to the sums [B, C] of a * b over T
+  m.def("channel_dots(Tensor a, Tensor b) -> Tensor");
 }
