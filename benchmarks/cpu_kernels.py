@@ -1,6 +1,6 @@
 """Speed of the CPU kernels beside stock PyTorch and beside the memory, on the matrices of SmolLM2-135M.
 
-    python benchmarks/cpu_kernels.py [--threads 1 2] [--rounds 15] [--only salience slicing moments]
+    python benchmarks/cpu_kernels.py [--threads 1 2] [--rounds 15] [--only salience slicing channels]
 
 Every round times each contender once, in turn, so that a machine whose speed drifts slows all of them alike; ratios
 are medians over the rounds of the ratio within a round. The ceiling is ``Tensor.copy_`` between two 256 MiB tensors,
@@ -10,9 +10,12 @@ counted as bytes read plus bytes written, timed in the same rounds.
 from __future__ import annotations
 
 import argparse
+import datetime
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ LAYERS, HIDDEN, KV, FFN, VOCABULARY = 30, 576, 192, 1536, 49152
 LAYER = [(HIDDEN, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HIDDEN), (FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)]
 MATRICES = [*LAYER * LAYERS, (VOCABULARY, HIDDEN)]
 HEAD, HEADS, KV_HEADS, CUT = 64, 9, 3, 4
+PARTS = ["salience", "slicing", "channels"]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 Contenders = dict[str, Callable[[], object]]
 
@@ -143,17 +147,35 @@ def slicing(dtype: torch.dtype, what: str, rounds: int, copy: Copy) -> list[str]
             out.append(tensor)
         return out
 
-    given = select()
-    moved = 2 * sum(t.nbytes for t in given)
+    moved = 2 * sum(t.nbytes for t in select())
     contenders: Contenders = {
         "copy": copy,
         "eager": select,
         "ops": lambda: ops.gather(tensors, indices),
-        "into": lambda: ops.gather(tensors, indices, given),
     }
     seconds = rounds_of(contenders, rounds)
     name = f"slicing {what}, {NAMES[dtype]}"
     return [line(name, "index_select", seconds, "eager", copy.share(seconds, "ops", moved), moved)]
+
+
+def channels(dtype: torch.dtype, rounds: int, copy: Copy) -> list[str]:
+    """Activations of 32 samples of 1024 tokens at the FFN's width."""
+    a, b = (torch.randn(32, 1024, FFN).to(dtype) for _ in range(2))
+
+    def moments() -> tuple[Tensor, Tensor]:
+        x = a.float()
+        return x.sum((0, 1)), (x * x).sum((0, 1))
+
+    cases: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {
+        "channel moments": (moments, lambda: ops.channel_moments(a), a.nbytes),
+        "channel dots": (lambda: (a.float() * b.float()).sum(1), lambda: ops.channel_dots(a, b), 2 * a.nbytes),
+    }
+    lines = []
+    for name, (eager, ours, moved) in cases.items():
+        seconds = rounds_of({"copy": copy, "eager": eager, "ops": ours}, rounds)
+        share = copy.share(seconds, "ops", moved)
+        lines.append(line(f"{name}, {NAMES[dtype]}", "float32 eager", seconds, "eager", share, moved))
+    return lines
 
 
 def line(name: str, rival: str, seconds: dict[str, list[float]], eager: str, share: float, moved: int) -> str:
@@ -165,14 +187,25 @@ def line(name: str, rival: str, seconds: dict[str, list[float]], eager: str, sha
     )
 
 
+def processor() -> str:
+    """Its name as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    family = {key.strip(): value.strip() for key, _, value in (text.partition(":") for text in lines)}
+    return f"{family.get('model name', 'unknown')} (family {family.get('cpu family', '?')})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", choices=["salience", "slicing"], default=["salience", "slicing"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.manual_seed(0)
     copy = Copy()
+    print(
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
+    )
+    print(f"torch {torch.__version__}, kernels for {ops.backend_info()['cpu_isa']}, {args.rounds} rounds")
     for threads in args.threads:
         torch.set_num_threads(threads)
         print(f"\n{threads} thread{'s' if threads > 1 else ''}\n")
@@ -180,6 +213,8 @@ def main() -> None:
         for dtype in NAMES:
             if "salience" in args.only:
                 print("\n".join(salience(dtype, args.rounds, copy)), flush=True)
+            if "channels" in args.only:
+                print("\n".join(channels(dtype, args.rounds, copy)), flush=True)
             if "slicing" in args.only:
                 for what in ("rows", "FFN columns", "head columns", "columns", "rows and columns", "all of a layer"):
                     print("\n".join(slicing(dtype, what, args.rounds, copy)), flush=True)
