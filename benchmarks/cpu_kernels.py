@@ -27,6 +27,8 @@ LAYERS, HIDDEN, KV, FFN, VOCABULARY = 30, 576, 192, 1536, 49152
 LAYER = [(HIDDEN, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HIDDEN), (FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)]
 MATRICES = [*LAYER * LAYERS, (VOCABULARY, HIDDEN)]
 HEAD, HEADS, KV_HEADS, CUT = 64, 9, 3, 4
+SLICES = ["rows", "FFN columns", "head columns", "rows and columns", "all of a layer"]
+SLICES += ["embedding rows", "embedding columns"]
 PARTS = ["salience", "slicing", "channels"]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 Contenders = dict[str, Callable[[], object]]
@@ -130,7 +132,11 @@ def slices(what: str) -> tuple[list[tuple[int, int]], list[dict[int, np.ndarray]
         ],
     }  # fmt: skip
     kept["all of a layer"] = [*kept["rows"], *kept["columns"]]
-    cases = kept[what] * LAYERS
+    cases = kept.get(what, []) * LAYERS
+    if what == "embedding columns":
+        cases = [((VOCABULARY, HIDDEN), {1: hidden})]
+    if what == "embedding rows":
+        cases = [((VOCABULARY, HIDDEN), {0: some(VOCABULARY, VOCABULARY - VOCABULARY // CUT)})]
     return [shape for shape, _ in cases], [index for _, index in cases]
 
 
@@ -216,7 +222,7 @@ def main() -> None:
             if "channels" in args.only:
                 print("\n".join(channels(dtype, args.rounds, copy)), flush=True)
             if "slicing" in args.only:
-                for what in ("rows", "FFN columns", "head columns", "columns", "rows and columns", "all of a layer"):
+                for what in SLICES:
                     print("\n".join(slicing(dtype, what, args.rounds, copy)), flush=True)
 
 
