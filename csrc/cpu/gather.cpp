@@ -28,13 +28,16 @@ constexpr int64_t kTaskBytes = 1 << 18;
 constexpr int64_t kStreamBytes = 4 << 20;
 
 // Results from this size on are given large pages.
-constexpr int64_t kLargeBytes = 8 << 20;
+constexpr int64_t kLargeBytes = 4 << 20;
 
 // Shorter pieces are left to the caches even then: their lines are shared with neighbours.
 constexpr int64_t kStreamPiece = 1024;
 
 // A piece of a permutation costs about a third of a run, whose length a branch has to follow.
 constexpr int64_t kPiecesPerRun = 3;
+
+// Of the block of rows after the one at hand, this much is asked for in advance.
+constexpr int64_t kPrefetchBlock = 2048;
 
 struct Plan {
   std::vector<int64_t> batches, rows;            // source positions; empty when whole
@@ -102,6 +105,11 @@ void copy_rows(const CpuKernels& kernels, const GatherTensor& t, const Plan& p, 
     int64_t block = 1;
     while (row + block < end && address(row + block) == from + block * p.row_bytes) ++block;
     const int64_t bytes = block * p.row_bytes;
+    // The next block begins where no hardware prefetcher expects it.
+    if (row + block < end) {
+      const char* next = address(row + block);
+      for (int64_t i = 0; i < std::min(p.row_bytes, kPrefetchBlock); i += 64) __builtin_prefetch(next + i);
+    }
     if (past_caches && bytes >= kStreamPiece) {
       kernels.stream(from, dest, bytes);
     } else {
