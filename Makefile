@@ -10,7 +10,7 @@ RATIO  ?= 0.2
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow sanitize lint format bench clean
 
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ test: $(MODEL)/config.json
 
 test-slow: $(MODEL)/config.json
 	$(BIN)/python -m pytest -q -m slow tests
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+sanitize: $(VENV)/.ready
+	PYTHON=$(BIN)/python .ci/sanitize
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

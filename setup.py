@@ -3,6 +3,7 @@
 Environment:
     PYPRUNE_CUDA        AUTO (default: compile the CUDA kernels when nvcc is found), ON (fail without nvcc) or OFF.
     PYPRUNE_CUDA_ARCHS  CMake's list of architectures, default "80-real;90-real;90-virtual".
+    PYPRUNE_SANITIZE    sanitizers for the C++ code, for example "address,undefined" (default: none); see .ci/sanitize.
     MAX_JOBS            compile jobs at once; default: one a core.
 
 Without a C++ compiler nothing is compiled, and the package computes with its PyTorch reference kernels.
@@ -120,6 +121,7 @@ class CMakeBuild(build_ext):
             f"-DPYPRUNE_TORCH_LIBRARY={torch / 'lib' / 'libtorch_cpu.so'}",
             f"-DPYPRUNE_TORCH_VERSION={torch_version}",
             f"-DPYPRUNE_WITH_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DPYPRUNE_SANITIZE={os.environ.get('PYPRUNE_SANITIZE', '')}",
         ]
         if nvcc:
             configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPYPRUNE_CUDA_ARCHS={archs}"]

@@ -45,6 +45,16 @@ struct AccumulateTensor {
   Dtype grad_dtype;
 };
 
+// Sums over the rows of [batches, rows, cols], channels being columns. With b: sums [batches, cols] of a * b over each
+// batch's rows. Without (its data is null): sums [cols] of a and squares [cols] of a^2 over all rows of all batches.
+struct ChannelCall {
+  Matrix a, b;
+  int64_t batches, rows, cols;
+  Dtype dtype;    // of both
+  void* sums;     // float, or double for float64
+  void* squares;  // likewise; null beside b
+};
+
 // Positions source .. source + length - 1 of a dimension go to dest .. dest + length - 1.
 struct Run {
   int64_t source;

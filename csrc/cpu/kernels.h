@@ -8,8 +8,9 @@
 
 namespace pyprune {
 
-// Widest column tile of a salience kernel: the float column sums (8 KiB) stay in the first-level cache.
-constexpr int64_t kTileCols = 2048;
+// Widest column tile of a salience kernel: as wide as the float column sums (32 KiB) stay near, since rows that are
+// read whole come at a third more bytes a second than pieces of them.
+constexpr int64_t kTileCols = 8192;
 
 // Rows of a tile. Column sums of a tile are written once, so they cost 4 / (128 * bytes per element) of what is read.
 constexpr int64_t kTileRows = 128;
@@ -32,16 +33,60 @@ struct ByteRun {
   int64_t length;
 };
 
-// Bytes that a column copy may read and write past the end of a run.
+// Bytes that a copy of a run may read and write past its end.
 constexpr int64_t kCopyWord = 64;
+
+// Kept columns as permutations: the destination's row is cut into words of CpuKernels::word_bytes bytes, and each word
+// is put together from one or more windows of the source, which are twice as long. A piece is a window's share of a
+// word.
+//
+// Words of 64 bytes: lanes of 2 or 4 bytes; lane i of the index (of the same width) names the lane of the window that
+// goes to lane i of the word, where the mask has bit i.
+// Words of 16 bytes: lanes of 1 byte; the index has two halves of 16 bytes, one for each half of the window, which name
+// the byte of that half, or 0x80 for none.
+struct Piece {
+  int64_t source;  // byte of the row at which the window begins
+  uint32_t mask;
+  uint32_t last;  // 1 for the last piece of a word
+};
+
+struct Permutation {
+  const Piece* pieces;  // in the order of the words
+  const char* indices;  // one for each piece, kIndexAlignment aligned
+  int64_t lane_bytes;
+  int64_t row_bytes;  // of the destination
+};
+
+constexpr int64_t kIndexAlignment = 64;
+
+// Widest column tile of a channel kernel; its two rows of float sums take 32 KiB.
+constexpr int64_t kChannelCols = 4096;
+
+// A tile of at most kTileRows x kChannelCols elements of one tensor, or of two. Strides in elements.
+struct ChannelTile {
+  const void* a;
+  const void* b;  // null: sums of a and of its squares; else sums of a * b
+  int64_t a_stride, b_stride;
+  int64_t rows, cols;
+  void* sums;     // [cols], written
+  void* squares;  // [cols], written when b is null
+};
 
 struct CpuKernels {
   const char* name;
   void (*salience_tile)(Formula formula, Dtype dtype, Dtype grad_dtype, const SalienceTile& tile);
   // curvature [count] += scale * grad [count]^2
   void (*accumulate)(void* curvature, const void* grad, int64_t count, Dtype grad_dtype, double scale);
+  void (*channel_tile)(Dtype dtype, const ChannelTile& tile);
   // One row: the first `loose` runs may overrun by a word (later runs overwrite it), the others are copied exactly.
   void (*copy_runs)(const char* source, char* dest, const ByteRun* runs, int64_t loose, int64_t count);
+  int64_t word_bytes;  // of a permutation: 64, 16, or 0 where the instruction set has none
+  // One row, past the caches when asked and aligned to a cache line.
+  void (*permute_row)(const char* source, char* dest, const Permutation& permutation, bool past_caches);
+  // count bytes past the caches: the destination's lines are not read first, which is a third of a copy's traffic.
+  void (*stream)(const char* source, char* dest, int64_t count);
+  // What was written past the caches is seen by others after this.
+  void (*drain)();
 };
 
 // The table for this processor: the widest set that it has, or the one named by PYPRUNE_CPU_ISA (baseline, avx2,

@@ -152,5 +152,34 @@ PYPRUNE_INLINE Vec<float> load(const Float16* from) {
   return v;
 }
 
+// Asks for the cache lines of sixteen elements `ahead` elements on, whether or not such memory exists.
+template <class T>
+PYPRUNE_INLINE void prefetch(const T* at, int64_t ahead) {
+  const uintptr_t place = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead) * sizeof(T);
+#pragma GCC unroll 4
+  for (size_t i = 0; i < kLanes * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(place + i));
+}
+
+// `count` elements, the others zero, which add nothing to any sum.
+template <class T>
+struct Padded {
+  T data[kLanes];
+  PYPRUNE_INLINE Padded(const T* from, int64_t count) {
+    memset(data, 0, sizeof(data));
+    memcpy(data, from, static_cast<size_t>(count) * sizeof(T));
+  }
+};
+
+// Bytes between what is read and what is asked for ahead of it. Short enough to stay in the first-level cache beside
+// the column sums, long enough to hide the latency of memory.
+constexpr int64_t kPrefetchBytes = 6144;
+
+// Elements from a place in a row to the same place some whole rows below, at least kPrefetchBytes of reading later.
+template <class T>
+PYPRUNE_INLINE int64_t prefetch_distance(int64_t cols, int64_t stride) {
+  const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(T));
+  return row_bytes == 0 ? 0 : (kPrefetchBytes + row_bytes - 1) / row_bytes * stride;
+}
+
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

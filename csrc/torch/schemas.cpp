@@ -13,4 +13,8 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def(
       "activation_salience(Tensor x, Tensor dy, Tensor weight, int formula, bool transposed, float gradient_scale, "
       "float curvature_scale) -> (Tensor, Tensor)");
+  // [T, C] or [B, T, C] to the sums [C] of x and of x^2 over everything but the channels
+  m.def("channel_moments(Tensor x) -> (Tensor, Tensor)");
+  // two of [T, C] or [B, T, C] to the sums [B, C] of a * b over T
+  m.def("channel_dots(Tensor a, Tensor b) -> Tensor");
 }

@@ -66,7 +66,7 @@ def ours(model: nn.Module, groups: Any, ids: Tensor, criterion: str) -> Any:
     """pyprune's scoring of the groups that LLM-Pruner scores."""
     from pyprune.importance import score
 
-    return score(model, groups, [{"input_ids": ids}], criterion, roles=ROLES)
+    return score(model, groups, [{"input_ids": ids}], criterion, roles=ROLES, route="activations")
 
 
 def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -28,11 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune.importance.collector import Collector
 from pyprune.importance.registry import Criterion
-from pyprune.ops import activation_salience
-
-
-def channel_dots(a, b):  # TEMP
-    return (a.float() * b.float()).sum(1) if a.dtype != torch.float64 else (a * b).sum(1)
+from pyprune.ops import activation_salience, channel_dots
 
 
 class NotTappable(Exception):

@@ -36,3 +36,17 @@ def _accumulate_square(curvatures: list[Tensor], grads: list[Tensor], scale: flo
 @torch.library.register_fake("pyprune::gather")
 def _gather(tensors: list[Tensor], runs: Tensor, run_counts: list[int], out: list[Tensor]) -> None:
     """Into ``out``: nothing is returned."""
+
+
+@torch.library.register_fake("pyprune::channel_moments")
+def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and sums of squares, both [C]."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[-1], dtype=dtype), x.new_empty(x.shape[-1], dtype=dtype)
+
+
+@torch.library.register_fake("pyprune::channel_dots")
+def _channel_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Sums [B, C]; a tensor [T, C] is one batch."""
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.new_empty(a.shape[0] if a.dim() == 3 else 1, a.shape[-1], dtype=dtype)

@@ -40,7 +40,10 @@ def gather(
     if isinstance(indices, Mapping) or not isinstance(indices, Sequence):
         raise PyPruneError("indices", None, f"must be a list of mappings, got {type(indices).__name__}")
     _check.same_length("indices", indices, len(tensors), "tensors")
-    kept = [_kept(i, tensor, index or {}) for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True))]
+    known: dict[int, tuple[np.ndarray, int, int, Any]] = {}
+    kept = [
+        _kept(i, tensor, index or {}, known) for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True))
+    ]
     shapes = [
         tuple(len(k[d]) if d in k else size for d, size in enumerate(t.shape))
         for t, k in zip(tensors, kept, strict=True)
@@ -67,25 +70,38 @@ def gather(
     return results
 
 
-def _kept(i: int, tensor: Tensor, index: Mapping[int, Any]) -> dict[int, np.ndarray]:
-    """Positions by non-negative dimension, as checked int64 arrays."""
+def _kept(
+    i: int, tensor: Tensor, index: Mapping[int, Any], known: dict[int, tuple[np.ndarray, int, int, Any]]
+) -> dict[int, np.ndarray]:
+    """Checked int64 arrays by non-negative dimension. ``known``: what :func:`_positions` found, by id of its input."""
     _check.dimensions(f"tensors[{i}]", tensor)
     kept: dict[int, np.ndarray] = {}
+    dims = tensor.dim()
     for dim, positions in index.items():
-        name = f"indices[{i}][{dim}]"
-        if not -tensor.dim() <= dim < tensor.dim():
-            raise PyPruneError(name, None, f"tensor {i} has {tensor.dim()} dimensions only")
-        array = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise PyPruneError(name, None, f"must be 1-D whole numbers, got {array.dtype} of shape {list(array.shape)}")
-        if array.size and (array.min() < 0 or array.max() >= tensor.shape[dim]):
-            raise PyPruneError(
-                name, f"{array.min()}..{array.max()}", f"leaves the dimension, which has {tensor.shape[dim]} positions"
-            )
-        if dim % tensor.dim() in kept:
-            raise PyPruneError(name, None, "names a dimension that is named already")
-        kept[dim % tensor.dim()] = np.ascontiguousarray(array, dtype=np.int64)
+        if not -dims <= dim < dims:
+            raise PyPruneError(f"indices[{i}][{dim}]", None, f"tensor {i} has {dims} dimensions only")
+        # Coupled tensors are cut at the same positions, which often are one object.
+        if id(positions) not in known:
+            known[id(positions)] = _positions(f"indices[{i}][{dim}]", positions)
+        array, lowest, highest, _ = known[id(positions)]
+        if lowest < 0 or highest >= tensor.shape[dim]:
+            problem = f"leaves the dimension, which has {tensor.shape[dim]} positions"
+            raise PyPruneError(f"indices[{i}][{dim}]", f"{lowest}..{highest}", problem)
+        if dim % dims in kept:
+            raise PyPruneError(f"indices[{i}][{dim}]", None, "names a dimension that is named already")
+        kept[dim % dims] = array
     return kept
+
+
+def _positions(option: str, positions: Any) -> tuple[np.ndarray, int, int, Any]:
+    """A contiguous int64 array [n] with its smallest and largest entry (0 and -1 when it is empty), and ``positions``,
+    which is kept alive so that its id stays its own."""
+    array = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise PyPruneError(option, None, f"must be 1-D whole numbers, got {array.dtype} of shape {list(array.shape)}")
+    if not array.size:
+        return np.empty(0, dtype=np.int64), 0, -1, positions
+    return np.ascontiguousarray(array, dtype=np.int64), int(array.min()), int(array.max()), positions
 
 
 def _outputs(out: Sequence[Tensor], tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

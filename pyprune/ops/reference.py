@@ -106,3 +106,15 @@ def gather(
         else:
             results.append(result.contiguous() if kept else result.clone(memory_format=torch.contiguous_format))
     return results
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of ``x`` and ``x^2`` over all dimensions but the last; see :func:`pyprune.ops.channel_moments`."""
+    rows = x.detach().to(accumulation_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows.sum(0), (rows * rows).sum(0)
+
+
+def channel_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of ``a * b`` over the middle dimension of [B, T, C]; see :func:`pyprune.ops.channel_dots`."""
+    dtype = accumulation_dtype(a.dtype)
+    return (a.detach().to(dtype) * b.detach().to(dtype)).sum(1)

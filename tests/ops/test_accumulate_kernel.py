@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_ops import DEVICES, FLOATS, SHAPES, inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyprune import ops
 
@@ -59,3 +61,24 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.set_num_threads(before)
     for copies in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(copies, results[0], strict=True))
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_views_of_any_dtype_match_float64(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([*FLOATS, torch.float64]))
+    scale = data.draw(st.floats(-2, 2, width=32))
+    targets, sources = [], []
+    for i in range(data.draw(st.integers(1, 3))):
+        dims = data.draw(st.integers(1, 3))
+        shape = tuple(data.draw(st.integers(0, {1: 2000, 2: 60, 3: 14}[dims])) for _ in range(dims))
+        _, (grad,), (curvature,) = inputs([shape], dtype, seed=i)
+        cuts = tuple(slice(data.draw(st.integers(0, 3)), None, data.draw(st.integers(1, 3))) for _ in range(dims))
+        order = data.draw(st.permutations(range(dims)))
+        sources.append(grad[cuts].permute(*order))
+        targets.append((curvature[cuts] if data.draw(st.booleans()) else curvature[cuts].clone()).permute(*order))
+    expected = [h.double() + scale * g.double() ** 2 for h, g in zip(targets, sources, strict=True)]
+    mass = [h.double() + abs(scale) * g.double() ** 2 for h, g in zip(targets, sources, strict=True)]
+    ops.accumulate_square_(targets, sources, scale)
+    for h, e, m in zip(targets, expected, mass, strict=True):
+        assert bool(((h.double() - e).abs() <= 1e-6 * m).all())

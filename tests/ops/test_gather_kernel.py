@@ -129,6 +129,46 @@ def test_positions_beyond_two_to_the_31_elements(device: str) -> None:
     assert result.tolist() == [[4, 2]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.int64, torch.complex128])
+@pytest.mark.parametrize("kept", ["scattered", "backwards", "repeated", "sparse", "far apart", "whole heads", "one"])
+def test_columns_in_every_pattern(kept: str, dtype: torch.dtype) -> None:
+    """Rows of lengths around a cache line, and patterns that take one or many windows of the source a word."""
+    rng = np.random.default_rng(0)
+    for size in (16, 31, 64, 65, 129, 200, 513):
+        patterns: dict[str, Any] = {
+            "scattered": np.sort(rng.choice(size, size * 3 // 4, replace=False)),
+            "backwards": np.arange(size)[::-1].copy(),
+            "repeated": rng.integers(0, size, 2 * size),
+            "sparse": np.sort(rng.choice(size, size // 8, replace=False)),
+            "far apart": np.stack([np.arange(size // 2), size - 1 - np.arange(size // 2)], 1).ravel(),
+            "whole heads": np.r_[0 : size // 4, size // 2 : size],
+            "one": np.array([size - 1]),
+        }
+        for rows in (1, 2, 7):
+            tensor = numbered((rows, size), dtype, "cpu")
+            (result,) = ops.gather([tensor], [{1: patterns[kept]}])
+            assert torch.equal(result, indexed(tensor, {1: patterns[kept]})), (size, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [2048, 2047, 1025])
+def test_results_larger_than_the_caches_equal_indexing_and_stay_inside_their_tensor(
+    width: int, dtype: torch.dtype
+) -> None:
+    rows = (6 << 20) // (width * dtype.itemsize)
+    tensor = numbered((rows + 40, width), dtype, "cpu")
+    some_rows, some_cols = np.delete(np.arange(rows + 40), range(3, 43)), np.delete(np.arange(width), range(0, 50, 7))
+    for index in ({0: some_rows}, {1: some_cols}, {0: some_rows, 1: some_cols}):
+        expected = indexed(tensor, index)
+        for shift in (0, 1, 3):
+            frame = torch.full((expected.numel() + 200,), 77).to(dtype)
+            out = frame[64 + shift : 64 + shift + expected.numel()].view(expected.shape)
+            ops.gather([tensor], [index], [out])
+            assert torch.equal(out, expected)
+            assert bool((frame[: 64 + shift] == 77).all())
+            assert bool((frame[64 + shift + expected.numel() :] == 77).all())
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     tensors = [numbered((900, 700), torch.bfloat16, "cpu"), numbered((200_000,), torch.float32, "cpu")]
     indices = [{0: range(0, 900, 2), 1: range(0, 700, 3)}, {0: range(0, 200_000, 5)}]

@@ -53,6 +53,17 @@ MISTAKES: list[tuple[str, Callable[[], object], str]] = [
     ),
     ("out dtype", lambda: ops.gather([W], [{0: [1]}], [BF[:1]]), r"out\[0\] 'torch.bfloat16 on cpu': must be"),
     ("out strides", lambda: ops.gather([W], [{}], [torch.ones(4, 3).t()]), r"out\[0\]: must be contiguous"),
+    ("moments of a list", lambda: ops.channel_moments([W]), "x: must be a tensor, got list"),
+    ("moments of a number", lambda: ops.channel_moments(torch.tensor(1.0)), "must have a last dimension of channels"),
+    ("moments of whole numbers", lambda: ops.channel_moments(W.long()), "x 'torch.int64': must be float32"),
+    ("dots without samples", lambda: ops.channel_dots(W, G), r"a \[3, 4\]: does not say where its samples are"),
+    ("dots in unequal samples", lambda: ops.channel_dots(W, G, samples=2), "samples 2: does not divide the 3 rows"),
+    ("dots of no samples", lambda: ops.channel_dots(W, G, samples=0), "samples 0: does not divide"),
+    ("dots of other shapes", lambda: ops.channel_dots(W, G.t(), samples=1), r"b \[4, 3\]: differs in shape from a"),
+    ("dots of other dtypes", lambda: ops.channel_dots(W, BF, samples=1), "b 'torch.bfloat16': must be torch.float32"),
+    ("gram out shape", lambda: ops.gram(W, out=torch.ones(3, 3)), r"out \[3, 3\]: must be a \[4, 4\] tensor"),
+    ("gram out dtype", lambda: ops.gram(BF, out=torch.ones(4, 4).bfloat16()), "must be torch.float32 on cpu"),
+    ("gram out list", lambda: ops.gram(W, out=[W]), "out 'list': must be a"),
     ("out count", lambda: ops.gather([W], [{}], []), "out: has 0 entries for 1 tensors"),
 ]
 

@@ -46,6 +46,23 @@ def test_opcheck_gather(device: str) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_opcheck_channels(dtype: torch.dtype) -> None:
+    for shape in ((5, 7), (2, 5, 7), (2, 0, 3)):
+        x = torch.ones(shape, dtype=dtype)
+        torch.library.opcheck(torch.ops.pyprune.channel_moments.default, (x,))
+        torch.library.opcheck(torch.ops.pyprune.channel_dots.default, (x, x))
+
+
+@compiled
+def test_the_compiled_dots_themselves_refuse_unequal_tensors() -> None:
+    x = torch.ones(2, 5, 7)
+    for other in (x[:1], x[:, :4], x[:, :, :6], x[0], x.double()):
+        with pytest.raises(RuntimeError):
+            torch.ops.pyprune.channel_dots(x, other)
+
+
+@compiled
 def test_compiled_code_can_call_the_ops() -> None:
     def total(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         rows, _ = torch.ops.pyprune.salience([w], [g], [], 3)
@@ -95,6 +112,8 @@ def bits() -> str:
         ops.accumulate_square_(curvatures, grads, 0.3)
         for t in curvatures + ops.gather(curvatures, [{0: range(0, h.shape[0], 2)} for h in curvatures]):
             found.update(t.numpy().tobytes())
+        for t in (*ops.channel_moments(grads[0]), ops.channel_dots(grads[2], grads[2])):
+            found.update(t.numpy().tobytes())
     return f"{ops.backend_info()['cpu_isa']} {found.hexdigest()}"
 
 
@@ -127,9 +146,13 @@ def test_without_a_compiled_library_the_reference_gives_the_same_results(monkeyp
     for a, b in zip(chain(*before[0]), chain(*after[0]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    x = torch.randn(3, 40, 50)
+    plain = [*ops.channel_moments(x), ops.channel_dots(x, x)]
     reference_h = [h.clone() for h in curvatures]
     ops.accumulate_square_(reference_h, grads, 0.5)
     monkeypatch.undo()
+    for a, b in zip(plain, [*ops.channel_moments(x), ops.channel_dots(x, x)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     ops.accumulate_square_(curvatures, grads, 0.5)
     for a, b in zip(reference_h, curvatures, strict=True):
         torch.testing.assert_close(a, b)
