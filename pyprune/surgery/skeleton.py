@@ -62,7 +62,7 @@ def loading_class(cls: Any) -> Any:
         if is_stock(config):
             cls.__init__(self, config, *arguments, **options)
             return
-        plain = _plain(config)
+        plain = stock_config(config)
         cls.__init__(self, plain, *arguments, **options)
         _fit(self, cls, config, plain)
 
@@ -79,7 +79,7 @@ def build_layer(cls: type, path: str, layer_class: type[nn.Module], config: Conf
         path: of the decoder layers in the model.
         layer_class: of this layer in the stock model.
     """
-    plain = _plain(config)
+    plain = stock_config(config)
     layer: nn.Module
     if _stands_alone(cls, path, layer_class, plain, index):
         layer = on_meta(construct_layer, layer_class, text_config(plain), index)
@@ -111,7 +111,7 @@ def _from_model(cls: Any, path: str, plain: Config, index: int) -> nn.Module:
     return layer
 
 
-def _plain(config: Config) -> Config:
+def stock_config(config: Config) -> Config:
     """A shallow copy that the stock constructor accepts: no per-layer widths, no family attributes."""
     text = text_config(config)
     if text is config:
