@@ -222,10 +222,15 @@ def check_finite(model: Any, name: str) -> None:
                 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in ``folder``."""
+    return any((folder / f).is_file() for f in _TOKENIZER_FILES)
+
+
 def _tokenizer(name: str, trust_remote_code: bool, folder: Path | None, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    if folder is not None and not any((folder / f).is_file() for f in _TOKENIZER_FILES):
+    if folder is not None and not has_tokenizer(folder):
         return None
     try:
         with quiet():
