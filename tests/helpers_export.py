@@ -75,7 +75,17 @@ def sentencepiece_like_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdeghinrstu"]
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("e", "r"), ("a", "n"), ("▁", "a"), ("▁a", "n"), ("▁", "an")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("▁", "the"),
+        ("i", "n"),
+        ("e", "r"),
+        ("a", "n"),
+        ("▁", "a"),
+        ("▁a", "n"),
+        ("▁", "an"),
+    ]
     pieces += ["".join(m) for m in merges]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))

@@ -155,18 +155,20 @@ def _fit(model: Any, cls: type, config: Config, plain: Config) -> None:
     drop_overrides(common)
     _resize(model, common)
     path = layers_path(model) or ""
+    overridden = tuple(f"{path}.{index}." for index in layer_overrides(text))
     for index in layer_overrides(text):
         layers = model.get_submodule(path)
         own = layer_config(text, index)
         layers[index] = build_layer(cls, path, type(layers[index]), with_text(config, own), index)
-    _fit_modules(model, config, "")
+    _fit_modules(model, config, "", done=overridden)
 
 
-def _fit_modules(module: nn.Module, config: Config, prefix: str) -> None:
-    """Resized modules and narrow layers, of those under ``prefix``."""
+def _fit_modules(module: nn.Module, config: Config, prefix: str, done: tuple[str, ...] = ()) -> None:
+    """Resized modules and narrow layers, of those under ``prefix`` and not under one of ``done``."""
     for kind in (resize, narrow):
         spec = kind.spec_of(config)
-        on_meta(kind.install, module, {p[len(prefix) :]: v for p, v in spec.items() if p.startswith(prefix)})
+        paths = [p for p in spec if p.startswith(prefix) and not p.startswith(done)]
+        on_meta(kind.install, module, {p[len(prefix) :]: spec[p] for p in paths})
 
 
 def _repoint(module: nn.Module, configs: dict[int, Config]) -> None:

@@ -22,6 +22,9 @@ from pyprune.errors import PyPruneError
 NAME = "hetero-decilm"
 STEP = 256
 MODEL_TYPE = "nemotron-nas"
+ROLES: tuple[str, ...] | None = ("ffn", "layers")
+ROUND_TO: dict[str, int] = {"ffn": STEP}
+EVEN = False
 OPENING = (
     "Its layers have different widths, written as `block_configs` of `DeciLMForCausalLM`, which vLLM and TensorRT-LLM "
     "serve (`--trust-remote-code`: the configuration class lies in this folder). Plain transformers opens it too:\n\n"

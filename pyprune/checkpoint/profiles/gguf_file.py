@@ -21,6 +21,9 @@ from pyprune.errors import PyPruneError
 from pyprune.progress import track
 
 NAME = "gguf"
+ROLES: tuple[str, ...] | None = ("kv_heads", "query_heads", "ffn", "hidden", "layers")
+ROUND_TO: dict[str, int] = {}
+EVEN = False
 _ROPES = ("default", "linear", "llama3")
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -21,6 +21,9 @@ from pyprune.surgery import narrow, skeleton
 from pyprune.surgery.decoder import layer_overrides, layers_path, on_meta, scalars, structure, text_config
 
 FILE = "modeling_pyprune"
+ROLES: tuple[str, ...] | None = None
+ROUND_TO: dict[str, int] = {}
+EVEN = False
 OPENING = (
     "Its layers have widths of their own; the small modelling file in this folder builds them. It needs torch and "
     "transformers only:\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -108,9 +111,9 @@ def _built(cls: Any, config: Any, record: dict[str, Any]) -> Any:
 
 
 def _difference(made: Any, wanted: Any) -> str:
-    """What the two models do not share in tensors and numbers; "" when nothing."""
+    """What the model ``made`` has otherwise than ``wanted``, in tensors and numbers; "" when nothing."""
     for one, other in ((structure(made), structure(wanted)), (scalars(made), scalars(wanted))):
-        for name in sorted(one.keys() | other.keys()):
-            if one.get(name) != other.get(name):
-                return f"{name} would be {one.get(name)}, not {other.get(name)}"
-    return ""
+        for name in other:
+            if one.get(name) != other[name]:
+                return f"{name} would be {one.get(name)}, not {other[name]}"
+    return next((f"{name} would be there" for name in structure(made).keys() - structure(wanted).keys()), "")

@@ -13,6 +13,9 @@ from pyprune.surgery import narrow, resize
 from pyprune.surgery.attributes import read
 from pyprune.surgery.decoder import layer_overrides, text_config
 
+ROLES: tuple[str, ...] | None = None
+ROUND_TO: dict[str, int] = {}
+EVEN = True
 OPENING = (
     "Every layer has the same widths, so plain transformers opens it, and so do vLLM, TensorRT-LLM and llama.cpp's "
     "converter where they know the class.\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"

@@ -42,7 +42,9 @@ def pruned_class(base: Any) -> Any:
         base.__init__(self, plain, *arguments, **options)
         _fit(self, config, plain)
 
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": __name__})
+    # The weights have the stock class's names on disk, which transformers translates for classes of its own only.
+    own = classmethod(lambda cls: False)
+    return type(base.__name__, (base,), {"__init__": __init__, "is_custom_code": own, "__module__": __name__})
 
 
 def _text(config: Any) -> Any:

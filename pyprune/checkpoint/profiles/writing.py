@@ -32,6 +32,9 @@ PROFILES: dict[str, ModuleType] = {
     "hetero-decilm": decilm,
     "gguf": gguf_file,
 }
+"""Name -> module. Each has ``check(outline)``, and what ``prune`` keeps to: ``ROLES`` that may be cut (None: any),
+``ROUND_TO`` by role, and ``EVEN`` where all layers are alike."""
+
 GGUF_NAME = "model.gguf"
 """The file in the folder that ``prune`` writes with profile ``gguf``."""
 
