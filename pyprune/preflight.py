@@ -63,7 +63,10 @@ def hold_to_profile(asked: SelectConfig, profile: str) -> None:
     if module.EVEN and allocation.by_layer:
         problem = f"gives layers different widths, which profile {profile} does not hold"
         raise PyPruneError("allocation", asked.allocation, problem, f"Use uniform. {hint}")
-    inside = [role for role in (*(asked.roles or ("kv_heads", "ffn")), *(asked.widths or ())) if role != "layers"]
+    sized = asked.ratio is not None or asked.target_params is not None
+    inside = [
+        role for role in (*((asked.roles or ("ffn",)) if sized else ()), *(asked.widths or ())) if role != "layers"
+    ]
     if module.EVEN and asked.layers is not None and inside:
         raise PyPruneError("layers", asked.layers, f"would differ from the others, and profile {profile} is even", hint)
     if module.ROLES is None:
@@ -73,7 +76,7 @@ def hold_to_profile(asked: SelectConfig, profile: str) -> None:
             if role not in module.ROLES:
                 problem = f"is cut, and profile {profile} holds cuts of {', '.join(module.ROLES)} only"
                 raise PyPruneError(option, role, problem, "Leave it out, or choose another profile.")
-    if asked.roles is None and "kv_heads" not in module.ROLES:
+    if sized and asked.roles is None and "kv_heads" not in module.ROLES:
         asked.roles = ("ffn",)
     for role, step in module.ROUND_TO.items():
         _hold_rounding(asked, profile, role, step)
@@ -86,7 +89,8 @@ def _hold_rounding(asked: SelectConfig, profile: str, role: str, step: int) -> N
         near = -(-own // step) * step
         problem = f"is no multiple of {step}, in which profile {profile} wants {role}"
         raise PyPruneError("round_to", own, problem, f"Use {near}, or leave it out.")
-    if role in (asked.roles or ()) or role in (asked.widths or {}):
+    sized = asked.ratio is not None or asked.target_params is not None
+    if (sized and role in (asked.roles or ())) or role in (asked.widths or {}):
         asked.round_to = {**(given if isinstance(given, dict) else {}), role: own or step}
 
 
