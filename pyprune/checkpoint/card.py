@@ -86,7 +86,8 @@ def _opening(model: Any) -> str:
         "`pyprune_resized` and `pyprune_narrow` in `config.json`), so `AutoModelForCausalLM.from_pretrained` stops "
         "with mismatched shapes. "
         "Open it with pyprune:\n\n"
-        '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```'
+        '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```\n\n'
+        "`pyprune export --profile hetero-hf` makes a folder of it that plain transformers opens."
     )
 
 

@@ -85,7 +85,10 @@ def export(
         return path
     with _renamed():
         if source.model is not None:
-            save(source.model, source.tokenizer, path, overwrite=overwrite, finish=lambda w: finish(w, profile, kind))
+            save(
+                source.model, source.tokenizer, path, overwrite=overwrite,
+                finish=lambda work: finish(work, profile, kind, trust_remote_code),
+            )  # fmt: skip
             return path
         with atomic.complete_folder(path, overwrite) as work, quiet():
             assert source.folder is not None
