@@ -16,7 +16,7 @@ from torch import Tensor
 from pyprune import preflight
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
-from pyprune.checkpoint.profiles import get_profile, save_as
+from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
 from pyprune.config import (
     CalibrationConfig,
@@ -129,7 +129,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
         smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
         if recipe.save.profile is not None:
-            get_profile(recipe.save.profile).check(smallest.model)
+            check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     roles, layers = trial.details["roles"], trial.details["layers"]
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")

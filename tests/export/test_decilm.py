@@ -72,6 +72,16 @@ def test_plain_transformers_without_pyprune_gives_bit_equal_logits_and_the_same_
         assert torch.equal(found["said"], own["said"])
 
 
+def test_pyprune_opens_it_when_its_code_is_allowed(tmp_path) -> None:
+    from pyprune.checkpoint import load
+
+    model = cut_ffn(dense(), [512, 256, 768])
+    pyprune.export(model, tmp_path / "out", "hetero-decilm")
+    with pytest.raises(PyPruneError, match="trust_remote_code"):
+        load(tmp_path / "out")
+    assert torch.equal(h.logits(load(tmp_path / "out", trust_remote_code=True)), h.logits(model))
+
+
 def test_fewer_kv_heads_in_some_layers_are_groups_of_other_sizes(tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers_run import tiny_llama
+from helpers_run import byte_tokenizer, tiny_llama
 from safetensors import safe_open
 
 import pyprune
@@ -93,6 +93,19 @@ def test_a_model_that_the_profile_cannot_hold_is_refused_before_scoring(tmp_path
     with pytest.raises(PyPruneError, match=r"holds FFN widths that are multiples of 256, and layer 0 has 320"):
         pyprune.prune(
             wide(intermediate_size=320), widths={"layers": 3}, criterion="l2", profile="hetero-decilm",
+            output_dir=tmp_path / "out",
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_before_scoring(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("gguf")
+    from pyprune import pipeline
+
+    monkeypatch.setattr(pipeline, "score", lambda *a, **k: pytest.fail("scored"))
+    with pytest.raises(PyPruneError, match=r"tokenizer 'BPE': has no counterpart in llama.cpp: it has no merges"):
+        pyprune.prune(
+            tiny_llama(), tokenizer=byte_tokenizer(), ratio=0.2, criterion="l2", profile="gguf",
             output_dir=tmp_path / "out",
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ def check(outline: Any) -> None:
         raise PyPruneError("profile", NAME, f"is written with {', '.join(_ROPES)} rotary embeddings, not {kind}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise PyPruneError("profile", NAME, "rotates whole heads, and the model parts of them")
+
+
+def check_tokenizer(tokenizer: Any, size: int) -> None:
+    """Raises PyPruneError when llama.cpp has no counterpart of a tokenizer for ``size`` embeddings."""
+    import gguf
+
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        add_vocabulary(gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA]), Path(folder), size)
 
 
 def write(source: Source, file: Path, dtype: torch.dtype, vocabulary: Path | None) -> None:

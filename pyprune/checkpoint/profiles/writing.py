@@ -113,6 +113,13 @@ def get_profile(name: str) -> ModuleType:
     return PROFILES[name]
 
 
+def check_fits(profile: str, outline: Any, tokenizer: Any = None) -> None:
+    """Raises PyPruneError when a profile cannot hold a model, its tensors on any device, or its tokenizer."""
+    get_profile(profile).check(outline)
+    if profile == "gguf" and tokenizer is not None:
+        gguf_file.check_tokenizer(tokenizer, outline.config.vocab_size)
+
+
 def save_as(
     profile: str, model: Any, tokenizer: Any, folder: str | Path, *, plan: Plan | None, report: Any,
     recipe: Mapping[str, Any] | None, overwrite: bool, max_shard_size: int | str,
