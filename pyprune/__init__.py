@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyprune import ops
     from pyprune.checkpoint.load import load
+    from pyprune.checkpoint.profiles import export
     from pyprune.checkpoint.save import save
     from pyprune.discovery.discover import discover
     from pyprune.discovery.groups import Groups
@@ -31,6 +32,7 @@ __all__ = [
     "Scores",
     "apply",
     "discover",
+    "export",
     "load",
     "ops",
     "prune",
@@ -46,6 +48,7 @@ _HOME = {
     "Scores": "pyprune.importance.scores",
     "apply": "pyprune.surgery",
     "discover": "pyprune.discovery",
+    "export": "pyprune.checkpoint.profiles",
     "load": "pyprune.checkpoint",
     "prune": "pyprune.pipeline",
     "save": "pyprune.checkpoint",

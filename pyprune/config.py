@@ -20,6 +20,7 @@ from pyprune.errors import PyPruneError
 
 R = TypeVar("R", bound="Recipe")
 
+PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
 TARGETS = ("ratio", "target_params")  # two ways to say the same thing: a flag for one overrides a file's other
 
 
@@ -149,6 +150,17 @@ class SaveConfig(Stage):
     output_dir: str | None = option(None, parsing.path(), "Folder to write. Without it nothing is saved.")
     overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
     max_shard_size: str = option("5GB", parsing.size(), "Largest safetensors file.")
+    profile: str | None = option(None, parsing.choice(*parsing.PROFILES), PROFILE_HELP)
+
+
+@dataclass
+class ExportConfig(Stage):
+    """For which programs, and where it goes."""
+
+    profile: str = option("uniform", parsing.choice(*parsing.PROFILES), PROFILE_HELP)
+    output: str | None = option(None, parsing.path(), "Folder to write; with gguf a file that ends in .gguf.")
+    dtype: str = option("auto", parsing.choice(*parsing.DTYPES), "Type of the weights; auto keeps the checkpoint's.")
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
 
 
 @dataclass
@@ -251,7 +263,15 @@ class EvaluationConfig(Recipe):
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
 
-RECIPES: tuple[type[Recipe], ...] = (PruneConfig, InspectConfig, ScoringConfig, EvaluationConfig)
+@dataclass
+class ExportingConfig(Recipe):
+    """`export`: a form for other programs."""
+
+    model: SourceConfig = field(default_factory=SourceConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+RECIPES: tuple[type[Recipe], ...] = (PruneConfig, InspectConfig, ScoringConfig, EvaluationConfig, ExportingConfig)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyprune.errors import PyPruneError, unknown_name
 
+PROFILES = ("uniform", "hetero-hf", "hetero-decilm", "gguf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyprune import preflight
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
+from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
 from pyprune.config import (
     CalibrationConfig,
@@ -126,7 +127,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         groups = _groups(dense.model)
         asked = list(requests(recipe.select, groups))
         trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
-        rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
+        smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
+        if recipe.save.profile is not None:
+            check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     roles, layers = trial.details["roles"], trial.details["layers"]
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
@@ -166,7 +169,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         scores={"criterion": first.criterion, **first.details},
         recipe=recipe.to_dict(),
         versions=versions(),
-        warnings=[*groups.warnings, *plan.details["notes"], *_how_to_open(smaller)],
+        warnings=[*groups.warnings, *plan.details["notes"], *_how_to_open(smaller, recipe.save.profile)],
     )
     if recipe.save.output_dir is not None:
         _save(smaller, dense.tokenizer, plan, report, recipe, stages)
@@ -309,16 +312,21 @@ def _save(model: Any, tokenizer: Any, plan: Plan, report: Report, recipe: PruneC
     target, plain = str(recipe.save.output_dir), recipe.to_dict()
     report.output_dir = str(Path(target).absolute())
     with stages("save"), preflight.renamed(folder="output_dir"):
-        folder = save(
-            model, tokenizer, target, plan=plan, report=report, recipe=plain,
-            overwrite=recipe.save.overwrite, max_shard_size=recipe.save.max_shard_size,
-        )  # fmt: skip
-    report.weights_bytes["after"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        options: dict[str, Any] = {
+            "plan": plan, "report": report, "recipe": plain, "overwrite": recipe.save.overwrite,
+            "max_shard_size": recipe.save.max_shard_size,
+        }  # fmt: skip
+        if recipe.save.profile is None:
+            folder = save(model, tokenizer, target, **options)
+        else:
+            folder = save_as(recipe.save.profile, model, tokenizer, target, **options)
+    written = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    report.weights_bytes["after"] = sum(f.stat().st_size for f in written)
     report.stages = stages.to_list()
 
 
-def _how_to_open(model: Any) -> list[str]:
-    if is_stock(model.config):
+def _how_to_open(model: Any, profile: str | None) -> list[str]:
+    if is_stock(model.config) or profile is not None:
         return []
     return ["Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pyprune.config import ModelConfig, PruneConfig, SaveConfig, ScoreConfig, ScoreFileConfig
+from pyprune.config import ModelConfig, PruneConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
 from pyprune.errors import PyPruneError, unknown_name
 
 OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
@@ -35,6 +35,8 @@ def check_request(recipe: PruneConfig) -> None:
         raise PyPruneError("ratio", None, "nothing says how much to remove", "Give ratio, target_params or widths.")
     if asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
+    if recipe.save.profile is not None:
+        hold_to_profile(asked, recipe.save.profile)
     if recipe.save.output_dir is not None:
         with renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
@@ -44,6 +46,52 @@ def check_request(recipe: PruneConfig) -> None:
         problem = "scores are made anew in every step, so they cannot come from a file"
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
     check_source("eval_text", recipe.evaluation.eval_text)
+
+
+def hold_to_profile(asked: SelectConfig, profile: str) -> None:
+    """Changes a request, in place, so that what comes of it fits the profile, where the user left that open.
+
+    Raises:
+        PyPruneError: what was asked contradicts the profile; or its library is missing.
+    """
+    from pyprune.checkpoint.profiles import get_profile
+    from pyprune.selection.select import ALLOCATIONS
+
+    module = get_profile(profile)
+    allocation = ALLOCATIONS[asked.allocation]
+    hint = "Choose another profile: gguf and hetero-hf hold different widths in different layers."
+    if module.EVEN and allocation.by_layer:
+        problem = f"gives layers different widths, which profile {profile} does not hold"
+        raise PyPruneError("allocation", asked.allocation, problem, f"Use uniform. {hint}")
+    sized = asked.ratio is not None or asked.target_params is not None
+    inside = [
+        role for role in (*((asked.roles or ("ffn",)) if sized else ()), *(asked.widths or ())) if role != "layers"
+    ]
+    if module.EVEN and asked.layers is not None and inside:
+        raise PyPruneError("layers", asked.layers, f"would differ from the others, and profile {profile} is even", hint)
+    if module.ROLES is None:
+        return
+    for option, roles in (("roles", asked.roles), ("widths", asked.widths)):
+        for role in roles or ():
+            if role not in module.ROLES:
+                problem = f"is cut, and profile {profile} holds cuts of {', '.join(module.ROLES)} only"
+                raise PyPruneError(option, role, problem, "Leave it out, or choose another profile.")
+    if sized and asked.roles is None and "kv_heads" not in module.ROLES:
+        asked.roles = ("ffn",)
+    for role, step in module.ROUND_TO.items():
+        _hold_rounding(asked, profile, role, step)
+
+
+def _hold_rounding(asked: SelectConfig, profile: str, role: str, step: int) -> None:
+    given = asked.round_to
+    own = given.get(role) if isinstance(given, dict) else given
+    if own is not None and own % step:
+        near = -(-own // step) * step
+        problem = f"is no multiple of {step}, in which profile {profile} wants {role}"
+        raise PyPruneError("round_to", own, problem, f"Use {near}, or leave it out.")
+    sized = asked.ratio is not None or asked.target_params is not None
+    if (sized and role in (asked.roles or ())) or role in (asked.widths or {}):
+        asked.round_to = {**(given if isinstance(given, dict) else {}), role: own or step}
 
 
 def check_scoring(config: ScoreConfig, calibration: Any) -> None:

@@ -72,8 +72,9 @@ def ours(model: nn.Module, groups: Any, ids: Tensor, criterion: str) -> Any:
 def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple[Tensor, Tensor]]:
     """The procedure of Ma et al. 2023 (arXiv 2305.11627) in stock PyTorch: row and column sums of every matrix.
 
-    First order: one backward pass over all samples. Second order: a backward pass for each sample, the square of every
-    parameter's gradient added to a buffer of the parameter's size. Then the importance, layer by layer.
+    Second order: a backward pass for each sample, the square of every parameter's gradient added to a buffer of the
+    parameter's size. Either order: one backward pass over all samples, whose gradients stay (their code makes it for
+    the second order too). Then the importance, layer by layer.
     """
     model.requires_grad_(True)
     squares: dict[str, Tensor] = {}
@@ -85,8 +86,7 @@ def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple
                 square = p.grad * p.grad / len(ids)
                 squares[name] = squares[name] + square if name in squares else square
                 p.grad = None
-    else:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     out = {}
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -59,18 +59,28 @@ def complete_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     made = [p for p in folder.parents if not p.exists()]
     work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        work.mkdir(parents=True)
-        yield work
-        sync(work)
-        _swap(work, folder, overwrite)
-    except BaseException as error:
+        with full_disk_reported(folder):
+            work.mkdir(parents=True)
+            yield work
+            sync(work)
+            _swap(work, folder, overwrite)
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
+        raise
+
+
+@contextmanager
+def full_disk_reported(path: Path) -> Iterator[None]:
+    """Turns errors that say that the disk is full into one PyPruneError about ``path``."""
+    try:
+        yield
+    except BaseException as error:
         if _disk_full(error):
             raise PyPruneError(
-                "folder", str(folder), "the disk is full; nothing was written", "Free some space and save again."
+                "folder", str(path), "the disk is full; nothing was written", "Free some space and save again."
             ) from error
         raise
 

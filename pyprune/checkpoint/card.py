@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ from pyprune.selection.plan import Plan
 from pyprune.surgery import skeleton
 
 _MOST_LAYERS = 200
+_OPEN = "How to open it"
 
 
 def model_card(
@@ -24,7 +27,7 @@ def model_card(
     name = str(getattr(model.config, "_name_or_path", "") or (report or {}).get("model") or "")
     parts = [_header(name), f"# {_title(name)}", _what(model, name, plan)]
     for heading, text in (
-        ("How to open it", _opening(model)),
+        (_OPEN, _opening(model)),
         ("Figures", _figures(report)),
         ("What was cut", _cuts(plan)),
         ("Recipe", "" if not recipe else f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False).strip()}\n```"),
@@ -32,6 +35,14 @@ def model_card(
         if text:
             parts += [f"## {heading}", text]
     return "\n\n".join(parts) + "\n"
+
+
+def set_opening(card: Path, text: str) -> None:
+    """Puts ``text`` in the place of a card's section on how to open the model; a card without one is left alone."""
+    if card.is_file():
+        content = card.read_text(encoding="utf-8")
+        changed = re.sub(rf"(?ms)^## {_OPEN}\n.*?(?=^## |\Z)", lambda _: f"## {_OPEN}\n\n{text}\n\n", content)
+        card.write_text(changed.rstrip("\n") + "\n" if changed != content else content, encoding="utf-8")
 
 
 def _header(name: str) -> str:
@@ -75,7 +86,8 @@ def _opening(model: Any) -> str:
         "`pyprune_resized` and `pyprune_narrow` in `config.json`), so `AutoModelForCausalLM.from_pretrained` stops "
         "with mismatched shapes. "
         "Open it with pyprune:\n\n"
-        '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```'
+        '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```\n\n'
+        "`pyprune export --profile hetero-hf` makes a folder of it that plain transformers opens."
     )
 
 

@@ -13,6 +13,9 @@ from pyprune.checkpoint.quiet import quiet
 from pyprune.errors import PyPruneError
 from pyprune.surgery import skeleton
 
+BUILD = "pyprune_build"
+"""Field of ``config.json`` for the modelling file that lies beside some checkpoints."""
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -92,15 +95,8 @@ def looks_like_a_path(name: str) -> bool:
 
 
 def _from_pretrained(name: str, dtype: Any, device: Any, trust_remote_code: bool, **options: Any) -> Any:
-    from transformers import AutoConfig
-
-    common = {"trust_remote_code": trust_remote_code, **options}
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(name, **common)
-        except Exception as error:  # configuration classes refuse values with any exception
-            raise reworded(error, name) from error
-        check_config(config.to_dict(), name, trust_remote_code)
+        config = open_config(name, trust_remote_code, **options)
         cls = model_class(config, name, trust_remote_code)
         wanted = skeleton.loading_class(cls)
         target = {} if device is None else {"device_map": {"": device}}
@@ -115,6 +111,28 @@ def _from_pretrained(name: str, dtype: Any, device: Any, trust_remote_code: bool
     _check_complete(info, model, name)
     check_finite(model, name)
     return model
+
+
+def open_config(name: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The configuration of a folder or hub name, checked.
+
+    What says how plain transformers builds the same model (:mod:`pyprune.checkpoint.profiles.hetero_hf`) is left out:
+    here the configuration's widths are enough, and it would be wrong after the next cut.
+
+    Raises:
+        PyPruneError: there is none, or it is of nothing that can be opened here.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        except Exception as error:  # configuration classes refuse values with any exception
+            raise reworded(error, name) from error
+        check_config(config.to_dict(), name, trust_remote_code)
+    if config.__dict__.pop(BUILD, None) is not None:
+        config.__dict__.pop("auto_map", None)
+    return config
 
 
 def check_config(config: dict[str, Any], name: str, trust_remote_code: bool) -> None:
@@ -204,10 +222,15 @@ def check_finite(model: Any, name: str) -> None:
                 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in ``folder``."""
+    return any((folder / f).is_file() for f in _TOKENIZER_FILES)
+
+
 def _tokenizer(name: str, trust_remote_code: bool, folder: Path | None, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    if folder is not None and not any((folder / f).is_file() for f in _TOKENIZER_FILES):
+    if folder is not None and not has_tokenizer(folder):
         return None
     try:
         with quiet():

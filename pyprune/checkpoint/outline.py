@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.checkpoint.files import OPTION, read_config
-from pyprune.checkpoint.load import check_config, looks_like_a_path, model_class, reworded
+from pyprune.checkpoint.load import looks_like_a_path, model_class, open_config
 from pyprune.checkpoint.quiet import quiet
 from pyprune.errors import PyPruneError
 from pyprune.surgery import skeleton
@@ -18,8 +18,6 @@ def open_outline(model_name_or_path: str | Path, trust_remote_code: bool = False
     Raises:
         PyPruneError: there is no such model, or it is no causal language model that can be pruned.
     """
-    from transformers import AutoConfig
-
     path = Path(model_name_or_path).expanduser()
     name = str(path)
     if path.is_dir():
@@ -27,11 +25,7 @@ def open_outline(model_name_or_path: str | Path, trust_remote_code: bool = False
     elif path.exists() or looks_like_a_path(name):
         raise PyPruneError(OPTION, name, "is not a folder" if path.exists() else "does not exist")
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except Exception as error:  # configuration classes refuse values with any exception
-            raise reworded(error, name) from error
-        check_config(config.to_dict(), name, trust_remote_code)
+        config = open_config(name, trust_remote_code)
         model = skeleton.build(model_class(config, name, trust_remote_code), config)
     model.tie_weights()
     return model.eval()

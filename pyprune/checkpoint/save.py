@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ PLAN = "pyprune_plan.json"
 REPORT = "pyprune_report.json"
 RECIPE = "pyprune_recipe.yaml"
 
-_OTHER_FILES = 32_000_000
+OTHER_FILES = 32_000_000
 """Bytes left for tokenizer, plan and report when disk space is checked."""
 
 
@@ -38,6 +38,7 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes ``model`` as safetensors with ``config.json``, generation settings, tokenizer and a model card.
 
@@ -55,6 +56,7 @@ def save(
         recipe: every option's value, written as ``pyprune_recipe.yaml`` and into the card.
         overwrite: replace an existing folder once the new one is complete.
         max_shard_size: larger models are split into files of at most this size (``"5GB"`` or bytes).
+        finish: called with the temporary folder when it is complete, before it takes its name.
 
     Returns:
         The folder's absolute path.
@@ -69,7 +71,7 @@ def save(
         raise PyPruneError(
             "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
         )
-    check_space(path, size + _OTHER_FILES)
+    check_space(path, size + OTHER_FILES)
     if gguf.drop_marks(model):
         warnings.warn("The model came from a GGUF file; it is saved in full precision.", stacklevel=2)
     written = _writable(model)
@@ -78,15 +80,24 @@ def save(
         written.save_pretrained(work, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        if plan is not None:
-            (work / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
-        if details is not None:
-            (work / REPORT).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
-        if recipe is not None:
-            (work / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+        write_records(work, plan, details, recipe)
         (work / "README.md").write_text(model_card(written, plan, details, recipe), encoding="utf-8")
         _check_reopens(written, work)
+        if finish is not None:
+            finish(work)
     return path
+
+
+def write_records(
+    work: Path, plan: Plan | None, report: Mapping[str, Any] | None, recipe: Mapping[str, Any] | None
+) -> None:
+    """Writes what there is of plan, report and recipe into a folder."""
+    if plan is not None:
+        (work / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
+    if report is not None:
+        (work / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if recipe is not None:
+        (work / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
 
 
 def _writable(model: Any) -> Any:

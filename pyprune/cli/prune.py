@@ -14,6 +14,7 @@ HELP = """Make MODEL smaller, measure it, save it.
 
 MODEL is a Hugging Face folder or hub name. Say how much goes with --ratio, --target_params or --widths. The output
 folder opens with AutoModelForCausalLM.from_pretrained; beside the weights lie the kept indices, report and recipe.
+With --profile (see `pyprune export --help`) the cut keeps to widths that other programs hold.
 """
 
 EXAMPLES = """
@@ -26,6 +27,9 @@ Examples:
 
   Half of the FFN channels in layers 4 to 27, in multiples of 64, by weights alone (no text needed):
     pyprune prune MODEL --widths ffn=0.5 --layers 4-27 --round_to 64 --criterion l2 --output_dir smaller
+
+  For llama.cpp: only widths that a GGUF file holds, and smaller/model.gguf at the end:
+    pyprune prune MODEL --ratio 0.2 --calibration train.txt --profile gguf --output_dir smaller
 
   From a recipe, with one option changed, and the report as JSON:
     pyprune prune MODEL --config recipe.yaml --ratio 0.3 --output_dir smaller30 --json

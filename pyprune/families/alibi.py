@@ -20,7 +20,8 @@ from pyprune.families import KEPT
 def take_rows(attention: nn.Module, argument: str, position: int, heads: int, batched: bool) -> None:
     """Makes ``attention`` take its own rows of the table that its ``forward`` is given. In place.
 
-    The module gets a buffer :data:`pyprune.families.KEPT`, int64 [heads]: the rows of the heads that it has.
+    The module gets a buffer :data:`pyprune.families.KEPT`, int64 [heads]: the rows of the heads that it has, and its
+    class says in ``table_rows`` which table it reads: (argument, position, batched).
 
     Args:
         argument: name of the table in ``forward``: [rows, ...], or with ``batched`` [batch * rows, ...].
@@ -46,4 +47,5 @@ def _reader(cls: Any, argument: str, position: int, batched: bool) -> Any:
         place[0][place[1]] = rows
         return cls.forward(self, hidden_states, *values, **named)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    body = {"forward": forward, "table_rows": (argument, position, batched), "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), body)

@@ -62,7 +62,7 @@ def loading_class(cls: Any) -> Any:
         if is_stock(config):
             cls.__init__(self, config, *arguments, **options)
             return
-        plain = _plain(config)
+        plain = stock_config(config)
         cls.__init__(self, plain, *arguments, **options)
         _fit(self, cls, config, plain)
 
@@ -79,7 +79,7 @@ def build_layer(cls: type, path: str, layer_class: type[nn.Module], config: Conf
         path: of the decoder layers in the model.
         layer_class: of this layer in the stock model.
     """
-    plain = _plain(config)
+    plain = stock_config(config)
     layer: nn.Module
     if _stands_alone(cls, path, layer_class, plain, index):
         layer = on_meta(construct_layer, layer_class, text_config(plain), index)
@@ -111,7 +111,7 @@ def _from_model(cls: Any, path: str, plain: Config, index: int) -> nn.Module:
     return layer
 
 
-def _plain(config: Config) -> Config:
+def stock_config(config: Config) -> Config:
     """A shallow copy that the stock constructor accepts: no per-layer widths, no family attributes."""
     text = text_config(config)
     if text is config:
@@ -155,18 +155,20 @@ def _fit(model: Any, cls: type, config: Config, plain: Config) -> None:
     drop_overrides(common)
     _resize(model, common)
     path = layers_path(model) or ""
+    overridden = tuple(f"{path}.{index}." for index in layer_overrides(text))
     for index in layer_overrides(text):
         layers = model.get_submodule(path)
         own = layer_config(text, index)
         layers[index] = build_layer(cls, path, type(layers[index]), with_text(config, own), index)
-    _fit_modules(model, config, "")
+    _fit_modules(model, config, "", done=overridden)
 
 
-def _fit_modules(module: nn.Module, config: Config, prefix: str) -> None:
-    """Resized modules and narrow layers, of those under ``prefix``."""
+def _fit_modules(module: nn.Module, config: Config, prefix: str, done: tuple[str, ...] = ()) -> None:
+    """Resized modules and narrow layers, of those under ``prefix`` and not under one of ``done``."""
     for kind in (resize, narrow):
         spec = kind.spec_of(config)
-        on_meta(kind.install, module, {p[len(prefix) :]: v for p, v in spec.items() if p.startswith(prefix)})
+        paths = [p for p in spec if p.startswith(prefix) and not p.startswith(done)]
+        on_meta(kind.install, module, {p[len(prefix) :]: spec[p] for p in paths})
 
 
 def _repoint(module: nn.Module, configs: dict[int, Config]) -> None:

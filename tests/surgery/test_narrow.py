@@ -101,3 +101,15 @@ def test_narrow_layers_keep_their_place_when_layers_before_them_go():
     shorter = apply(small, Plan((h.Cut(layers, ((2, 3),)),)))
     assert isinstance(shorter.model.layers[1].self_attn.v_proj, NarrowLinear)
     assert h.logits(shorter).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:No .* expresses")
+def test_a_narrow_layer_inside_a_layer_with_widths_of_its_own_is_built_once():
+    model = h.tiny("llama")
+    groups = [g for g in discover(model) if g.role in ("vo_dim", "ffn") and g.layer == 1]
+    plan = Plan(tuple(h.cut(g, g.units // 2) for g in groups))
+    expected = copy.deepcopy(model)
+    h.mask_(expected, plan)
+    model = apply(model, plan)
+    assert model.config.is_heterogeneous and "model.layers.1.self_attn.v_proj" in model.config.pyprune_narrow
+    torch.testing.assert_close(h.logits(model), h.logits(expected))

@@ -1,0 +1,56 @@
+"""Widths of a Llama-shaped model, layer by layer: what the formats of other programs describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyprune.errors import PyPruneError
+from pyprune.surgery import narrow, resize
+from pyprune.surgery.decoder import structure
+
+SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: numbers of query heads and KV heads, width of a head, FFN channels."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+
+def llama_blocks(outline: Any, profile: str) -> list[Block]:
+    """The decoder layers of a Llama or Mistral model.
+
+    Raises:
+        PyPruneError: it is of another class, does not use SiLU, or has matrices that no head count describes.
+    """
+    config = outline.config
+    cls = type(outline).__name__
+    if SUPPORTED.get(config.model_type) != cls:
+        hint = f"It holds {' and '.join(SUPPORTED.values())}; use hetero-hf, or uniform."
+        raise PyPruneError("profile", profile, f"cannot hold a {cls}", hint)
+    if config.hidden_act not in ("silu", "swish"):
+        raise PyPruneError("profile", profile, f"has SiLU in its FFN, and the model {config.hidden_act}")
+    for spec, what in ((narrow.spec_of(config), "narrow layers"), (resize.spec_of(config), "resized modules")):
+        if spec:
+            hint = "Prune kv_heads, query_heads, ffn, hidden or layers, or use hetero-hf."
+            raise PyPruneError("profile", profile, f"has no {what}, as {next(iter(spec))} is one", hint)
+    shapes = structure(outline)
+    out = []
+    for index, layer in enumerate(outline.model.layers):
+        at, width = f"model.layers.{index}", layer.self_attn.head_dim
+        rows = {name: shapes[f"{at}.self_attn.{name}_proj.weight"][0] for name in "qkv"}
+        out.append(Block(rows["q"] // width, rows["k"] // width, width, shapes[f"{at}.mlp.up_proj.weight"][0]))
+    if len({block.head_dim for block in out}) > 1:
+        raise PyPruneError("profile", profile, "has one head width for all layers", "Use hetero-hf.")
+    return out
+
+
+def is_uniform(blocks: Sequence[Block]) -> bool:
+    """Whether all layers are alike."""
+    return len(set(blocks)) <= 1

@@ -1,0 +1,57 @@
+"""Weight files of a folder, copied or cast, one file at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pyprune.checkpoint.files import INDEX, weight_files
+from pyprune.checkpoint.profiles.configuration import edit_config
+from pyprune.progress import track
+
+
+def copy_weights(folder: Path, work: Path, dtype: torch.dtype | None) -> None:
+    """Copies the safetensors files of ``folder`` (and their index) to ``work``; None keeps their type."""
+    if (folder / INDEX).is_file():
+        shutil.copyfile(folder / INDEX, work / INDEX)
+    for file in track(weight_files(folder), "copy weights"):
+        shutil.copyfile(file, work / file.name) if dtype is None else _cast(file, work / file.name, dtype)
+    if dtype is not None:
+        _note(work, dtype)
+
+
+def cast_folder(work: Path, dtype: torch.dtype) -> None:
+    """Turns the weights of a folder into another type, in place. At most one file's weights are in memory."""
+    for file in track(weight_files(work), "cast weights"):
+        other = file.with_name(f".{file.name}")
+        _cast(file, other, dtype)
+        other.replace(file)
+    _note(work, dtype)
+
+
+def _cast(file: Path, target: Path, dtype: torch.dtype) -> None:
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            tensors[name] = value.to(dtype)
+    save_file(tensors, target, metadata={"format": "pt"})
+
+
+def _note(work: Path, dtype: torch.dtype) -> None:
+    """Configuration and index say what the files hold now."""
+    edit_config(work, {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": None})
+    index = work / INDEX
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        size = 0
+        for file in weight_files(work):
+            with safe_open(file, "pt") as opened:
+                size += sum(opened.get_tensor(name).nbytes for name in opened.keys())
+        content.setdefault("metadata", {})["total_size"] = size
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Profile uniform: stock transformers opens it, and what does not fit is refused with the nearest plan."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import helpers_export as x
+import helpers_surgery as h
+import pytest
+import torch
+from helpers_fresh import ask, fresh_answers, own_answer
+
+import pyprune
+from pyprune.checkpoint import load
+from pyprune.checkpoint.profiles import uniform
+from pyprune.checkpoint.profiles.source import of_model
+from pyprune.discovery import discover
+from pyprune.errors import PyPruneError
+from pyprune.selection.plan import Plan
+from pyprune.surgery import apply
+
+
+def test_stock_transformers_without_remote_code_gives_the_same_logits_and_32_tokens(tmp_path) -> None:
+    folders, expected = [], []
+    for family in h.STOCK:
+        model = x.made(family, h.uniform)
+        folders.append(pyprune.export(model, tmp_path / family, "uniform"))
+        ask(folders[-1], x.PROMPT)
+        expected.append(own_answer(model, x.PROMPT))
+    for found, own in zip(fresh_answers(folders, tmp_path / "code", remote=False), expected, strict=True):
+        assert found["class"] == own["class"]
+        assert torch.equal(found["logits"], own["logits"])
+        assert torch.equal(found["said"], own["said"])
+
+
+def test_the_width_of_a_head_is_written_out(tmp_path) -> None:
+    model = x.made("qwen3", h.uniform, head_dim=128)
+    pyprune.export(model, tmp_path / "out", "uniform")
+    assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == 128
+
+
+def refusal(model) -> str:
+    with pytest.raises(PyPruneError) as caught:
+        uniform.check(of_model(model).outline)
+    return str(caught.value)
+
+
+def test_different_widths_are_refused_with_the_nearest_common_ones() -> None:
+    said = refusal(x.made())
+    assert "intermediate_size in all layers, and it is 25 in layer 3, 40 in layer 0" in said
+    assert "--widths" in said and "ffn=35" in said and "kv_heads=3" in said
+
+
+def test_narrow_layers_are_refused_by_name() -> None:
+    model = h.tiny("llama")
+    [group] = [g for g in discover(model) if g.role == "vo_dim" and g.layer == 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = apply(model, Plan((h.cut(group, 6),)))
+    assert "model.layers.2.self_attn.v_proj is narrow" in refusal(model)
+
+
+def test_head_counts_that_the_stock_class_cannot_have_are_refused() -> None:
+    assert "GPT2LMHeadModel has no head_dim" in refusal(x.made("gpt2", h.uniform))
+    model = h.tiny("llama", hidden_size=40, attention_bias=True)  # 6 heads do not divide 40
+    said = refusal(apply(model, h.uniform(model)))
+    assert "divides the hidden size 40, and there are 6" in said and "The nearest are 5 and 8" in said
+
+
+def test_a_hetero_hf_folder_that_is_even_becomes_a_plain_one(tmp_path) -> None:
+    model = x.made("llama", h.uniform)
+    pyprune.export(model, tmp_path / "hf", "hetero-hf")
+    pyprune.export(tmp_path / "hf", tmp_path / "plain", "uniform")
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    assert not {"auto_map", "pyprune_build"} & config.keys()
+    assert not (tmp_path / "plain/modeling_pyprune.py").exists()
+    assert torch.equal(h.logits(load(tmp_path / "plain")), h.logits(model))
