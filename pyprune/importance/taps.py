@@ -28,7 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune.importance.collector import Collector
 from pyprune.importance.registry import Criterion
-from pyprune.ops import activation_salience, channel_dots
+from pyprune.ops import activation_salience, channel_dots, product
+from pyprune.ops.product import is_faster as product_is_faster
 
 
 class NotTappable(Exception):
@@ -82,6 +83,20 @@ class _After(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         ctx.sink(dy, next(iter(ctx.saved_tensors), None))
         return dy, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose weight and bias get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        y = product(x, weight)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return product(dy, ctx.weight.t()), None, None
 
 
 class _Mode(TorchFunctionMode):
@@ -196,7 +211,7 @@ class Taps:
                 self._matrix(key, w, transposed, x, dx, dy, None if y is None else y if b is None else y - b)
 
         x = _Before.apply(x, back)
-        y = linear(x, w if not transposed else w.t(), b)
+        y = _Linear.apply(x, w if not transposed else w.t(), b)
         return _After.apply(y, self.criterion.signed, lambda dy, y: arrived.append((dy, y)))
 
     def table(self, key: Key, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
@@ -294,7 +309,10 @@ def _joined(factors: list[Tensor]) -> Tensor:
 
 def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     key = taps.find(weight)
-    return None if key is None else taps.layer(key, input, weight, bias, transposed=False)
+    if key is not None:
+        return taps.layer(key, input, weight, bias, transposed=False)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return _Linear.apply(input, weight, bias) if product_is_faster(input) and not trained else None
 
 
 def _addmm(

@@ -8,12 +8,11 @@ from torch import Tensor
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.ops import _check, _native, reference
 from pyprune.ops.accumulate import accumulate_square_
+from pyprune.ops.product import product
 from pyprune.ops.salience import salience
 
-# Where there is no fused kernel, so many bytes of a gradient at a time: they and their squares stay in the caches. With
-# fewer rows than these, matrix products lose more than that gains.
+# Where there is no fused kernel, so many bytes of a gradient at a time.
 BLOCK_BYTES = 16 << 20
-LEAST_ROWS = 128
 
 
 def activation_salience(
@@ -93,36 +92,29 @@ def _check_shapes(x: Tensor, dy: Tensor, weight: Tensor, transposed: bool) -> No
 def _by_blocks(
     rows_input: Tensor, cols_input: Tensor, weight: Tensor, formula: str, gradient_scale: float, curvature_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of rows that stay in the caches: their gradients by matrix products, in float32 or wider, into the same
-    few buffers every time, and the sums by the fused kernel."""
+    """Blocks of rows: their gradients by matrix products, in float32 or wider, and the sums by the fused kernel."""
     spec = reference.FORMULAS[formula]
     wide = reference.accumulation_dtype(weight.dtype)
     samples, _, columns = cols_input.shape
     cols_input, rows_input = cols_input.to(wide), rows_input.to(wide)
-    step = max(1, min(weight.shape[0], max(LEAST_ROWS, BLOCK_BYTES // max(1, columns * wide.itemsize))))
-    product = weight.new_empty((step, columns), dtype=wide)
-    squares = torch.empty_like(product) if spec.needs_curvature else product
-    total = torch.empty_like(product) if spec.needs_curvature and spec.needs_grad else product
+    step = max(1, min(weight.shape[0], BLOCK_BYTES // max(1, columns * wide.itemsize)))
     rows: list[Tensor] = []
     cols = torch.zeros(columns, dtype=wide, device=weight.device)
     for start in range(0, weight.shape[0], step):
         w = weight[start : start + step]
-        block, g, h, each = rows_input[..., start : start + step], total[: len(w)], squares[: len(w)], product[: len(w)]
+        block = rows_input[..., start : start + step]
+        g = h = None
         if spec.needs_curvature:
-            h.zero_()
-            if spec.needs_grad:
-                g.zero_()
+            h = torch.zeros(w.shape, dtype=wide, device=w.device)
+            g = torch.zeros_like(h) if spec.needs_grad else None
             for sample in range(samples):
-                torch.mm(block[sample].T, cols_input[sample], out=each)
+                each = product(block[sample].T, cols_input[sample].T)
                 accumulate_square_([h], [each], curvature_scale)
-                if spec.needs_grad:
+                if g is not None:
                     g.add_(each, alpha=gradient_scale)
         else:
-            torch.mm(block.flatten(0, 1).T, cols_input.flatten(0, 1), out=each)
-            each.mul_(gradient_scale)
-        row_sums, col_sums = salience(
-            formula, [w], [g] if spec.needs_grad else None, [h] if spec.needs_curvature else None
-        )
+            g = product(block.flatten(0, 1).T, cols_input.flatten(0, 1).T).mul_(gradient_scale)
+        row_sums, col_sums = salience(formula, [w], None if g is None else [g], None if h is None else [h])
         rows.append(row_sums[0])
         cols += col_sums[0]
     return torch.cat(rows) if rows else cols.new_zeros(0), cols

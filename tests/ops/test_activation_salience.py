@@ -171,7 +171,6 @@ def test_the_size_of_the_blocks_changes_the_sums_by_rounding_only(
     assert widths == [40]
     widths.clear()
     monkeypatch.setattr(activation, "BLOCK_BYTES", 7 * 24 * 4)
-    monkeypatch.setattr(activation, "LEAST_ROWS", 1)
     for a, b in zip(ops.activation_salience(*args, formula), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(whole[0].abs().max()))
     assert widths == [7, 7, 7, 7, 7, 5]
