@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyprune.importance import score
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
+    from pyprune.recover_pipeline import recover
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "ops",
     "prune",
+    "recover",
     "save",
     "score",
     "select",
@@ -48,6 +50,7 @@ _HOME = {
     "discover": "pyprune.discovery",
     "load": "pyprune.checkpoint",
     "prune": "pyprune.pipeline",
+    "recover": "pyprune.recover_pipeline",
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
     "select": "pyprune.selection",

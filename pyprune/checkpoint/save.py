@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes ``model`` as safetensors with ``config.json``, generation settings, tokenizer and a model card.
 
@@ -55,6 +56,7 @@ def save(
         recipe: every option's value, written as ``pyprune_recipe.yaml`` and into the card.
         overwrite: replace an existing folder once the new one is complete.
         max_shard_size: larger models are split into files of at most this size (``"5GB"`` or bytes).
+        also: writes more files into the folder that it is given, before that takes its name.
 
     Returns:
         The folder's absolute path.
@@ -86,6 +88,8 @@ def save(
             (work / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
         (work / "README.md").write_text(model_card(written, plan, details, recipe), encoding="utf-8")
         _check_reopens(written, work)
+        if also is not None:
+            also(work)
     return path
 
 

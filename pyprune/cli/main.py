@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from pyprune.cli import env, evaluate, inspect, prune, score
+from pyprune.cli import env, evaluate, inspect, prune, recover, score
 from pyprune.cli.options import CONTEXT
 from pyprune.errors import PyPruneError
 
@@ -49,11 +49,12 @@ def cli() -> None:
     \b
     pyprune inspect MODEL                    what can be removed
     pyprune prune MODEL --ratio 0.2 ...      remove it, measure, save
+    pyprune recover PRUNED --data TEXT ...   train it a little, save
     pyprune eval MODEL --eval_text TEXT      perplexity of a folder, pruned or not
     """
 
 
-for _verb in (prune, inspect, score, evaluate, env):
+for _verb in (prune, inspect, score, recover, evaluate, env):
     _verb.register(cli)
 
 

@@ -10,9 +10,12 @@ import pytest
 from helpers_run import pyprune, python
 
 from pyprune.cli.main import cli
-from pyprune.config import RECIPES, EvaluationConfig, InspectConfig, PruneConfig, ScoringConfig
+from pyprune.config import RECIPES, EvaluationConfig, InspectConfig, PruneConfig, RecoverConfig, ScoringConfig
 
-VERBS = {"prune": PruneConfig, "inspect": InspectConfig, "score": ScoringConfig, "eval": EvaluationConfig, "env": None}
+VERBS = {
+    "prune": PruneConfig, "inspect": InspectConfig, "score": ScoringConfig, "recover": RecoverConfig,
+    "eval": EvaluationConfig, "env": None,
+}  # fmt: skip
 
 
 def test_the_verbs_are_listed_in_the_order_of_a_run(call) -> None:
@@ -55,7 +58,7 @@ def test_help_appears_within_a_second_and_without_torch() -> None:
     assert spent < 1.0  # processor time: the wall clock of a busy machine says little
     script = (
         "import sys\nfrom pyprune.cli.main import main\n"
-        "for verb in ('prune', 'inspect', 'score', 'eval', 'env'): main([verb, '--help'])\n"
+        "for verb in ('prune', 'inspect', 'score', 'recover', 'eval', 'env'): main([verb, '--help'])\n"
         "print('heavy:', sorted({'torch', 'numpy', 'transformers', 'rich', 'yaml'} & sys.modules.keys()))"
     )
     assert python("-c", script).out.strip().endswith("heavy: []")
