@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 # Each layer may import what stands below it. `families` is read by surgery and checkpoint.
 LAYERS = [
     {"cli", "__main__"},
-    {"pipeline", "recover_pipeline", "schedule", "preflight"},
+    {"pipeline", "recover_pipeline", "recover_preflight", "schedule", "preflight"},
     {"config", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"surgery"},

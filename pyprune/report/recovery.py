@@ -16,7 +16,7 @@ def recovery_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     """Before and after, the validations, what the models say, notes."""
     parts: list[RenderableType] = [Text(report["what"].replace("`", "")), _figures(report)]
     if report.get("validations"):
-        parts.append(_validations(report))
+        parts += [_validations(report), Text(_pace(report))]
     said = report.get("continuation")
     if said:
         table = Table(title="What the models say", title_justify="left", show_header=False)
@@ -45,16 +45,19 @@ def _figures(report: Mapping[str, Any]) -> Table:
 
 
 def _validations(report: Mapping[str, Any]) -> Table:
-    table = Table(title="Validations", title_justify="left", caption_justify="left")
+    table = Table(title="Validations", title_justify="left")
     for name in ("step", "perplexity"):
         table.add_column(name, justify="right")
     best = report["validation"]["best_step"]
     for found in report["validations"]:
         mark = " *" if found["step"] == best else ""
         table.add_row(f"{found['step']}{mark}", f"{found['perplexity']:.2f}")
-    speed = report["tokens"] / max(report["seconds"], 1e-9)
-    table.caption = f"* kept. {seconds(report['seconds'])}, {speed:,.0f} learned tokens a second, validations included"
     return table
+
+
+def _pace(report: Mapping[str, Any]) -> str:
+    speed = report["tokens"] / max(report["seconds"], 1e-9)
+    return f"* kept. {seconds(report['seconds'])}, {speed:,.0f} learned tokens a second, validations included"
 
 
 def _perplexity(value: float | None) -> str:
