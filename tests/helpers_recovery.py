@@ -10,7 +10,7 @@ from helpers_run import byte_tokenizer, tiny_llama
 
 from pyprune.recovery import adapter
 from pyprune.recovery.examples import Encoder
-from pyprune.recovery.packing import rows_of
+from pyprune.recovery.packing import IGNORED, Row, rows_of
 from pyprune.recovery.processes import Processes
 from pyprune.recovery.train import Trainer, Training
 
@@ -44,6 +44,11 @@ def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
 def rows(count: int = 40, cutoff: int = 64, packing: bool = True, seed: int = 0) -> list[Any]:
     encode = Encoder(byte_tokenizer())
     return rows_of([encode(r, "here") for r in sentences(count, seed)], cutoff, packing)
+
+
+def other_rows(count: int = 40) -> list[Any]:
+    """Rows of tokens that the sentences never have: learning them unlearns the sentences."""
+    return [Row(r.ids % 50 + 200, np.where(r.labels < 0, IGNORED, r.ids % 50 + 200), r.positions) for r in rows(count)]
 
 
 def training(**changes: Any) -> Training:

@@ -16,7 +16,7 @@ IGNORED = -100  # label of a token that is not predicted, as in transformers
 OPEN_ROWS = 64  # rows that a document may still go into
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One training sequence.
 

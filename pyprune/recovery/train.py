@@ -102,7 +102,7 @@ class Trainer:
             shown = 0
             while self.history.step < self.steps:
                 at = self._progress()
-                if at >= 1 or self._settled():
+                if self._ends(at) or self._settled():
                     break
                 loss = self._step(at)
                 if loss is None:
@@ -212,6 +212,11 @@ class Trainer:
         if self.settings.max_minutes is None:
             return self.pace.progress(self.history.step, 0.0)
         return self.pace.progress(self.history.step, float(self.processes.same([self.pace.seconds()])[0]))
+
+    def _ends(self, at: float) -> bool:
+        """Whether the time is up: less is left than half of what a step has taken so far."""
+        usual = at / self.history.step if self.history.step and self.settings.max_minutes is not None else 0.0
+        return at + usual / 2 >= 1
 
     def _validate(self, at: float) -> None:
         start = time.monotonic()

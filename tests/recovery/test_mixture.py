@@ -53,7 +53,7 @@ def test_at_most_a_tenth_is_held_out() -> None:
 def test_a_text_file_is_held_out_by_pieces(tmp_path) -> None:
     (tmp_path / "t.txt").write_text("".join(chr(97 + i % 26) for i in range(6400)))
     text = text_of((str(tmp_path / "t.txt"), None))
-    assert len(text.validation) == 4 and len(text.sources[0]) == 101 - 4
+    assert len(text.validation) == 4 and len(text.sources[0]) == 100 - 4
 
 
 def test_validation_text_of_its_own_leaves_the_data_whole() -> None:

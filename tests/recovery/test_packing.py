@@ -48,9 +48,9 @@ def test_rows_hold_every_document_whole_and_once(lengths: list[int], packing: bo
 
 
 def test_packing_fills_rows() -> None:
-    packed, single = rows(200, 64, packing=True), rows(200, 64, packing=False)
+    packed, single = rows(200, 128, packing=True), rows(200, 128, packing=False)
     assert len(packed) < len(single)
-    assert sum(len(r.ids) for r in packed) / (64 * len(packed)) > 0.8
+    assert sum(len(r.ids) for r in packed) / (128 * len(packed)) > 0.8
 
 
 def test_padding_is_a_document_of_its_own_without_loss() -> None:
