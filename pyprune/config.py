@@ -183,7 +183,9 @@ class DataConfig(Stage):
     instruction_format: str = option(
         "alpaca", parsing.choice("alpaca", "chat"), "How instruction records read: Alpaca's words, or chat template."
     )
-    cutoff: int = option(512, parsing.integer(8), "Tokens in a training sequence; longer text is split, answers cut.")
+    cutoff: int | None = option(
+        None, parsing.integer(8), "Tokens in a sequence, else 512; longer text is split, longer answers are cut."
+    )
     packing: bool = option(True, parsing.flag(), "Several documents in a sequence, apart from each other.")
     train_on_prompts: bool = option(False, parsing.flag(), "Learn the prompts of instructions too.")
 

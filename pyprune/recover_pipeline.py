@@ -153,7 +153,8 @@ def _train(
         "steps": history.step, "planned_steps": trainer.steps, "tokens": history.tokens,
         "seconds": history.seconds, "bf16": ready.settings.bf16, "processes": processes.count,
         "data": ready.text.facts,
-        "fill": sum(len(r.ids) for r in rows) / (len(rows) * recipe.data.cutoff),
+        "cutoff": ready.cutoff,
+        "fill": sum(len(r.ids) for r in rows) / (len(rows) * ready.cutoff),
         "teacher": None if ready.teacher is None
         else {"computed": ready.teacher.computed, "reused": ready.teacher.reused},
         "losses": history.losses, "validations": history.validations,

@@ -29,6 +29,8 @@ from pyprune.recovery.train import Training, autocast, fast_bf16
 from pyprune.recovery.unfinished import Unfinished
 from pyprune.selection.plan import Plan
 
+CUTOFF = 512  # tokens of a training sequence, when nothing is said
+
 
 @dataclass
 class Start:
@@ -50,6 +52,7 @@ class Ready:
     text: Text
     settings: Training
     lora: adapter.Lora
+    cutoff: int
     positions: bool
     teacher: Teacher | None
     unfinished: Unfinished | None
@@ -110,8 +113,20 @@ def open_start(
     return start
 
 
+def cutoff_of(recipe: RecoverConfig, model: Any) -> int:
+    """Tokens in a training sequence: as asked, else 512, or as many as the model has positions.
+
+    Raises:
+        PyPruneError: more than that were asked.
+    """
+    if recipe.data.cutoff is not None:
+        preflight.check_length("cutoff", recipe.data.cutoff, model)
+        return recipe.data.cutoff
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(CUTOFF, known) if isinstance(known, int) and known > 0 else CUTOFF
+
+
 def check_room(recipe: RecoverConfig, start: Start) -> None:
-    preflight.check_length("cutoff", recipe.data.cutoff, start.model)
     if recipe.save.output_dir is not None:
         size = sum(p.numel() * p.element_size() for p in start.model.parameters())
         with preflight.renamed(folder="output_dir"):
@@ -128,13 +143,13 @@ def work_folder(recipe: RecoverConfig) -> Path | None:
 
 
 def prepare(recipe: RecoverConfig, start: Start, stages: Stages, processes: Processes) -> Ready:
-    options, notes = recipe.data, []
+    options, notes, cutoff = recipe.data, [], cutoff_of(recipe, start.model)
     positions = isolates(start.model)
     packing = options.packing and positions
     if options.packing and not positions:
         notes.append(f"{type(start.model).__name__} would mix documents of a row, so each has a row of its own.")
     encoder = Encoder(start.tokenizer, options.data_field, options.instruction_format, options.train_on_prompts)
-    reading = Reading(options.cutoff, packing, recipe.train.seed, options.max_tokens)
+    reading = Reading(cutoff, packing, recipe.train.seed, options.max_tokens)
     with stages("read text", bar=False):
         text = read_text(options.data, options.val_data, encoder, reading, options.val_tokens)
     _check_ids(text, start)
@@ -153,7 +168,7 @@ def prepare(recipe: RecoverConfig, start: Start, stages: Stages, processes: Proc
     identity = adapter.fingerprint(start.model)
     teacher = _teacher(recipe, start, settings, positions, stages) if taught else None
     unfinished = _unfinished(recipe, text, settings, lora, identity, teacher)
-    return Ready(text, settings, lora, positions, teacher, unfinished, identity, notes)
+    return Ready(text, settings, lora, cutoff, positions, teacher, unfinished, identity, notes)
 
 
 def _check_ids(text: Text, start: Start) -> None:
@@ -171,7 +186,7 @@ def _teacher(recipe: RecoverConfig, start: Start, settings: Training, positions:
     with stages("load teacher"), preflight.renamed(model_name_or_path="teacher", folder="teacher"):
         model, tokenizer = open_model(name, recipe.model.dtype, device, recipe.model.trust_remote_code)
     check_vocabulary(model, tokenizer, start.model, start.tokenizer, name)
-    preflight.check_length("cutoff", recipe.data.cutoff, model)
+    preflight.check_length("cutoff", cutoff_of(recipe, start.model), model)
     if positions and not isolates(model):
         problem = "would mix documents that share a row, which the model keeps apart"
         raise PyPruneError("teacher", name, problem, "Use no_packing.")
