@@ -19,7 +19,7 @@ def recovery_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         parts += [_validations(report), Text(_pace(report))]
     said = report.get("continuation")
     if said:
-        table = Table(title="What the models say", title_justify="left", show_header=False)
+        table = Table(title="What the models say", title_justify="left", show_header=False, min_width=24)
         for name in ("before", "after"):
             table.add_row(name, Text(said[name]))
         parts.append(table)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 LAUNCHERS = {
     "one": ("-m",),
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"),
-    "accelerate": ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                    "--mixed_precision", "no", "--dynamo_backend", "no", "--module"),
 }  # fmt: skip
 
