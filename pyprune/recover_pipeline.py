@@ -227,6 +227,8 @@ def _paired(figures: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
 def _save(recipe: RecoverConfig, start: Start, report: Mapping[str, Any], kept: Any, stages: Stages) -> None:
     """The folder of the model as it came, with other weights and what was done to them."""
     whole = copy.copy(start.report)
+    if "model" in whole:  # the card names the dense model that all began with, not the folder in between
+        start.model.config.name_or_path = whole["model"]
     whole.setdefault("model", start.name)
     whole["recovery"] = dict(report)
     plain = recipe.to_dict()

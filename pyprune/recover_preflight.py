@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pyprune.recovery.train import Training, autocast, fast_bf16
 from pyprune.recovery.unfinished import Unfinished
 from pyprune.selection.plan import Plan
 
+PACKAGES = ("peft", "accelerate")
 CUTOFF = 512  # tokens of a training sequence, when nothing is said
 
 
@@ -62,6 +64,9 @@ class Ready:
 
 def check(recipe: RecoverConfig) -> None:
     """Options fit together, sources are there, the output may be written."""
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            raise PyPruneError("recover", None, f"needs the package {package}", "pip install 'pyprune[recovery]'.")
     given, merging = recipe.data, recipe.adapter.adapter
     if merging is not None and (given.data is not None or recipe.run.recipe is not None):
         problem = "merges an adapter that is there, while data trains a new one"
@@ -218,8 +223,8 @@ def _unfinished(
         "teacher": None if teacher is None else teacher.folder.name,
     }
     found = Unfinished(work, depends, lambda folder: complete_folder(folder))
-    if found.exists() and not recipe.run.resume:
-        if not recipe.save.overwrite:
+    if not recipe.run.resume:
+        if found.exists() and not recipe.save.overwrite:
             hint = "Set resume to go on, or overwrite to begin anew."
             raise PyPruneError("checkpoint_dir", str(work), "holds an unfinished training", hint)
         found.remove()

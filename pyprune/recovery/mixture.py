@@ -133,7 +133,10 @@ def _documents(source: Any, encoder: Encoder, reading: Reading) -> tuple[list[li
             if not parts:
                 barren += 1
                 continue
-            tokens += sum(len(p.ids) for p in parts)
+            sizes = np.cumsum([len(p.ids) for p in parts])
+            if reading.max_tokens is not None:  # of a long text only as much as is wanted
+                parts = parts[: 1 + int(np.searchsorted(sizes, reading.max_tokens - tokens))]
+            tokens += int(sizes[len(parts) - 1])
             out.append(parts)
             line.advance()
             if reading.max_tokens is not None and tokens >= reading.max_tokens:

@@ -29,6 +29,7 @@ from pyprune.recovery.unfinished import Checkpoint, History, Unfinished
 
 VALIDATIONS = 10  # in a run, when nothing else is said
 VALIDATION_SHARE = 0.1  # of the time that a run may take, at most
+OVERFLOW = 1e4  # nats: what a validation that is not finite counts as, since JSON has no such numbers
 SAVE_SECONDS = 600  # between two checkpoints at most
 
 
@@ -223,10 +224,12 @@ class Trainer:
         nll = self.nll()
         took = time.monotonic() - start
         h = self.history
-        found = {"step": h.step, "nll": nll, "perplexity": math.exp(min(nll, 700.0)), "seconds": took, "progress": at}
-        h.validations.append(found)
-        if h.step == 0 and not math.isfinite(nll):
-            raise PyPruneError("model", None, "its loss on the validation text is not finite", "It is damaged.")
+        if not math.isfinite(nll):
+            if h.step == 0:
+                raise PyPruneError("model", None, "its loss on the validation text is not finite", "It is damaged.")
+            nll = OVERFLOW
+        shown = math.exp(min(nll, 700.0))
+        h.validations.append({"step": h.step, "nll": nll, "perplexity": shown, "seconds": took, "progress": at})
         if nll < h.best_nll:
             h.best_step, h.best_nll = h.step, nll
             self.best = adapter.copied(self.parameters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,8 +110,7 @@ class Unfinished:
             raise self._unwritable(error) from error
         except PyPruneError as error:
             raise PyPruneError("checkpoint_dir", str(self.folder), error.problem, error.hint) from error
-        for folder in older:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._sweep(older)
 
     def load(self) -> Checkpoint | None:
         """The last checkpoint; None without one.
@@ -142,14 +141,18 @@ class Unfinished:
 
     def remove(self) -> None:
         """The run is finished, or begins anew."""
-        for folder in self._all():
-            shutil.rmtree(folder, ignore_errors=True)
+        self._sweep(self._all())
         with suppress(OSError):  # another process was quicker, or the teacher's answers stay
             (self.folder / LOG).unlink()
             self.folder.rmdir()
 
     def _all(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def _sweep(self, folders: Iterable[Path]) -> None:
+        """Removes checkpoints, and what a killed process left of one that it was writing."""
+        for folder in (*folders, *self.folder.glob(".step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _last(self) -> Path | None:
         return next(reversed(self._all()), None)

@@ -99,6 +99,12 @@ def test_reading_stops_at_the_most_tokens_asked_for() -> None:
     assert 1000 <= text.facts[0]["tokens"] < 1100
 
 
+def test_of_a_long_text_no_more_is_read_than_asked_for(tmp_path) -> None:
+    (tmp_path / "t.txt").write_text("abcdefgh" * 1000)
+    text = text_of((str(tmp_path / "t.txt"), None), max_tokens=1000)
+    assert text.facts[0]["tokens"] == 1024  # whole rows of 64
+
+
 def test_the_fingerprint_changes_with_text_and_seed_and_with_nothing_else() -> None:
     base = text_of((marked(40, "a"), None)).fingerprint()
     assert text_of((marked(40, "a"), None)).fingerprint() == base

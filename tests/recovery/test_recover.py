@@ -64,7 +64,13 @@ def test_plan_report_recipe_and_card_are_carried_on_and_extended(pruned, tmp_pat
     assert yaml.safe_load((out / "pyprune_recover.yaml").read_text())["lora_r"] == 4
     assert recovery["validation"]["best_step"] > 0 and recovery["perplexity"]["after"]["tokens"] == 62
     card = (out / "README.md").read_text()
-    for piece in ("structural pruning", "## What was cut", "## Recovery", "LoRA of rank 4", "validation perplexity"):
+    for piece in (
+        "made from `LlamaForCausalLM` by structural pruning",
+        "## What was cut",
+        "## Recovery",
+        "LoRA of rank 4",
+        "validation perplexity",
+    ):
         assert piece in card, piece
 
 
@@ -226,6 +232,14 @@ def test_a_sequence_is_512_tokens_or_as_long_as_the_model_allows() -> None:
     assert quick(longer, cutoff=None).report["cutoff"] == 512
     with pytest.raises(PyPruneError, match=r"cutoff 300: is more than the 256 positions"):
         quick(small_llama(), cutoff=300)
+
+
+def test_without_peft_the_way_to_install_it_is_told(monkeypatch) -> None:
+    from pyprune import recover_preflight
+
+    monkeypatch.setattr(recover_preflight, "find_spec", lambda name: None)
+    with pytest.raises(PyPruneError, match=r"needs the package peft. pip install 'pyprune\[recovery\]'"):
+        quick(small_llama())
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused() -> None:

@@ -87,6 +87,13 @@ def test_only_the_last_checkpoint_stays(tmp_path) -> None:
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
 
 
+def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next_one(tmp_path) -> None:
+    interrupted(tmp_path, 5)
+    (tmp_path / ".step-000006.12345678.partial").mkdir()
+    finished(tmp_path, True)
+    assert not list(tmp_path.glob(".step-*"))
+
+
 def test_resuming_under_other_settings_says_what_differs(tmp_path) -> None:
     interrupted(tmp_path, 5)
     other = Unfinished(tmp_path, {"seed": 1, "text": "x"}, complete_folder)

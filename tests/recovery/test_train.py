@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -62,6 +63,20 @@ def test_a_loss_that_is_not_finite_ends_training_with_a_note_and_the_best_so_far
     history, nll, _ = trained()
     assert history.step == 6 and "not finite at step 6" in history.notes[0]
     assert nll == pytest.approx(min(v["nll"] for v in history.validations), abs=1e-6)
+
+
+def test_a_validation_that_is_not_finite_is_the_worst_of_all_and_can_be_written_down(monkeypatch) -> None:
+    real, calls = train.Trainer.nll, []
+
+    def broken(self):
+        calls.append(0)
+        return real(self) if len(calls) < 3 else math.nan
+
+    monkeypatch.setattr(train.Trainer, "nll", broken)
+    with adapted(small_llama(), LORA, 0) as wrapped:
+        history = trainer(wrapped).run()
+    assert [v["nll"] == train.OVERFLOW for v in history.validations] == [False, False, True]
+    assert history.best_step == 5 and json.dumps(history.validations, allow_nan=False)
 
 
 def test_training_stops_when_validation_has_not_improved_for_as_long_as_asked() -> None:
