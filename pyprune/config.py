@@ -210,10 +210,12 @@ class TrainConfig(Stage):
 
     epochs: float = option(1.0, parsing.positive(), "Passes over the data.")
     max_minutes: float | None = option(None, parsing.positive(), "Stop after this time; the rate falls to fit it.")
-    learning_rate: float = option(1e-3, parsing.positive(), "Highest learning rate (AdamW).")
+    learning_rate: float | None = option(
+        None, parsing.positive(), "Highest learning rate (AdamW). Left out: 1 / hidden size, at most 0.002."
+    )
     lr_scheduler: str = option("cosine", parsing.choice("cosine", "linear", "constant"), "How the rate falls to zero.")
     warmup_steps: int = option(20, parsing.integer(0), "Steps in which the rate rises, at most a tenth of all.")
-    train_batch_size: int = option(16, parsing.integer(1), "Sequences in a step, over all processes.")
+    train_batch_size: int = option(8, parsing.integer(1), "Sequences in a step, over all processes.")
     micro_batch_size: int = option(4, parsing.integer(1), "Sequences in one forward and backward pass of a process.")
     max_grad_norm: float = option(1.0, parsing.number(0.0), "Gradients are scaled down to this norm; 0 leaves them.")
     bf16: bool | None = option(None, parsing.flag(), "Multiply in bfloat16. Left out: where the processor has it.")

@@ -147,13 +147,13 @@ def _train(
         "what": _words(history, recipe, ready),
         "validation": {
             "before": _figure(before), "after": _figure(after), "best_step": history.best_step,
-            "rows": len(ready.text.validation), "tokens": sum(r.learned for r in ready.text.validation),
+            "rows": len(trainer.validation_rows), "tokens": sum(r.learned for r in trainer.validation_rows),
         },
         "adapter_parameters": size,
         "steps": history.step, "planned_steps": trainer.steps, "tokens": history.tokens,
         "seconds": history.seconds, "bf16": ready.settings.bf16, "processes": processes.count,
         "data": ready.text.facts,
-        "cutoff": ready.cutoff,
+        "cutoff": ready.cutoff, "learning_rate": ready.settings.learning_rate,
         "fill": sum(len(r.ids) for r in rows) / (len(rows) * ready.cutoff),
         "teacher": None if ready.teacher is None
         else {"computed": ready.teacher.computed, "reused": ready.teacher.reused},

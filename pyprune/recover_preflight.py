@@ -31,6 +31,7 @@ from pyprune.recovery.unfinished import Unfinished
 from pyprune.selection.plan import Plan
 
 PACKAGES = ("peft", "accelerate")
+HIGHEST_RATE = 2e-3
 CUTOFF = 512  # tokens of a training sequence, when nothing is said
 
 
@@ -131,6 +132,11 @@ def cutoff_of(recipe: RecoverConfig, model: Any) -> int:
     return min(CUTOFF, known) if isinstance(known, int) and known > 0 else CUTOFF
 
 
+def usual_rate(model: Any) -> float:
+    """1 / hidden size, at most 0.002: Adam's best rate falls with the width of what it trains (Yang et al. 2022)."""
+    return min(HIGHEST_RATE, 1 / int(model.get_input_embeddings().embedding_dim))
+
+
 def check_room(recipe: RecoverConfig, start: Start) -> None:
     if recipe.save.output_dir is not None:
         size = sum(p.numel() * p.element_size() for p in start.model.parameters())
@@ -163,6 +169,7 @@ def prepare(recipe: RecoverConfig, start: Start, stages: Stages, processes: Proc
     taught = recipe.distill.teacher is not None
     settings = Training(**{
         **own,
+        "learning_rate": recipe.train.learning_rate or usual_rate(start.model),
         "bf16": fast_bf16(start.device) if bf16 is None else bf16,
         "distill_weight": recipe.distill.distill_weight if taught else 0.0,
         "distill_temperature": recipe.distill.distill_temperature,

@@ -117,7 +117,8 @@ def read_text(
             groups, _ = _documents(source, other, reading)
             groups = groups[: max(1, _count(groups, val_tokens / len(validation)))]
             held += [p for g in groups for p in g]
-    return Text(rows, weights, rows_of(held, reading.cutoff, reading.packing), facts)
+    kept_back = rows_of(held, reading.cutoff, reading.packing)
+    return Text(rows, weights, [kept_back[i] for i in rng.permutation(len(kept_back))], facts)
 
 
 def _documents(source: Any, encoder: Encoder, reading: Reading) -> tuple[list[list[Example]], dict[str, Any]]:

@@ -29,6 +29,7 @@ from pyprune.recovery.unfinished import Checkpoint, History, Unfinished
 
 VALIDATIONS = 10  # in a run, when nothing else is said
 VALIDATION_SHARE = 0.1  # of the time that a run may take, at most
+ONE_VALIDATION = 0.03  # of that time, at most
 OVERFLOW = 1e4  # nats: what a validation that is not finite counts as, since JSON has no such numbers
 SAVE_SECONDS = 600  # between two checkpoints at most
 
@@ -96,6 +97,7 @@ class Trainer:
         with checkpointing, torch.random.fork_rng(devices=devices), progress.bar("train", self._bar_total()) as line:
             if moment is None:
                 self.pace.start()
+                self._trim_validation()
                 self._validate(0.0)
             else:
                 self._restore(moment)
@@ -128,15 +130,23 @@ class Trainer:
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.settings.bf16)
 
-    @torch.no_grad()
     def nll(self) -> float:
         """Mean negative log-likelihood of a validation token, as the model is now, in nats."""
+        return self._nll(self.validation_rows)
+
+    @property
+    def validation_rows(self) -> Sequence[Row]:
+        """What is validated on: all of it, or as much as the time allows."""
+        return self.validation[: self.history.validation_rows]
+
+    @torch.no_grad()
+    def _nll(self, rows: Sequence[Row]) -> float:
         training = self.model.training
         self.model.eval()
         size = 2 * self.settings.micro_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         try:
-            for batch in _batches(self._mine(self.validation), size):
+            for batch in _batches(self._mine(rows), size):
                 inputs = collate(batch, self.positions, self.device)
                 labels = inputs.pop("labels")
                 with self.autocast():
@@ -240,6 +250,20 @@ class Trainer:
             return self.history.step % self.settings.eval_steps == 0
         last, wanted = self.history.validations[-1]["progress"], self.validations_wanted
         return math.floor(at * wanted + 1e-9) > math.floor(last * wanted + 1e-9)
+
+    def _trim_validation(self) -> None:
+        """Under a time budget, as many rows as one validation has time for, by the time that some of them take."""
+        if self.settings.max_minutes is None:
+            return
+        few = self.validation[: self.processes.count * 2]
+        start = time.monotonic()
+        self._nll(few)
+        took = float(self.processes.same([time.monotonic() - start])[0])
+        count = max(len(few), int(len(few) * ONE_VALIDATION * 60 * self.settings.max_minutes / max(took, 1e-6)))
+        if count < len(self.validation):
+            self.history.validation_rows = count
+            problem = f"Validation is on {count} of its {len(self.validation)} rows"
+            self.history.notes.append(f"{problem}: {self.settings.max_minutes:g} minutes leave no time for more.")
 
     def _fit_budget(self) -> None:
         """Validations take a tenth of the time at most, and the last one still fits in."""

@@ -38,6 +38,7 @@ class History:
         validations: {"step", "nll", "perplexity", "seconds", "progress"} in order, the first at step 0.
         best_step: where validation was best; 0 is the model as it came.
         best_nll: mean negative log-likelihood there.
+        validation_rows: rows that are validated on when the time does not allow all of them; None is all.
         notes: what the user should know.
     """
 
@@ -49,6 +50,7 @@ class History:
     validations: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
     best_nll: float = float("inf")
+    validation_rows: int | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -234,6 +234,15 @@ def test_a_sequence_is_512_tokens_or_as_long_as_the_model_allows() -> None:
         quick(small_llama(), cutoff=300)
 
 
+def test_the_rate_falls_with_the_width_of_the_model_unless_one_is_given() -> None:
+    from pyprune.recover_preflight import usual_rate
+
+    assert usual_rate(small_llama()) == 2e-3
+    assert usual_rate(small_llama(hidden_size=1024)) == 1 / 1024
+    assert quick(small_llama(), learning_rate=None).report["learning_rate"] == 2e-3
+    assert quick(small_llama()).report["learning_rate"] == QUICK["learning_rate"]
+
+
 def test_without_peft_the_way_to_install_it_is_told(monkeypatch) -> None:
     from pyprune import recover_preflight
 

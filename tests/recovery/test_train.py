@@ -159,6 +159,21 @@ def test_a_step_that_would_mostly_lie_beyond_the_time_is_not_begun() -> None:
         assert not plain._ends(0.9)
 
 
+def test_a_short_time_is_not_spent_on_validation(monkeypatch) -> None:
+    """A pass over two rows takes a second here, and one validation may take three hundredths of two minutes."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("pyprune.recovery.train.time.monotonic", lambda: float(next(clock)))
+    validation = rows(40, seed=9)
+    with adapted(small_llama(), LORA, 0) as wrapped:
+        run = trainer(wrapped, validation=validation, max_minutes=2.0)
+        run._trim_validation()
+        assert list(run.validation_rows) == validation[:7]
+        assert f"on 7 of its {len(validation)} rows" in run.history.notes[0]
+        unhurried = trainer(wrapped, validation=validation, max_minutes=60.0)
+        unhurried._trim_validation()
+        assert list(unhurried.validation_rows) == validation and not unhurried.history.notes
+
+
 def test_validations_are_fewer_when_they_would_take_more_than_a_tenth_of_the_time(monkeypatch) -> None:
     with adapted(small_llama(), LORA, 0) as wrapped:
         run = trainer(wrapped, max_minutes=10.0)
