@@ -6,6 +6,9 @@ import math
 import time
 
 
+WARMUP_SHARE = 0.1  # of the run: the rate rises no longer than that, also when the clock ends the run
+
+
 class Pace:
     """Progress of a run that ends after ``steps`` steps or ``minutes`` minutes, whichever comes first.
 
@@ -41,8 +44,8 @@ def rate(progress: float, step: int, kind: str, warmup: int) -> float:
         progress: of the run, from 0 to 1.
         step: steps done so far.
         kind: cosine ((1 + cos(pi progress)) / 2), linear (1 - progress) or constant.
-        warmup: steps in which the rate rises linearly.
+        warmup: steps in which the rate rises linearly; it has risen after a tenth of the run in any case.
     """
-    rising = min(1.0, (step + 1) / (warmup + 1))
+    rising = min(1.0, max((step + 1) / (warmup + 1), progress / WARMUP_SHARE))
     falling = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[kind]
     return rising * falling

@@ -178,7 +178,7 @@ class Trainer:
             problem = f"The loss was not finite at step {step}; training ended there, and the best is kept."
             self.history.notes.append(f"{problem} Try a lower learning_rate.")
             return None
-        now = s.learning_rate * rate(at, step, s.lr_scheduler, min(s.warmup_steps, self.steps // 10))
+        now = s.learning_rate * rate(at, step, s.lr_scheduler, s.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = now
         self.optimizer.step()

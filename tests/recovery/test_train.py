@@ -188,6 +188,10 @@ def test_rates_rise_and_then_fall_to_zero() -> None:
     assert rate(0.5, 50, "linear", 0) == 0.5 and rate(0.9, 90, "constant", 0) == 1
 
 
+def test_the_rate_has_risen_after_a_tenth_of_a_run_that_the_clock_ends_early() -> None:
+    assert rate(0.1, 1, "constant", 20) == 1 and rate(0.05, 1, "constant", 20) == 0.5
+
+
 def test_progress_is_the_larger_of_steps_and_time() -> None:
     assert Pace(10).progress(5, 1e9) == 0.5
     assert Pace(10, 1.0).progress(1, 30.0) == 0.5
