@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-
 WARMUP_SHARE = 0.1  # of the run: the rate rises no longer than that, also when the clock ends the run
 
 
