@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyprune.importance import score
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
+    from pyprune.recover_pipeline import recover
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "ops",
     "prune",
+    "recover",
     "save",
     "score",
     "select",
@@ -51,6 +53,7 @@ _HOME = {
     "export": "pyprune.checkpoint.profiles",
     "load": "pyprune.checkpoint",
     "prune": "pyprune.pipeline",
+    "recover": "pyprune.recover_pipeline",
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
     "select": "pyprune.selection",

@@ -72,6 +72,53 @@ def source() -> Parser:
     )
 
 
+def sources() -> Parser:
+    """One or several sources, each with a weight or none: ``a.jsonl=3,b.txt=1``, a mapping, a list; objects in Python.
+
+    Gives a tuple of (source, weight or None).
+    """
+
+    def name(value: Any) -> Any:
+        if isinstance(value, (str, os.PathLike)):
+            return os.path.expanduser(_string(os.fspath(value)).strip())
+        return value
+
+    def weight(value: Any) -> float | None:
+        found = None if value is None else float(value)
+        if found is not None and not 0 < found < math.inf:
+            raise ValueError
+        return found
+
+    def one(value: Any) -> tuple[Any, float | None]:
+        if isinstance(value, str) and not os.path.exists(value) and "=" in value:
+            head, _, tail = value.rpartition("=")
+            return name(head), weight(tail)
+        return name(value), None
+
+    def convert(value: Any) -> tuple[tuple[Any, float | None], ...]:
+        if isinstance(value, Mapping):
+            found = [(name(k), weight(v)) for k, v in value.items()]
+        elif isinstance(value, str):
+            found = [one(value)] if os.path.exists(value) else [one(part.strip()) for part in value.split(",")]
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (str, os.PathLike)) for v in value):
+            found = [one(v) for v in value]
+        elif isinstance(value, tuple) and value and all(isinstance(v, tuple) and len(v) == 2 for v in value):
+            found = [(name(k), weight(v)) for k, v in value]
+        else:
+            found = [one(value)]
+        if not found or len({w is None for _, w in found}) > 1:
+            raise ValueError
+        return tuple(found)
+
+    def plain(value: Any) -> Any:
+        if not all(isinstance(source, str) for source, _ in value):
+            return None
+        return [source if w is None else f"{source}={w:g}" for source, w in value]
+
+    hint = "Write FILE,FILE or FILE=3,FILE=1: a weight for each, or for none."
+    return Parser(convert, "files or dataset names", "SOURCE[=WEIGHT],...", hint, plain=plain)
+
+
 def flag() -> Parser:
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -103,6 +150,41 @@ def number(minimum: float) -> Parser:
         return found
 
     return Parser(convert, f"a number, at least {minimum:g}", "NUMBER")
+
+
+def tokens() -> Parser:
+    """A number of tokens: 16384, 16k, 2M."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+    def convert(value: Any) -> int:
+        found = re.fullmatch(r"([0-9.]+)\s*([KMB]?)", str(value).strip().upper().replace("_", ""))
+        if isinstance(value, bool) or found is None or round(float(found[1]) * units[found[2]]) < 1:
+            raise ValueError
+        return round(float(found[1]) * units[found[2]])
+
+    return Parser(convert, "a number of tokens", "N", "Write it as 16384, 16k or 2M.")
+
+
+def fraction() -> Parser:
+    """A number from 0 to 1."""
+
+    def convert(value: Any) -> float:
+        found = float(value)
+        if isinstance(value, bool) or not 0 <= found <= 1:
+            raise ValueError
+        return found
+
+    return Parser(convert, "a number from 0 to 1", "FRACTION")
+
+
+def positive() -> Parser:
+    def convert(value: Any) -> float:
+        found = float(value)
+        if isinstance(value, bool) or not 0 < found < math.inf:
+            raise ValueError
+        return found
+
+    return Parser(convert, "a number above 0", "NUMBER")
 
 
 def ratio() -> Parser:

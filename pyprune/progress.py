@@ -33,7 +33,7 @@ def visible() -> bool:
 
 
 class Bar:
-    """One line of the display. :meth:`advance` moves it on; without a display it does nothing."""
+    """One line of the display. :meth:`advance` moves it on, :meth:`say` relabels it; nothing without a display."""
 
     def __init__(self, display: Progress | None = None, task: TaskID | None = None) -> None:
         self._display, self._task = display, task
@@ -41,6 +41,10 @@ class Bar:
     def advance(self, steps: int = 1) -> None:
         if self._display is not None and self._task is not None:
             self._display.advance(self._task, steps)
+
+    def say(self, label: str) -> None:
+        if self._display is not None and self._task is not None:
+            self._display.update(self._task, description=label)
 
 
 @contextmanager

@@ -35,6 +35,17 @@ def pyprune(*arguments: str, cwd: Path | None = None) -> Ended:
     return python("-m", "pyprune", *arguments, cwd=cwd)
 
 
+def refused(call, place, *arguments: str) -> str:
+    """The one line of a run that is refused and leaves everything as it was."""
+    before = place.files()
+    ended = call(*arguments)
+    assert ended.status == 2, ended
+    assert ended.out == ""
+    assert ended.err.startswith("error: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, ended.err
+    assert place.files() == before
+    return ended.err
+
+
 def byte_tokenizer():
     """A tokenizer whose tokens are the bytes of the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

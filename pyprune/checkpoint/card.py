@@ -30,6 +30,7 @@ def model_card(
         (_OPEN, _opening(model)),
         ("Figures", _figures(report)),
         ("What was cut", _cuts(plan)),
+        ("Recovery", _recovery(report)),
         ("Recipe", "" if not recipe else f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False).strip()}\n```"),
     ):
         if text:
@@ -112,6 +113,25 @@ def _figures(report: Mapping[str, Any] | None) -> str:
     lines = ["| | before | after |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
     protocol = values[1].get("protocol") or values[0].get("protocol")
     return "\n".join(lines) + (f"\n\nPerplexity protocol: {protocol}." if protocol else "")
+
+
+def _recovery(report: Mapping[str, Any] | None) -> str:
+    """What training after pruning brought, and its options."""
+    found = (report or {}).get("recovery")
+    if not found:
+        return ""
+    parts = [f"{found['what']}"]
+    rows = []
+    for label, pair in (("validation perplexity", found.get("validation")), ("perplexity", found.get("perplexity"))):
+        if pair:
+            shown = (f"{pair[k]['perplexity']:.2f}" if pair[k]["perplexity"] else "" for k in ("before", "after"))
+            rows.append(f"| {label} | {' | '.join(shown)} |")
+    if rows:
+        parts.append("\n".join(["| | before recovery | after |", "|---|---:|---:|", *rows]))
+    if found.get("perplexity"):
+        parts.append(f"Perplexity protocol: {found['perplexity']['after']['protocol']}.")
+    parts.append(f"```yaml\n{yaml.safe_dump(dict(found['recipe']), sort_keys=False).strip()}\n```")
+    return "\n\n".join(parts)
 
 
 def _cuts(plan: Plan | None) -> str:

@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from pyprune.cli import bench, env, evaluate, export, inspect, prune, score
+from pyprune.cli import bench, env, evaluate, export, inspect, prune, recover, score
 from pyprune.cli.options import CONTEXT
 from pyprune.errors import PyPruneError
 
@@ -49,12 +49,13 @@ def cli() -> None:
     \b
     pyprune inspect MODEL                    what can be removed
     pyprune prune MODEL --ratio 0.2 ...      remove it, measure, save
+    pyprune recover PRUNED --data TEXT ...   train it a little, save
     pyprune eval MODEL --eval_text TEXT      perplexity of a folder, pruned or not
     pyprune export MODEL --profile gguf ...  write it for other programs
     """
 
 
-for _verb in (prune, inspect, score, evaluate, export, env, bench):
+for _verb in (prune, inspect, score, recover, evaluate, export, env, bench):
     _verb.register(cli)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,10 +14,10 @@ from pyprune.discovery.groups import Groups
 PACKAGES = ("pyprune", "torch", "transformers", "safetensors")
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on: package -> version, those that are installed."""
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """What a result depends on: package -> version, those that are installed; ``more`` packages too."""
     out = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             out[name] = version(name)
         except PackageNotFoundError:

@@ -10,11 +10,19 @@ import pytest
 from helpers_run import pyprune, python
 
 from pyprune.cli.main import cli
-from pyprune.config import RECIPES, EvaluationConfig, ExportingConfig, InspectConfig, PruneConfig, ScoringConfig
+from pyprune.config import (
+    RECIPES,
+    EvaluationConfig,
+    ExportingConfig,
+    InspectConfig,
+    PruneConfig,
+    RecoverConfig,
+    ScoringConfig,
+)
 
 VERBS = {
-    "prune": PruneConfig, "inspect": InspectConfig, "score": ScoringConfig, "eval": EvaluationConfig,
-    "export": ExportingConfig, "env": None, "bench": None,
+    "prune": PruneConfig, "inspect": InspectConfig, "score": ScoringConfig, "recover": RecoverConfig,
+    "eval": EvaluationConfig, "export": ExportingConfig, "env": None, "bench": None,
 }  # fmt: skip
 
 
@@ -58,7 +66,7 @@ def test_help_appears_within_a_second_and_without_torch() -> None:
     assert spent < 1.0  # processor time: the wall clock of a busy machine says little
     script = (
         "import sys\nfrom pyprune.cli.main import main\n"
-        "for verb in ('prune', 'inspect', 'score', 'eval', 'export', 'env', 'bench'): main([verb, '--help'])\n"
+        f"for verb in {list(VERBS)}: main([verb, '--help'])\n"
         "print('heavy:', sorted({'torch', 'numpy', 'transformers', 'rich', 'yaml'} & sys.modules.keys()))"
     )
     assert python("-c", script).out.strip().endswith("heavy: []")

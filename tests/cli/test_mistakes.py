@@ -10,21 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_run import pyprune, tiny_llama
+from helpers_run import pyprune, refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 PRUNE = ("prune", "model", "--calibration", "train.txt", "--samples", "2", "--length", "32", "--output_dir", "out")
-
-
-def refused(call, place, *arguments: str) -> str:
-    """The one line of a run that is refused and leaves everything as it was."""
-    before = place.files()
-    ended = call(*arguments)
-    assert ended.status == 2, ended
-    assert ended.out == ""
-    assert ended.err.startswith("error: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, ended.err
-    assert place.files() == before
-    return ended.err
 
 
 def test_a_ratio_of_one_or_more(call, place) -> None:

@@ -1,0 +1,257 @@
+"""Training after pruning, from a model and text to a saved folder. The only file that sees every stage of it.
+
+Everything that can be refused is refused before training begins: options, sources, teacher, output folder, disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyprune import preflight
+from pyprune.checkpoint.save import save
+from pyprune.config import RecoverConfig
+from pyprune.errors import PyPruneError
+from pyprune.evaluation.generation import continuation
+from pyprune.evaluation.perplexity import perplexity, read_windows
+from pyprune.evaluation.stages import Stages
+from pyprune.recover_preflight import Ready, Start, check, check_room, open_start, prepare, work_folder
+from pyprune.recovery import adapter
+from pyprune.recovery.processes import Processes
+from pyprune.recovery.train import Trainer
+from pyprune.recovery.unfinished import History
+from pyprune.report.data import versions
+
+RECOVERY_RECIPE = "pyprune_recover.yaml"
+ADAPTER = "adapter"
+
+
+@dataclass
+class RecoverResult:
+    """What :func:`recover` gives.
+
+    Attributes:
+        model: the model with the adapter merged; the very object that was given, when one was.
+        tokenizer: as given or opened; None without one.
+        report: what was asked and measured, JSON-serialisable; ``report["validation"]`` holds before and after.
+        history: losses, rates and validations of the training; None when an adapter was merged.
+        recipe: every option.
+        main: False in the helping processes of a run of several, which save and print nothing.
+    """
+
+    model: Any
+    tokenizer: Any
+    report: dict[str, Any]
+    history: History | None
+    recipe: RecoverConfig
+    main: bool = True
+
+
+def recover(model: Any, *, tokenizer: Any = None, config: str | Path | None = None, **options: Any) -> RecoverResult:
+    """Train a pruned causal language model a little, with low-rank adapters that are merged into its weights.
+
+        out = pyprune.recover("smaller", data="alpaca.jsonl", output_dir="recovered")
+        out = pyprune.recover(model, tokenizer=tokenizer, data=[{"text": "..."}, ...], max_minutes=30)
+
+    The perplexity on the validation text is never above the model's own: the best moment is kept, the start included.
+
+    Args:
+        model: a folder, a hub name, or a transformers model, which is trained in place.
+        tokenizer: when ``model`` is an object.
+        config: a YAML recipe; ``options`` win over it.
+        options: those of ``pyprune recover --help`` under the same names. Here ``data`` and ``val_data`` are also lists
+            of records (mappings) or token ids int64 [N, T].
+
+    Returns:
+        The model, saved too when ``output_dir`` is given.
+
+    Raises:
+        PyPruneError: an option that does not exist or cannot be met, or an input that cannot be used. Nothing is left
+            behind but the checkpoints of an interrupted training.
+    """
+    named = isinstance(model, (str, Path))
+    recipe = RecoverConfig.build({**options, "model_name_or_path": model} if named else options, config)
+    return run(recipe, None if named else model, tokenizer)
+
+
+def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> RecoverResult:
+    """:func:`recover` with its options gathered in a recipe."""
+    check(recipe)
+    stages = Stages()
+    wanted = preflight.device(recipe.model.device) if model is None else next(model.parameters()).device.type
+    processes = Processes(wanted)
+    start = open_start(recipe, stages, processes, wanted, model, tokenizer)
+    check_room(recipe, start)
+    windows, text_name = _windows(recipe, start)
+    merging = recipe.adapter.adapter is not None
+    ready = None if merging else prepare(recipe, start, stages, processes)
+    figures = [_measure(start, recipe, windows, text_name, stages, " before")]
+    facts: dict[str, Any] = {}
+    history = None
+    kept: dict[str, bytes] | None = None
+    if ready is None:
+        with stages("merge"):
+            adapter.merge_adapter(start.model, str(recipe.adapter.adapter))
+        facts["what"] = f"A LoRA adapter was merged: `{Path(str(recipe.adapter.adapter)).name}`."
+    else:
+        history, facts, kept = _train(recipe, start, ready, stages, processes)
+    figures.append(_measure(start, recipe, windows, text_name, stages, " after"))
+    report = {
+        **facts,
+        "perplexity": _paired(figures, "perplexity"),
+        "continuation": _paired(figures, "continuation"),
+        "recipe": recipe.to_dict(),
+        "versions": versions(("accelerate", "peft")),
+    }
+    report["stages"] = stages.to_list()
+    result = RecoverResult(start.model, start.tokenizer, report, history, recipe, processes.main)
+    if recipe.save.output_dir is not None:
+        if processes.main:
+            _save(recipe, start, report, kept, stages)
+            report["output_dir"] = str(Path(recipe.save.output_dir).absolute())
+        processes.wait()
+    if ready is not None and ready.unfinished is not None and processes.main:
+        ready.unfinished.remove()
+        _remove_own_cache(recipe)
+    report["stages"] = stages.to_list()
+    return result
+
+
+def _train(
+    recipe: RecoverConfig, start: Start, ready: Ready, stages: Stages, processes: Processes
+) -> tuple[History, dict[str, Any], dict[str, bytes] | None]:
+    """Train and merge. (history, facts for the report, files of the adapter if it is kept)."""
+    rows = ready.text.order(recipe.train.epochs, recipe.train.seed)
+    with adapter.adapted(start.model, ready.lora, recipe.train.seed) as wrapped:
+        trainer = Trainer(
+            wrapped, rows, ready.text.validation, ready.settings, positions=ready.positions, processes=processes,
+            teacher=ready.teacher, unfinished=ready.unfinished,
+        )  # fmt: skip
+        with stages("train", bar=False):
+            history = trainer.run(recipe.run.resume)
+        before, after = history.validations[0]["nll"], history.best_nll
+        kept = adapter.files_of(wrapped, start.name, ready.identity) if recipe.adapter.keep_adapter else None
+        with stages("merge"):
+            if history.best_step:
+                after = _merge(wrapped, trainer, before, history)
+    size = sum(p.numel() for p in trainer.parameters.values())
+    facts = {
+        "what": _words(history, recipe, ready),
+        "validation": {
+            "before": _figure(before), "after": _figure(after), "best_step": history.best_step,
+            "rows": len(trainer.validation_rows), "tokens": sum(r.learned for r in trainer.validation_rows),
+        },
+        "adapter_parameters": size,
+        "steps": history.step, "planned_steps": trainer.steps, "tokens": history.tokens,
+        "seconds": history.seconds, "bf16": ready.settings.bf16, "processes": processes.count,
+        "data": ready.text.facts,
+        "cutoff": ready.cutoff, "learning_rate": ready.settings.learning_rate,
+        "fill": sum(len(r.ids) for r in rows) / (len(rows) * ready.cutoff),
+        "teacher": None if ready.teacher is None
+        else {"computed": ready.teacher.computed, "reused": ready.teacher.reused},
+        "losses": history.losses, "validations": history.validations,
+        "warnings": [*ready.notes, *history.notes],
+    }  # fmt: skip
+    return history, facts, kept
+
+
+def _merge(wrapped: Any, trainer: Trainer, before: float, history: History) -> float:
+    """Merge the best adapter; the validation loss of what is in the weights then, never above ``before``.
+
+    Weights of few bits round the update, so the merged model is measured too, and its old weights come back bit for
+    bit if it turns out worse than the model that came.
+    """
+    layers = {n: m for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    old = {n: m.get_base_layer().weight.detach().to("cpu", copy=True) for n, m in layers.items()}
+    adapter.merge(wrapped)
+    after = trainer.nll()
+    if after <= before:
+        return after
+    for name, layer in layers.items():
+        layer.get_base_layer().weight.data.copy_(old[name])
+    history.best_step = 0
+    history.notes.append("The merged weights, rounded to their type, were no better; the model stays as it came.")
+    return before
+
+
+def _words(history: History, recipe: RecoverConfig, ready: Ready) -> str:
+    names = ", ".join(f"`{f['source']}`" for f in ready.text.facts)
+    taught = "" if ready.teacher is None else f", with `{Path(str(recipe.distill.teacher)).name}` as teacher"
+    done = f"Trained after pruning: LoRA of rank {ready.lora.r} on {names}{taught}, {history.step:,} steps, "
+    if history.best_step:
+        return f"{done}{history.tokens:,} tokens. The best moment, step {history.best_step:,}, was merged."
+    return f"{done}{history.tokens:,} tokens. Nothing better than the model as it came was found, so it stayed."
+
+
+def _figure(nll: float) -> dict[str, float]:
+    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+
+
+def _windows(recipe: RecoverConfig, start: Start) -> tuple[Any, str]:
+    config = recipe.evaluation
+    if config.prompt is not None and start.tokenizer is None:
+        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
+    if config.eval_text is None:
+        return None, ""
+    preflight.check_length("eval_length", config.eval_length, start.model)
+    return read_windows(
+        config.eval_text, start.tokenizer, length=config.eval_length, windows=config.eval_windows,
+        field=config.eval_text_field,
+    )  # fmt: skip
+
+
+def _measure(start: Start, recipe: RecoverConfig, windows: Any, text: str, stages: Stages, when: str) -> dict[str, Any]:
+    config, out = recipe.evaluation, dict[str, Any]()
+    if windows is not None:
+        with stages("perplexity" + when, bar=False):
+            found = perplexity(start.model, windows, text=text, batch_size=config.eval_batch_size)
+        out["perplexity"] = found.to_dict()
+    if config.prompt is not None:
+        with stages("generate" + when):
+            out["continuation"] = continuation(start.model, start.tokenizer, config.prompt, config.prompt_tokens)
+    return out
+
+
+def _paired(figures: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    return {"before": figures[0][key], "after": figures[1][key]} if key in figures[0] else None
+
+
+def _save(recipe: RecoverConfig, start: Start, report: Mapping[str, Any], kept: Any, stages: Stages) -> None:
+    """The folder of the model as it came, with other weights and what was done to them."""
+    whole = copy.copy(start.report)
+    if "model" in whole:  # the card names the dense model that all began with, not the folder in between
+        start.model.config.name_or_path = whole["model"]
+    whole.setdefault("model", start.name)
+    whole["recovery"] = dict(report)
+    plain = recipe.to_dict()
+
+    def also(work: Path) -> None:
+        (work / RECOVERY_RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        if kept is not None:
+            (work / ADAPTER).mkdir()
+            for name, content in kept.items():
+                (work / ADAPTER / name).write_bytes(content)
+
+    with stages("save"), preflight.renamed(folder="output_dir"):
+        save(
+            start.model, start.tokenizer, str(recipe.save.output_dir), plan=start.plan, report=whole,
+            recipe=start.recipe, overwrite=recipe.save.overwrite, max_shard_size=recipe.save.max_shard_size,
+            finish=also,
+        )  # fmt: skip
+
+
+def _remove_own_cache(recipe: RecoverConfig) -> None:
+    """The teacher's answers beside the checkpoints go with them."""
+    work = work_folder(recipe)
+    if work is not None:
+        shutil.rmtree(work / "teacher", ignore_errors=True)
+        with suppress(OSError):
+            work.rmdir()

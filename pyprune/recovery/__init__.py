@@ -1,0 +1,1 @@
+"""Training after pruning: low-rank adapters, instruction data, a dense teacher."""
