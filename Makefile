@@ -10,7 +10,7 @@ RATIO  ?= 0.2
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow sanitize lint format bench clean
+.PHONY: demo test test-slow sanitize lint format clean
 
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

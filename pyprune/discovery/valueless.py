@@ -28,7 +28,7 @@ class ValuelessOps:
         Everything that depends on no tensor without values is computed, whatever device was asked for.
 
         Raises:
-            NotImplementedError: a tensor that has values is written to with what has none.
+            RuntimeError: a tensor that has values is written to with what has none.
         """
         tensors = list(_tensors(args)) if not kwargs else [*_tensors(args), *_tensors(kwargs.values())]
         known = sum(not t.is_meta for t in tensors)
@@ -37,7 +37,7 @@ class ValuelessOps:
         if known == len(tensors):
             return func(*args, **kwargs)
         if known and func._schema.is_mutable and not args[0].is_meta:
-            raise NotImplementedError(f"{func} writes unknown values over known ones")
+            raise RuntimeError(f"{func} writes unknown values over known ones")
         plain = self._plain.get(func)
         if plain is None:
             returns = func._schema.returns
