@@ -3,9 +3,9 @@
     python benchmarks/scoring.py MODEL --tokens calibration.npy [--threads 1] [--rounds 3]
 
 ``calibration.npy`` holds int64 token ids [samples, length]. The bare pass keeps no gradient longer than one batch of
-one sample. LLM-Pruner's procedure is in stock PyTorch (``pyprune.bench.whole.llm_pruner``): for ``param_second`` a backward
-pass for each sample with every squared gradient kept, and one over the whole batch. Times are CPU seconds of one
-process, in turn, medians; peak memory is that of a fresh process that only loads the model and scores.
+one sample. LLM-Pruner's procedure is in stock PyTorch (``pyprune.bench.whole.llm_pruner``): for ``param_second`` a
+backward pass for each sample with every squared gradient kept, and one over the whole batch. Times are CPU seconds of
+one process, in turn, medians; peak memory is that of a fresh process that only loads the model and scores.
 """
 
 from __future__ import annotations
