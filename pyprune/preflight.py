@@ -116,7 +116,7 @@ def needs_batches(config: ScoreConfig) -> bool:
     """
     from pyprune.importance.scoring import get_criterion
 
-    return get_criterion(config.criterion).backward
+    return get_criterion(config.criterion).calibrated
 
 
 def check_source(option: str, source: Any) -> None:
