@@ -81,7 +81,8 @@ class ScoreConfig(Stage):
     criterion: str = option(
         "param_first",
         parsing.text(),
-        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, l1, l2, random.",
+        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
+        "l2, random.",
     )
     route: str | None = option(
         None,
@@ -93,6 +94,27 @@ class ScoreConfig(Stage):
     )
     activation_memory: float | None = option(
         None, parsing.number(0.0), "MiB of activations kept in place of being recomputed; more is faster."
+    )
+    token_weights: str = option(
+        "inverse",
+        parsing.choice("inverse", "equal"),
+        "What a token counts in wanda, flap, obs and in compensation: inverse (to its residual stream's power) or equal.",
+    )
+
+
+@dataclass
+class CompensateConfig(Stage):
+    """How what stays takes over for what goes."""
+
+    compensation: str = option(
+        "none",
+        parsing.choice("none", "bias", "least-squares"),
+        "least-squares refits the output projections on the calibration text; bias moves lost means into their biases.",
+    )
+    compensation_target: str = option(
+        "own",
+        parsing.choice("own", "stream"),
+        "What a refit aims at: the layer's own output, or the dense model's residual stream where held-out error agrees.",
     )
 
 
@@ -233,6 +255,7 @@ class PruneConfig(Recipe):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
 

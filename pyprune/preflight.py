@@ -45,6 +45,11 @@ def check_request(recipe: PruneConfig) -> None:
     elif asked.iterative_steps > 1:
         problem = "scores are made anew in every step, so they cannot come from a file"
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
+    if recipe.compensate.compensation != "none":
+        if recipe.calibration.calibration is None:
+            problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"
+            raise PyPruneError("calibration", None, problem, "Give a text, or use compensation none.")
+        check_source("calibration", recipe.calibration.calibration)
     check_source("eval_text", recipe.evaluation.eval_text)
 
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"pipeline", "schedule", "preflight"},
     {"config", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
+    {"compensation"},
     {"surgery"},
     {"families"},
     {"selection"},

@@ -116,6 +116,7 @@ def compensate(
             raise unknown_name(option, value, known)
     check_plan(plan, mode)
     calibration = load_calibration(batches)
+    check_samples(calibration, mode)
     check_vocabulary(calibration, model)
     with bars.shown(progress is not False):
         return _Stage(model, plan, calibration, mode, token_weighting, target, penalties).run()
@@ -127,6 +128,13 @@ def check_plan(plan: Plan, mode: str) -> None:
         if cut.group.role not in INSIDE or not cut.group.exact:
             problem = f"cannot make up for cuts of {cut.group.role}"
             raise PyPruneError("compensation", mode, problem, "Cut heads and FFN channels only, or use none.")
+
+
+def check_samples(calibration: Calibration, mode: str) -> None:
+    """Raises PyPruneError when there are too few samples to hold one out."""
+    if mode == "least-squares" and calibration.samples < 2:
+        hint = "Give more calibration, or split it into samples."
+        raise PyPruneError("samples", calibration.samples, "leave none to choose the penalty with", hint)
 
 
 class _Stage:
@@ -287,9 +295,6 @@ class _Stage:
 
 def _steps(calibration: Calibration, device: torch.device, mode: str) -> tuple[list[Step], list[bool]]:
     """Steps, and which of them are held out: one in :data:`HELD_OUT` samples, evenly over the calibration."""
-    if mode != "bias" and calibration.samples < 2:
-        hint = "Give more calibration, or split it into samples."
-        raise PyPruneError("samples", calibration.samples, "leave none to choose the penalty with", hint)
     rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
     count = 0 if mode == "bias" else max(1, len(rows) // HELD_OUT)
     chosen = {len(rows) * (2 * k + 1) // (2 * count) for k in range(count)}
