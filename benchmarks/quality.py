@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2, help="fraction of the non-embedding parameters that goes")
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--allocation", default="uniform")
+    parser.add_argument("--allocation_criterion", default=None)
     parser.add_argument("--compensation", default="least-squares")
     parser.add_argument("--compensation_target", default="own")
     parser.add_argument("--token_weights", default="inverse")
@@ -38,6 +39,7 @@ def main() -> None:
 
     out = pyprune.prune(
         args.model, ratio=args.ratio, count_embeddings=False, criterion=args.criterion, allocation=args.allocation,
+        allocation_criterion=args.allocation_criterion,
         compensation=args.compensation, compensation_target=args.compensation_target, roles=args.roles,
         token_weights=args.token_weights, round_to=args.round_to, samples=args.samples, length=args.length,
         calibration=args.shared / "data" / "c4_sample.jsonl.gz", batch_size=8,
@@ -52,11 +54,12 @@ def main() -> None:
     removed = out.report.parameters["without_embeddings"]["ratio"]
     spent = {s["name"]: s["seconds"] for s in out.report.stages}
     widths = [c.width for c in out.plan.cuts if c.group.role == "ffn"]
+    by = f" by {args.allocation_criterion}" if args.allocation_criterion else ""
     print("| criterion | allocation | compensation | calibration | non-embedding removed | perplexity | score, s "
           "| compensate, s | peak memory, MiB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")
     print(
-        f"| {args.criterion} | {args.allocation}, {args.roles} | {args.compensation}, {args.compensation_target} "
+        f"| {args.criterion} | {args.allocation}{by}, {args.roles} | {args.compensation}, {args.compensation_target} "
         f"| C4, {args.samples} x {args.length} | {removed:.2%} | {found.perplexity:.2f} | {spent['score']:.0f} "
         f"| {spent.get('compensate', 0):.0f} | {out.report.peak_memory / 2**20:.0f} |",
         flush=True,

@@ -137,7 +137,15 @@ class SelectConfig(ScopeConfig):
     widths: dict[str, int | float] | None = option(
         None, parsing.amounts("widths", alone=False), "Units left in each layer: kv_heads=0.5,ffn=5504."
     )
-    allocation: str = option("uniform", parsing.text(), "uniform (the same in every layer) or global (one ranking).")
+    allocation: str = option(
+        "uniform",
+        parsing.text(),
+        "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth (more in "
+        "later layers).",
+    )
+    allocation_criterion: str | None = option(
+        None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."
+    )
     round_to: Any = option(None, parsing.multiples("round_to"), "Keep channels in multiples of N, or by role.")
     min_keep: Any = option(
         None, parsing.amounts("min_keep", alone=True), "The least that stays in every layer, as units or fraction."

@@ -7,7 +7,7 @@ folder, the disk's room, and whether the size asked for can be reached at all.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pyprune.config import (
     InspectConfig,
     ModelConfig,
     PruneConfig,
+    ScoreConfig,
     ScoringConfig,
 )
 from pyprune.discovery.discover import discover
@@ -124,7 +125,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
     with stages("read text"):
         batches = None
-        if recipe.compensate.compensation != "none" or (ready is None and preflight.needs_batches(recipe.score)):
+        if _reads_batches(recipe, scored=ready is None):
             batches = _calibration(recipe.calibration, dense)
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
@@ -142,6 +143,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
 
     first: Scores | None = None
+    costs = None
+    if recipe.select.allocation_criterion is not None:
+        costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None)
     plan, smaller, now = Plan(), dense.model, groups
     made: list[Compensation] = []
     if dense.mine:
@@ -153,8 +157,12 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
                 now = _groups(smaller)
         with stages("score" + step, bar=False):
             scores = ready if ready is not None else _score(smaller, now, batches, recipe, roles, layers)
+        shares = None
+        if costs is not None:
+            with stages("score for allocation" + step, bar=False):
+                shares = _score(smaller, now, batches, recipe, roles, layers, costs)
         with stages("select" + step):
-            cut = select(now, scores, **request)
+            cut = select(now, scores, **request, allocation_scores=shares)
         if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
             with stages("compensate" + step, bar=False):
                 if copy and number == 1:
@@ -286,13 +294,22 @@ def _windows(config: EvalConfig, dense: _Dense) -> tuple[Tensor | None, str]:
     )  # fmt: skip
 
 
+def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
+    """Whether any stage reads calibration; ``scored``: criterion included."""
+    second = recipe.select.allocation_criterion
+    asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
+    return recipe.compensate.compensation != "none" or any(preflight.needs_batches(c) for c in asked)
+
+
 def _score(
-    model: Any, groups: Groups, batches: Calibration | None, recipe: Any, roles: list[str], layers: list[int] | None
-) -> Scores:
+    model: Any, groups: Groups, batches: Calibration | None, recipe: Any, roles: list[str], layers: list[int] | None,
+    config: ScoreConfig | None = None,
+) -> Scores:  # fmt: skip
+    config = config or recipe.score
     return score(
-        model, groups, batches, recipe.score.criterion, recipe.score.aggregation, roles, layers,
-        route=recipe.score.route, seed=recipe.calibration.seed, activation_memory=recipe.score.activation_memory,
-        token_weights=recipe.score.token_weights,
+        model, groups, batches, config.criterion, config.aggregation, roles, layers,
+        route=config.route, seed=recipe.calibration.seed, activation_memory=config.activation_memory,
+        token_weights=config.token_weights,
     )  # fmt: skip
 
 

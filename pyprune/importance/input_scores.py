@@ -34,6 +34,8 @@ class InputStatistics:
 
     Attributes:
         transposed: the matrix is stored [inputs, outputs].
+        rows: inputs that count (w_t > 0). Mean values are sums over it, so that with inverse weights a layer's score
+            is the share of the residual stream's power that is lost, and layers can be compared.
         count: sum of the weights w_t.
         sums: sum of w_t x_t, [inputs].
         squares: sum of w_t x_t^2, [inputs].
@@ -41,6 +43,7 @@ class InputStatistics:
     """
 
     transposed: bool
+    rows: int
     count: float
     sums: Tensor
     squares: Tensor
@@ -51,12 +54,13 @@ class InputStatistics:
         """Without any input yet."""
         zeros = torch.zeros(use.x.shape[1], device=use.x.device, dtype=torch.promote_types(use.x.dtype, torch.float32))
         size = len(zeros)
-        return cls(use.transposed, 0.0, zeros, zeros.clone(), zeros.new_zeros(size, size) if gram else None)
+        return cls(use.transposed, 0, 0.0, zeros, zeros.clone(), zeros.new_zeros(size, size) if gram else None)
 
     def add(self, x: Tensor, weights: Tensor) -> None:
         """Add the inputs ``x`` [rows, inputs] with weights [rows]."""
         x, w = x.to(self.sums.dtype), weights.to(self.sums.dtype)
         scaled = x * w.sqrt()[:, None]
+        self.rows += int((weights > 0).sum())
         self.count += float(w.double().sum())
         self.sums += w @ x
         if self.gram is None:

@@ -14,8 +14,8 @@ from pyprune.importance.registry import Criterion
 def units(weight: Tensor, inputs: InputStatistics, positions: Tensor) -> Tensor:
     """Float64 [outer, units]."""
     count = max(inputs.count, torch.finfo(torch.float64).tiny)
-    mean = inputs.sums.to(torch.float64) / count
-    variance = (inputs.squares.to(torch.float64) / count - mean.square()).clamp_min(0)
+    around = inputs.squares.to(torch.float64) - inputs.sums.to(torch.float64).square() / count
+    variance = around.clamp_min(0) / max(inputs.rows, 1)
     return (weight.square().sum(0) * variance)[positions.to(weight.device)].sum(-1)
 
 

@@ -20,7 +20,7 @@ def units(weight: Tensor, inputs: InputStatistics, positions: Tensor) -> Tensor:
     """Float64 [outer, units]; zeros where nothing ever entered the layer."""
     assert inputs.gram is not None
     places = positions.to(weight.device)
-    h = inputs.gram.to(torch.float64) / max(inputs.count, torch.finfo(torch.float64).tiny)
+    h = inputs.gram.to(torch.float64) / max(inputs.rows, 1)
     mean = h.diagonal().mean()
     if not mean > 0:
         return weight.new_zeros(places.shape[:2])

@@ -13,7 +13,7 @@ from pyprune.importance.registry import Criterion
 
 def units(weight: Tensor, inputs: InputStatistics, positions: Tensor) -> Tensor:
     """Float64 [outer, units]."""
-    power = inputs.squares.to(torch.float64) / max(inputs.count, torch.finfo(torch.float64).tiny)
+    power = inputs.squares.to(torch.float64) / max(inputs.rows, 1)
     return (weight.square().sum(0) * power)[positions.to(weight.device)].sum(-1)
 
 
