@@ -98,7 +98,7 @@ class ScoreConfig(Stage):
     token_weights: str = option(
         "inverse",
         parsing.choice("inverse", "equal"),
-        "What a token counts in wanda, flap, obs and in compensation: inverse (to its residual stream's power) or equal.",
+        "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
     )
 
 
@@ -114,7 +114,7 @@ class CompensateConfig(Stage):
     compensation_target: str = option(
         "own",
         parsing.choice("own", "stream"),
-        "What a refit aims at: the layer's own output, or the dense model's residual stream where held-out error agrees.",
+        "What a refit aims at: the layer's own output, or the dense model's stream where held-out error agrees.",
     )
 
 

@@ -192,7 +192,12 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         compensation=[c.to_dict() for c in made] or None,
         recipe=recipe.to_dict(),
         versions=versions(),
-        warnings=[*groups.warnings, *plan.details["notes"], *(n for c in made for n in c.notes), *_how_to_open(smaller, recipe.save.profile)],
+        warnings=[
+            *groups.warnings,
+            *plan.details["notes"],
+            *(n for c in made for n in c.notes),
+            *_how_to_open(smaller, recipe.save.profile),
+        ],
     )
     if recipe.save.output_dir is not None:
         _save(smaller, dense.tokenizer, plan, report, recipe, stages)
@@ -313,9 +318,7 @@ def _score(
     )  # fmt: skip
 
 
-def _compensate(
-    model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, weighting: str
-) -> Compensation:
+def _compensate(model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, weighting: str) -> Compensation:
     return compensate(
         model, plan, batches, config.compensation, token_weighting=weighting, target=config.compensation_target
     )

@@ -47,7 +47,9 @@ def check_request(recipe: PruneConfig) -> None:
         problem = "scores are made anew in every step, so they cannot come from a file"
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
     if asked.allocation_criterion is not None:
-        check_scoring(replace(recipe.score, criterion=asked.allocation_criterion, route=None), recipe.calibration.calibration)
+        check_scoring(
+            replace(recipe.score, criterion=asked.allocation_criterion, route=None), recipe.calibration.calibration
+        )
     if recipe.compensate.compensation != "none":
         if recipe.calibration.calibration is None:
             problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"

@@ -1,7 +1,7 @@
 """The least-squares refit of one matrix, from Gram matrices alone, in float64.
 
-A layer computes y = W x, and only the inputs ``k`` stay. Wanted is the W' [outputs, |k|] that comes nearest to targets t
-on the calibration tokens without leaving the original columns for nothing:
+A layer computes y = W x, and only the inputs ``k`` stay. Wanted is the W' [outputs, |k|] that comes nearest to targets
+t on the calibration tokens without leaving the original columns for nothing:
 
     min over W'   sum_t w_t |t - W' x_k|^2 + lam * m * |W' - W_k|^2,     m = mean of the diagonal of A_kk
     W' = (C_k + lam * m * W_k) (A_kk + lam * m * 1)^-1,                  A = sum w_t x x^T,  C_k = sum w_t t x_k^T

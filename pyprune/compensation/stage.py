@@ -2,14 +2,15 @@
 
 The model is still dense. Block by block, in order, and in a block projection by projection, the inputs that the already
 compensated part gives are reduced to a Gram matrix, the projection is refitted, and the columns of removed units become
-zero: from there on the model computes what the pruned one will. Slicing afterwards (:func:`pyprune.apply`) drops columns
-that are zero. Projections are found by what a plan's groups cut: a matrix along whose inputs a unit lies.
+zero: from there on the model computes what the pruned one will. Slicing afterwards (:func:`pyprune.apply`) drops zero
+columns. Projections are found by what a plan's groups cut: a matrix along whose inputs a unit lies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,7 @@ class _Stage:
                     dims = self.gone.setdefault(tensor, {})
                     dims[dim] = np.union1d(dims.get(dim, positions), positions)
         self.plan = plan
+        self.storages = {p.untyped_storage().data_ptr() for p in self.parameters.values()}  # what may be written to
         self.steps, self.held = _steps(calibration, next(model.parameters()).device, mode)
         self.result = Compensation(mode, details={
             "token_weights": self.weighting, "target": target, "calibration": calibration.to_dict(),
@@ -217,7 +219,7 @@ class _Stage:
             for use in uses:
                 transposed = use.transposed
                 x, wanted = use.x, None
-                if use.bias is not None:
+                if use.bias is not None and use.bias.untyped_storage().data_ptr() in self.storages:
                     biases[use.key] = use.bias
                     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
                 if added and dense is not None and stream is not None:
@@ -225,8 +227,8 @@ class _Stage:
                 part = held if self.held[number] else train
                 for sums in (train, held):
                     if use.key not in sums:
-                        sums[use.key] = Sums(x.new_zeros(x.shape[1], x.shape[1],
-                                                         dtype=torch.promote_types(x.dtype, torch.float32)))  # fmt: skip
+                        wide = torch.promote_types(x.dtype, torch.float32)
+                        sums[use.key] = Sums(x.new_zeros(x.shape[1], x.shape[1], dtype=wide))
                 part[use.key].add(x, weights_for(x, weights), wanted)
         gone = self.gone[name][p.dim() - 2 if transposed else p.dim() - 1]
         for key in sorted(train, key=lambda k: k.expert or 0):
@@ -237,9 +239,7 @@ class _Stage:
             if Key(name, expert) not in train:
                 (p[expert].t() if transposed else p[expert])[:, torch.from_numpy(gone).to(p.device)] = 0
 
-    def _write(
-        self, key: Key, matrix: Tensor, gone: np.ndarray, bias: Tensor | None, train: Sums, held: Sums
-    ) -> None:
+    def _write(self, key: Key, matrix: Tensor, gone: np.ndarray, bias: Tensor | None, train: Sums, held: Sums) -> None:
         """Fit one matrix [outputs, inputs] and write it, and its bias, in place."""
         if not bool(train.gram.isfinite().all() and held.gram.isfinite().all()):
             hint = "Load the model in float32 or bfloat16, and look at the calibration text."
@@ -249,7 +249,7 @@ class _Stage:
         removed = torch.from_numpy(gone).to(weight.device)
         stays = torch.ones(inputs, dtype=torch.bool, device=weight.device)
         stays[removed] = False
-        entry = {"tensor": key.name, "expert": key.expert, "kept": int(stays.sum()), "of": inputs}
+        entry = partial(Compensated, key.name, key.expert, int(stays.sum()), inputs, train.rows)
         if self.mode == "bias":
             if bias is None or not train.rows:
                 matrix[:, removed] = 0
@@ -257,7 +257,7 @@ class _Stage:
             means = train.gram[:-1, -1].double() / train.gram[-1, -1].double()
             bias += (weight[:, removed] @ means[removed]).to(bias.dtype)
             matrix[:, removed] = 0
-            self.result.matrices.append(Compensated(**entry, rows=train.rows))
+            self.result.matrices.append(entry())
             return
         if bias is not None:
             weight = torch.cat([weight, bias.double()[:, None]], dim=1)
@@ -267,9 +267,8 @@ class _Stage:
         if bias is not None:
             bias.copy_(found.weight[:, inputs])
         self.result.matrices.append(
-            Compensated(**entry, rows=train.rows, penalty=found.penalty, blend=found.blend, before=found.before,
-                        after=found.after)
-        )  # fmt: skip
+            entry(penalty=found.penalty, blend=found.blend, before=found.before, after=found.after)
+        )
 
     def _note(self, compensated: set[str]) -> None:
         notes = self.result.notes

@@ -98,7 +98,9 @@ def score_inputs(
     out = {}
     for group in groups:
         if not parts[group.name]:
-            problem = f"reads what enters linear layers, and no layer in a block is entered by the units of {group.name}"
+            problem = (
+                f"reads what enters linear layers, and no layer in a block is entered by the units of {group.name}"
+            )
             raise PyPruneError("criterion", criterion.name, problem, "Choose among the roles kv_heads and ffn.")
         out[group.name] = combine(torch.stack([v for _, v in sorted(parts[group.name].items())]))
     return out

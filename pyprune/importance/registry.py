@@ -38,7 +38,7 @@ class Criterion:
         additive: linear in G and H, so that sums over batches may be added up in place of gradients.
         signed: the sums are signed, and the magnitude or the square is taken of a whole slice.
         per_sample: the square of a slice's signed sum, and the mean of it over samples.
-        inputs: ``"moments"`` or ``"gram"``: reads these statistics of what enters linear layers, in forward passes alone.
+        inputs: ``"moments"`` or ``"gram"``: reads these statistics of the inputs of linear layers.
         units: with ``inputs``: (weight float64 [outputs, inputs], its statistics, positions int64 [outer, units, k]) ->
             float64 [outer, units].
         draw: (group, generator) -> float32 [outer, units], for criteria that read no tensor.

@@ -220,7 +220,9 @@ def check_route(route: str | None, spec: Criterion) -> None:
     if route is not None and route not in ROUTES:
         raise unknown_name("route", route, ROUTES)
     if route is not None and spec.inputs is not None:
-        raise PyPruneError("route", route, f"means nothing to criterion {spec.name!r}, which takes no gradient", "Leave it out.")
+        raise PyPruneError(
+            "route", route, f"means nothing to criterion {spec.name!r}, which takes no gradient", "Leave it out."
+        )
     if route == "activations" and spec.backward and spec.formula is None:
         raise PyPruneError(
             "route", route, f"cannot serve criterion {spec.name!r}, which needs whole gradients", "Use gradients."

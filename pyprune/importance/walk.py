@@ -78,7 +78,7 @@ class Walk:
 
     @torch.no_grad()
     def is_added(self, i: int, weight: nn.Parameter) -> bool:
-        """Whether what the matrix gives is added, as it is, to the stream that leaves block ``i``: tried on a sample."""
+        """Whether what the matrix gives is added, as it is, to the stream behind block ``i``; tried on a sample."""
         step, watched = self.steps[0].part(slice(0, 1)), {"": weight}
         with InputTaps(watched) as taps:
             whole = self._through(i, 0, step, sample=True)

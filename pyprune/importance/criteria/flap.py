@@ -1,7 +1,7 @@
 """Fluctuation: sum over a unit's input channels j of ||W_:j||^2 * Var(x_j).
 
-An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (arXiv 2312.11983), equation 5:
-what is left of a channel's contribution once its mean has been moved into the bias (``compensation="bias"``).
+An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (arXiv 2312.11983), equation
+5: what is left of a channel's contribution once its mean has been moved into the bias (``compensation="bias"``).
 """
 
 import torch

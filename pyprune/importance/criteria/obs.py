@@ -2,9 +2,9 @@
 
     s_g = tr( W_g [ (H^-1)_gg ]^-1 W_g^T ),   H = E[x x^T] + 0.01 * mean(diag) * 1,   W_g the unit's columns of W,
 
-which for one column j is sum over rows of w_j^2 / [H^-1]_jj: what stays of the error when the other columns are refitted
-in the best way (``compensation="least-squares"``). Hassibi and Stork 1993, "Second order derivatives for network
-pruning", equation 5; for blocks Kurtic et al. 2023, "ZipLM" (arXiv 2302.04089), equation 3.
+which for one column j is sum over rows of w_j^2 / [H^-1]_jj: what stays of the error when the other columns are
+refitted in the best way (``compensation="least-squares"``). Hassibi and Stork 1993, "Second order derivatives for
+network pruning", equation 5; for blocks Kurtic et al. 2023, "ZipLM" (arXiv 2302.04089), equation 3.
 """
 
 import torch
