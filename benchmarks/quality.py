@@ -3,8 +3,8 @@
     python benchmarks/quality.py MODEL --shared DIR --ratio 0.2 --criterion wanda --compensation least-squares
 
 ``DIR/data`` holds ``c4_sample.jsonl.gz`` (calibration) and ``wikitext2_test.txt.gz`` (evaluation). The protocol:
-percent of the parameters that are not embeddings; calibration on web text, never on the evaluation's own domain; perplexity
-on the first 8 windows of 1024 tokens of the WikiText-2 test text as it stands. One line of a table a run.
+percent of the parameters that are not embeddings; calibration on web text, never on the evaluation's own domain;
+perplexity on the first 8 windows of 1024 tokens of the WikiText-2 test text as it stands. One run is one row.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Layers are found by the functions that they call, as in :mod:`pyprune.importance
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,33 +51,42 @@ class InputTaps(TorchFunctionMode):
         super().__init__()
         self.uses: list[Use] = []
         self._names = {id(p): name for name, p in parameters.items()}
-        self._stacked = {p.untyped_storage().data_ptr(): (n, p) for n, p in parameters.items() if p.dim() == 3}
+        # Views of a parameter are told by their storage, where that holds no other watched one.
+        owners = Counter(p.untyped_storage().data_ptr() for p in parameters.values())
+        self._storages = {
+            place: (n, p)
+            for n, p in parameters.items()
+            for place in (p.untyped_storage().data_ptr(),)
+            if owners[place] == 1
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         read = _READ.get(func)
-        if read is not None:
-            found = read(*args, **kwargs)
-            key = None if found is None else self._find(found[1])
-            if key is not None and found is not None:
-                x, _, bias, transposed = found
-                self.uses.append(Use(key, x.detach().reshape(-1, x.shape[-1]), transposed, bias))
+        found = None if read is None else read(*args, **kwargs)
+        if found is not None:
+            x, weight, bias, transposed = found
+            key, turned = self._find(weight)
+            if key is not None:
+                self.uses.append(Use(key, x.detach().reshape(-1, x.shape[-1]), transposed != turned, bias))
         return out
 
-    def _find(self, weight: Any) -> Key | None:
+    def _find(self, weight: Any) -> tuple[Key | None, bool]:
+        """Which matrix it is, if it is watched, and whether it is given as its transpose."""
         name = self._names.get(id(weight))
         if name is not None:
-            return Key(name)
-        if not self._stacked or not isinstance(weight, Tensor) or weight.dim() != 2:
-            return None
-        found = self._stacked.get(weight.untyped_storage().data_ptr())
-        if found is None:
-            return None
-        name, p = found
-        place, rest = divmod(int(weight.storage_offset() - p.storage_offset()), int(p.stride(0)))
-        fits = weight.shape == p.shape[1:] and weight.stride() == p.stride()[1:] and rest == 0
-        return Key(name, place) if fits else None
+            return Key(name), False
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return None, False
+        name, p = self._storages.get(weight.untyped_storage().data_ptr(), (None, weight))
+        if name is None:
+            return None, False
+        place, rest = (0, 0) if p.dim() == 2 else divmod(weight.storage_offset() - p.storage_offset(), p.stride(0))
+        for view, turned in ((weight, False), (weight.t(), True)):
+            if view.shape == p.shape[-2:] and view.stride() == p.stride()[-2:] and rest == 0:
+                return Key(name, None if p.dim() == 2 else int(place)), turned
+        return None, False
 
 
 Found = tuple[Tensor, Any, "Tensor | None", bool] | None

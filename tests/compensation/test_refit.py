@@ -86,7 +86,9 @@ def test_noise_to_fit_on_leaves_the_columns_as_they_were() -> None:
     x = torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     held = torch.zeros(30, 12, dtype=torch.float64)
     held[:, KEPT] = torch.randn(30, len(KEPT), dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    found = refit(WEIGHT, KEPT, sums(x), sums(held))  # here the removed inputs are silent: nothing is better than nothing
+    found = refit(
+        WEIGHT, KEPT, sums(x), sums(held)
+    )  # here the removed inputs are silent: nothing is better than nothing
     assert found.penalty is None and found.after == found.before
     assert torch.equal(found.weight[:, KEPT], WEIGHT[:, KEPT])
 
