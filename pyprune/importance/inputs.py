@@ -82,7 +82,9 @@ class InputTaps(TorchFunctionMode):
         name, p = self._storages.get(weight.untyped_storage().data_ptr(), (None, weight))
         if name is None:
             return None, False
-        place, rest = (0, 0) if p.dim() == 2 else divmod(weight.storage_offset() - p.storage_offset(), p.stride(0))
+        place, rest = (
+            (0, 0) if p.dim() == 2 else divmod(int(weight.storage_offset() - p.storage_offset()), int(p.stride(0)))
+        )
         for view, turned in ((weight, False), (weight.t(), True)):
             if view.shape == p.shape[-2:] and view.stride() == p.stride()[-2:] and rest == 0:
                 return Key(name, None if p.dim() == 2 else int(place)), turned
