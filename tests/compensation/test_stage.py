@@ -258,3 +258,20 @@ def test_the_whole_line_refuses_before_it_scores() -> None:
         with pytest.raises(PyPruneError) as error:
             pyprune.prune(tiny_llama(), compensation="least-squares", **options)
         assert error.value.option == option
+
+
+def test_a_criterion_of_its_own_decides_how_much_each_layer_loses() -> None:
+    options = {"widths": {"ffn": 0.5}, "calibration": ids(20), "criterion": "wanda", "allocation": "knapsack"}
+    alone = pyprune.prune(tiny_llama(), **options)
+    out = pyprune.prune(tiny_llama(), allocation_criterion="group_fisher", **options)
+    assert out.plan.details["allocation_criterion"] == "group_fisher"
+    assert out.scores.criterion == alone.scores.criterion == "wanda"
+    assert out.plan.details["widths"] != alone.plan.details["widths"]
+    assert "score for allocation" in [s["name"] for s in out.report.stages]
+
+
+def test_weights_of_16_bits_are_refitted_and_keep_their_type() -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    done = compensate(model, planned(model, kv_heads=1, ffn=16), ids(120))
+    assert all(m.after < m.before for m in done.matrices)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
