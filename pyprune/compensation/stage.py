@@ -21,8 +21,8 @@ from pyprune import progress as bars
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.calibration import Calibration, batch_rows, check_vocabulary, load_calibration, take
-from pyprune.importance.inputs import Use
-from pyprune.importance.steps import Step, make_steps
+from pyprune.importance.inputs import InputTaps, Use
+from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, token_weights, walking, weights_for
 from pyprune.selection.plan import Plan
@@ -168,6 +168,8 @@ class _Stage:
                 raise PyPruneError("model", name, "holds NaN or infinity", hint)
         if not matrices:
             return self.result
+        if self.mode == "bias":
+            self._check_biases(matrices)
         with walking(self.model, matrices), torch.no_grad():
             walk = Walk(self.model, self.steps)
             dense = Walk(self.model, self.steps) if self.target == "stream" and walk.whole is None else None
@@ -188,6 +190,24 @@ class _Stage:
                     bar.advance()
         self._note(compensated)
         return self.result
+
+    def _check_biases(self, matrices: Mapping[str, nn.Parameter]) -> None:
+        """Before anything is changed: some matrix whose inputs the plan cuts has a bias."""
+        with walking(self.model, matrices), torch.no_grad(), InputTaps(matrices) as taps:
+            Forward(self.model)(self.steps[0].part(slice(0, 1)))
+        for use in taps.uses:
+            if (
+                self._bias_of(use) is not None
+                and use.input_dim(matrices[use.key.name].dim()) in self.gone[use.key.name]
+            ):
+                return
+        problem = "needs output projections with a bias, and this model has none where units go"
+        raise PyPruneError("compensation", self.mode, problem, "Use least-squares.")
+
+    def _bias_of(self, use: Use) -> Tensor | None:
+        """The bias of a use, where it is a parameter that can be written to."""
+        own = use.bias is not None and use.bias.untyped_storage().data_ptr() in self.storages
+        return use.bias if own else None
 
     def _projections(self, walk: Walk, i: int, here: Mapping[str, nn.Parameter]) -> list[str]:
         """Names of the matrices whose inputs the plan cuts, in the order in which block ``i`` uses them."""
@@ -219,8 +239,9 @@ class _Stage:
             for use in uses:
                 transposed = use.transposed
                 x, wanted = use.x, None
-                if use.bias is not None and use.bias.untyped_storage().data_ptr() in self.storages:
-                    biases[use.key] = use.bias
+                bias = self._bias_of(use)
+                if bias is not None:
+                    biases[use.key] = bias
                     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
                 if added and dense is not None and stream is not None:
                     wanted = _target(use, p, dense.stream(number), stream)
@@ -273,11 +294,8 @@ class _Stage:
     def _note(self, compensated: set[str]) -> None:
         notes = self.result.notes
         if self.mode == "bias":
-            if not self.result.matrices:
-                problem = "needs output projections with a bias, and this model has none where units go"
-                raise PyPruneError("compensation", self.mode, problem, "Use least-squares.")
-            if len({m.tensor for m in self.result.matrices}) < len(compensated):
-                without = len(compensated) - len({m.tensor for m in self.result.matrices})
+            without = len(compensated - {m.tensor for m in self.result.matrices})
+            if without:
                 notes.append(f"{without} output projections have no bias and were not compensated.")
         few = [m for m in self.result.matrices if m.penalty is not None and m.rows < m.kept]
         if few:

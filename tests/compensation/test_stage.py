@@ -203,7 +203,10 @@ def test_mistakes_are_named() -> None:
     refused("compensation_target", "not known", target="dense")
     refused("token_weights", "not known", token_weighting="norm")
     refused("samples", "leave none to choose", batches=ids(1))
-    refused("compensation", "have? a bias|with a bias", mode="bias")
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    refused("compensation", "with a bias", mode="bias", model=model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("calibration", "token id", batches=ids(4) + 97)
 
 
