@@ -230,7 +230,7 @@ def test_weights_or_activations_that_are_not_finite_are_refused() -> None:
 def test_few_tokens_are_answered_with_a_note() -> None:
     model = tiny_llama()
     done = compensate(model, planned(model, ffn=20), ids(6, length=3))
-    assert any("fewer tokens" in n for n in done.notes) or all(m.penalty is None for m in done.matrices)
+    assert any("fewer tokens" in n for n in done.notes)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
