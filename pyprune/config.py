@@ -94,7 +94,8 @@ class ScoreConfig(Stage):
     criterion: str = option(
         "param_first",
         parsing.text(),
-        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, l1, l2, random.",
+        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
+        "l2, random.",
     )
     route: str | None = option(
         None,
@@ -106,6 +107,27 @@ class ScoreConfig(Stage):
     )
     activation_memory: float | None = option(
         None, parsing.number(0.0), "MiB of activations kept in place of being recomputed; more is faster."
+    )
+    token_weights: str = option(
+        "inverse",
+        parsing.choice("inverse", "equal"),
+        "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
+    )
+
+
+@dataclass
+class CompensateConfig(Stage):
+    """How what stays takes over for what goes."""
+
+    compensation: str = option(
+        "none",
+        parsing.choice("none", "bias", "least-squares"),
+        "least-squares refits the output projections on the calibration text; bias moves lost means into their biases.",
+    )
+    compensation_target: str = option(
+        "own",
+        parsing.choice("own", "stream"),
+        "What a refit aims at: the layer's own output, or the dense model's stream where held-out error agrees.",
     )
 
 
@@ -128,7 +150,15 @@ class SelectConfig(ScopeConfig):
     widths: dict[str, int | float] | None = option(
         None, parsing.amounts("widths", alone=False), "Units left in each layer: kv_heads=0.5,ffn=5504."
     )
-    allocation: str = option("uniform", parsing.text(), "uniform (the same in every layer) or global (one ranking).")
+    allocation: str = option(
+        "uniform",
+        parsing.text(),
+        "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth (more in "
+        "later layers).",
+    )
+    allocation_criterion: str | None = option(
+        None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."
+    )
     round_to: Any = option(None, parsing.multiples("round_to"), "Keep channels in multiples of N, or by role.")
     min_keep: Any = option(
         None, parsing.amounts("min_keep", alone=True), "The least that stays in every layer, as units or fraction."
@@ -331,6 +361,7 @@ class PruneConfig(Recipe):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
 

@@ -1,4 +1,4 @@
-"""The whole line: discover, score, select, apply, measure, save. The only file that sees every stage.
+"""The whole line: discover, score, select, compensate, apply, measure, save. The only file that sees every stage.
 
 Everything that can be refused is refused before scoring begins: options, names, texts and their length, the output
 folder, the disk's room, and whether the size asked for can be reached at all.
@@ -6,7 +6,8 @@ folder, the disk's room, and whether the size asked for can be reached at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
+from pyprune.compensation.stage import Compensation, check_plan, check_samples, compensate
 from pyprune.config import (
     CalibrationConfig,
+    CompensateConfig,
     EvalConfig,
     EvaluationConfig,
     InspectConfig,
@@ -121,12 +124,17 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     dense = _open(recipe.model, stages, model, tokenizer)
     ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
     with stages("read text"):
-        batches = None if ready is not None else _calibration(recipe.score, recipe.calibration, dense)
+        batches = None
+        if _reads_batches(recipe, scored=ready is None):
+            batches = _calibration(recipe.calibration, dense)
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
         groups = _groups(dense.model)
         asked = list(requests(recipe.select, groups))
         trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
+        if batches is not None and recipe.compensate.compensation != "none":
+            check_plan(trial, recipe.compensate.compensation)
+            check_samples(batches, recipe.compensate.compensation)
         smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
@@ -135,7 +143,11 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
 
     first: Scores | None = None
+    costs = None
+    if recipe.select.allocation_criterion is not None:
+        costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None)
     plan, smaller, now = Plan(), dense.model, groups
+    made: list[Compensation] = []
     if dense.mine:
         dense.model = None
     for number, request in enumerate(asked, start=1):
@@ -145,9 +157,19 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
                 now = _groups(smaller)
         with stages("score" + step, bar=False):
             scores = ready if ready is not None else _score(smaller, now, batches, recipe, roles, layers)
+        shares = None
+        if costs is not None:
+            with stages("score for allocation" + step, bar=False):
+                shares = _score(smaller, now, batches, recipe, roles, layers, costs)
+        with stages("select" + step):
+            cut = select(now, scores, **request, allocation_scores=shares)
+        if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
+            with stages("compensate" + step, bar=False):
+                if copy and number == 1:
+                    smaller = deepcopy(smaller)
+                made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score.token_weights))
         with stages("prune" + step):
-            cut = select(now, scores, **request)
-            smaller = apply(smaller, cut, copy=copy and number == 1)
+            smaller = apply(smaller, cut, copy=copy and number == 1 and not made)
             plan = cut if number == 1 else compose(groups, plan, cut)
             if dense.mine and number == 1:
                 _leave_file(smaller)
@@ -167,9 +189,15 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         stages=stages.to_list(),
         plan=plan.details,
         scores={"criterion": first.criterion, **first.details},
+        compensation=[c.to_dict() for c in made] or None,
         recipe=recipe.to_dict(),
         versions=versions(),
-        warnings=[*groups.warnings, *plan.details["notes"], *_how_to_open(smaller, recipe.save.profile)],
+        warnings=[
+            *groups.warnings,
+            *plan.details["notes"],
+            *(n for c in made for n in c.notes),
+            *_how_to_open(smaller, recipe.save.profile),
+        ],
     )
     if recipe.save.output_dir is not None:
         _save(smaller, dense.tokenizer, plan, report, recipe, stages)
@@ -189,7 +217,7 @@ def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None)
     stages = Stages()
     dense = _open(recipe.model, stages, model, tokenizer)
     with stages("read text"):
-        batches = _calibration(recipe.score, recipe.calibration, dense)
+        batches = _calibration(recipe.calibration, dense) if preflight.needs_batches(recipe.score) else None
     with stages("discover"):
         groups = _groups(dense.model)
         roles = roles_to_share(groups, recipe.scope.roles, ())
@@ -249,10 +277,7 @@ def _open(config: ModelConfig, stages: Stages, model: Any, tokenizer: Any) -> _D
     return _Dense(model, tokenizer, name, _tensor_bytes(model), mine=False)
 
 
-def _calibration(config: ScoreConfig, calibration: CalibrationConfig, dense: _Dense) -> Calibration | None:
-    """The batches, or None for a criterion that reads none."""
-    if not preflight.needs_batches(config):
-        return None
+def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
     found = load_calibration(
         calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
         batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
@@ -274,13 +299,29 @@ def _windows(config: EvalConfig, dense: _Dense) -> tuple[Tensor | None, str]:
     )  # fmt: skip
 
 
+def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
+    """Whether any stage reads calibration; ``scored``: criterion included."""
+    second = recipe.select.allocation_criterion
+    asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
+    return recipe.compensate.compensation != "none" or any(preflight.needs_batches(c) for c in asked)
+
+
 def _score(
-    model: Any, groups: Groups, batches: Calibration | None, recipe: Any, roles: list[str], layers: list[int] | None
-) -> Scores:
+    model: Any, groups: Groups, batches: Calibration | None, recipe: Any, roles: list[str], layers: list[int] | None,
+    config: ScoreConfig | None = None,
+) -> Scores:  # fmt: skip
+    config = config or recipe.score
     return score(
-        model, groups, batches, recipe.score.criterion, recipe.score.aggregation, roles, layers,
-        route=recipe.score.route, seed=recipe.calibration.seed, activation_memory=recipe.score.activation_memory,
+        model, groups, batches, config.criterion, config.aggregation, roles, layers,
+        route=config.route, seed=recipe.calibration.seed, activation_memory=config.activation_memory,
+        token_weights=config.token_weights,
     )  # fmt: skip
+
+
+def _compensate(model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, weighting: str) -> Compensation:
+    return compensate(
+        model, plan, batches, config.compensation, token_weighting=weighting, target=config.compensation_target
+    )
 
 
 def _equal_scores(groups: Groups) -> dict[str, Tensor]:

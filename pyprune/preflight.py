@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def check_request(recipe: PruneConfig) -> None:
     elif asked.iterative_steps > 1:
         problem = "scores are made anew in every step, so they cannot come from a file"
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
+    if asked.allocation_criterion is not None:
+        check_scoring(
+            replace(recipe.score, criterion=asked.allocation_criterion, route=None), recipe.calibration.calibration
+        )
+    if recipe.compensate.compensation != "none":
+        if recipe.calibration.calibration is None:
+            problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"
+            raise PyPruneError("calibration", None, problem, "Give a text, or use compensation none.")
+        check_source("calibration", recipe.calibration.calibration)
     check_source("eval_text", recipe.evaluation.eval_text)
 
 
@@ -116,7 +126,7 @@ def needs_batches(config: ScoreConfig) -> bool:
     """
     from pyprune.importance.scoring import get_criterion
 
-    return get_criterion(config.criterion).backward
+    return get_criterion(config.criterion).calibrated
 
 
 def check_source(option: str, source: Any) -> None:

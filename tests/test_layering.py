@@ -17,6 +17,7 @@ LAYERS = [
     {"pipeline", "recover_pipeline", "recover_preflight", "schedule", "preflight"},
     {"config", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
+    {"compensation"},
     {"surgery"},
     {"families"},
     {"selection"},

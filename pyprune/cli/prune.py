@@ -28,6 +28,9 @@ Examples:
   Half of the FFN channels in layers 4 to 27, in multiples of 64, by weights alone (no text needed):
     pyprune prune MODEL --widths ffn=0.5 --layers 4-27 --round_to 64 --criterion l2 --output_dir smaller
 
+  Units by Wanda, and what stays of each layer refitted by least squares on the same text:
+    pyprune prune MODEL --ratio 0.2 --calibration train.txt --criterion wanda --compensation least-squares
+
   For llama.cpp: only widths that a GGUF file holds, and smaller/model.gguf at the end:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --profile gguf --output_dir smaller
 

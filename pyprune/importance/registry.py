@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from pyprune.discovery.groups import Group
 from pyprune.errors import unknown_name
 from pyprune.ops import salience
+
+if TYPE_CHECKING:
+    from pyprune.importance.input_scores import InputStatistics
 
 Sums = tuple[list[Tensor], list[Tensor]]
 Measure = Callable[[Sequence[Tensor], "Sequence[Tensor] | None", "Sequence[Tensor] | None"], Sums]
@@ -34,6 +38,9 @@ class Criterion:
         additive: linear in G and H, so that sums over batches may be added up in place of gradients.
         signed: the sums are signed, and the magnitude or the square is taken of a whole slice.
         per_sample: the square of a slice's signed sum, and the mean of it over samples.
+        inputs: ``"moments"`` or ``"gram"``: reads these statistics of the inputs of linear layers.
+        units: with ``inputs``: (weight float64 [outputs, inputs], its statistics, positions int64 [outer, units, k]) ->
+            float64 [outer, units].
         draw: (group, generator) -> float32 [outer, units], for criteria that read no tensor.
     """
 
@@ -46,12 +53,19 @@ class Criterion:
     additive: bool = False
     signed: bool = False
     per_sample: bool = False
+    inputs: str | None = None
+    units: Callable[[Tensor, InputStatistics, Tensor], Tensor] | None = None
     draw: Callable[[Group, torch.Generator], Tensor] | None = None
 
     @property
     def backward(self) -> bool:
-        """Whether calibration batches are needed."""
+        """Whether gradients are needed."""
         return self.gradient or self.curvature
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration batches are needed."""
+        return self.backward or self.inputs is not None
 
     @property
     def separate(self) -> bool:

@@ -21,6 +21,7 @@ from pyprune.importance.aggregation import check_aggregation, group_scores, scor
 from pyprune.importance.blocks import NotSweepable
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.collector import Collector
+from pyprune.importance.input_scores import score_inputs
 from pyprune.importance.losses import NotFinite
 from pyprune.importance.memory import activation_budget, peak_memory
 from pyprune.importance.plain import accumulate
@@ -30,6 +31,7 @@ from pyprune.importance.scores import Scores
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.sweep import Layout, Sweep
 from pyprune.importance.taps import Taps, experts_one_by_one
+from pyprune.importance.walk import TOKEN_WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def score(
     route: str | None = None,
     seed: int = 0,
     activation_memory: float | None = None,
+    token_weights: str = "inverse",
     progress: bool | None = None,
 ) -> Scores:
     """Importance of every unit of the prunable groups.
@@ -78,7 +81,7 @@ def score(
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer. Needed by criteria that
             read gradients.
         criterion: a registered name: random, l1, l2, vectorize, param_first (taylor), param_second (fisher), param_mix,
-            group_fisher.
+            group_fisher; wanda, flap, obs (forward passes alone).
         aggregation: sum, mean, max, prod, first or last, over a group's members in their order. ``prod`` is scaled by a
             power of two for each role where float32 could not hold it (``details["prod_shift"]``).
         roles: only groups of these roles; None is all.
@@ -89,6 +92,8 @@ def score(
         seed: of the criterion ``random``; each group draws its own numbers, whichever others are scored.
         activation_memory: MiB of saved activations that may stay alive in place of being recomputed: more is faster.
             None: as much as the model's weights take, but no more than a quarter of the free memory.
+        token_weights: of the criteria that read inputs: ``"inverse"`` (each token counts 1 / mean(h^2), h its residual
+            stream behind the block) or ``"equal"``.
         progress: False silences the progress bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:
@@ -104,6 +109,8 @@ def score(
     spec = get_criterion(criterion)
     check_aggregation(aggregation)
     check_route(route, spec)
+    if token_weights not in TOKEN_WEIGHTS:
+        raise unknown_name("token_weights", token_weights, TOKEN_WEIGHTS)
     chosen = [g for g in groups.prunable(roles, layers) if g.modules or scored_members(g)]
     if not chosen:
         raise PyPruneError(
@@ -123,7 +130,15 @@ def score(
                 values[group.name] = spec.draw(group, generator)
         else:
             samples = None
-            if not spec.backward:
+            if spec.inputs is not None:
+                calibration = _calibration(batches, spec)
+                check_vocabulary(calibration, model)
+                details |= {"calibration": calibration.to_dict(), "token_weights": token_weights}
+                _check_weights(parameters)
+                wide = score_inputs(
+                    model, spec, chosen, parameters, calibration, aggregation, token_weights, details
+                )  # fmt: skip
+            elif not spec.backward:
                 sums = _from_weights(spec, parameters)
             else:
                 calibration = _calibration(batches, spec)
@@ -131,7 +146,8 @@ def score(
                 details["calibration"] = calibration.to_dict()
                 sums = _from_calibration(model, spec, parameters, calibration, route, activation_memory, details)
                 samples = calibration.samples if spec.per_sample else None
-            wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed, samples) for g in chosen}
+            if spec.inputs is None:
+                wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed, samples) for g in chosen}
             values, shifts = to_float32(wide, {g.name: g.role for g in chosen}, aggregation)
             if shifts:
                 details["prod_shift"] = shifts
@@ -203,6 +219,10 @@ def check_route(route: str | None, spec: Criterion) -> None:
     """Raises PyPruneError when there is no such route, or the criterion cannot take it."""
     if route is not None and route not in ROUTES:
         raise unknown_name("route", route, ROUTES)
+    if route is not None and spec.inputs is not None:
+        raise PyPruneError(
+            "route", route, f"means nothing to criterion {spec.name!r}, which takes no gradient", "Leave it out."
+        )
     if route == "activations" and spec.backward and spec.formula is None:
         raise PyPruneError(
             "route", route, f"cannot serve criterion {spec.name!r}, which needs whole gradients", "Use gradients."

@@ -20,10 +20,16 @@ def global_ranking(groups: Sequence[Group], scores: Mapping[str, np.ndarray], bu
     """Remove the units of least comparable importance (:func:`comparable`) until the size is met.
 
     A unit of a group with several copies is one unit in each copy, so that all copies keep the same number: the k-th
-    lowest of every copy go together, ranked by their mean. Of equal values those go first whose group has lost the
-    smaller part, so that dead ties spread evenly; then the earlier group.
+    lowest of every copy go together, ranked by their mean. Dead ties spread evenly.
     """
-    values = comparable(groups, scores, budget.cost)
+    return remove_lowest(groups, comparable(groups, scores, budget.cost), budget)
+
+
+def remove_lowest(groups: Sequence[Group], values: Sequence[np.ndarray], budget: Budget) -> dict[str, int]:
+    """Widths when units go in the order of ``values``, one ascending array [units] a group, until the size is met.
+
+    Of equal values those go first whose group has lost the smaller part; then the earlier group.
+    """
     removable = [g.units - budget.limits[g.name].least for g in groups]
     owner = np.repeat(np.arange(len(groups)), removable)
     value = np.concatenate([v[:n] for v, n in zip(values, removable, strict=True)])

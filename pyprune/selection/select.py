@@ -9,7 +9,7 @@ from typing import Any
 
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
-from pyprune.selection import global_ranking, uniform  # noqa: F401 (each registers its allocation)
+from pyprune.selection import global_ranking, knapsack, log_depth, uniform  # noqa: F401 (each registers its allocation)
 from pyprune.selection.accounting import Accounting
 from pyprune.selection.allocation import ALLOCATIONS, Budget
 from pyprune.selection.details import measure, widths_by_role
@@ -33,6 +33,7 @@ def select(
     round_to: int | Mapping[str, int] | None = None,
     count_embeddings: bool = True,
     min_keep: Amount | Mapping[str, Amount] | None = None,
+    allocation_scores: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide which units stay.
 
@@ -56,6 +57,8 @@ def select(
         count_embeddings: whether embeddings and the output head count, in ``ratio`` and in ``target_params``.
         min_keep: the least that stays in every group, as units (int) or a fraction (float), for all roles or by role.
             None: what the allocation says, and at least one unit.
+        allocation_scores: what the allocation reads in place of ``scores``, of the same form: these then say how many
+            units each group keeps, and ``scores`` which.
 
     Returns:
         The plan. Query heads inside KV heads, and every other group with ``outer > 1``, keep the same number in each
@@ -86,6 +89,7 @@ def select(
     least = least_by_role(min_keep, members)
     limits = group_limits(members, steps, least, chosen.min_keep, protected)
     values = checked_scores(flat, scores)
+    costs = values if allocation_scores is None else checked_scores(flat, allocation_scores)
     order = {g.name: removal_order(values[g.name], protected[g.name]) for g in flat}
     first_to_go = {g.name: order[g.name][0] for g in flat if g.role == "layers"}
     counts = Accounting(groups, flat, first_to_go, count_embeddings)
@@ -100,7 +104,7 @@ def select(
     for role, amount in asked.items():
         wanted, limits = fixed_widths(members[role], amount, limits, least.get(role))
         if chosen.by_layer and len(members[role]) > 1:
-            wanted = chosen.allocate(members[role], values, budget(counts.parameters(kept | wanted)))
+            wanted = chosen.allocate(members[role], costs, budget(counts.parameters(kept | wanted)))
         kept |= wanted
     notes = _notes(groups, members, steps)
     if sized:
@@ -109,7 +113,7 @@ def select(
         within = budget(goal.target)
         _check_reachable(goal, within, shared, groups, only)
         if goal.target < within.count({}):
-            kept |= chosen.allocate(shared, values, within)
+            kept |= chosen.allocate(shared, costs, within)
         notes += goal.missed_by(counts.parameters(kept))
 
     cuts = (keep(g, order[g.name], kept[g.name]) for g in groups if kept.get(g.name, g.units) < g.units)
@@ -120,6 +124,7 @@ def select(
         "achieved": measure(groups, plan),
         "allocation": chosen.name,
         "criterion": getattr(scores, "criterion", None),
+        "allocation_criterion": getattr(allocation_scores, "criterion", None),
         "roles": list(members),
         "layers": only,
         "round_to": steps or None,

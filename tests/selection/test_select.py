@@ -70,7 +70,7 @@ def test_all_roles_together_meet_the_ratio_exactly_counted(allocation: str, rati
     achieved = plan.details["achieved"]["with_embeddings"]
     assert achieved["after"] == after
     assert achieved["ratio"] == pytest.approx(1 - after / GROUPS.num_parameters())
-    assert achieved["ratio"] == pytest.approx(ratio, abs=0.08 if allocation == "global" else 0.006)
+    assert achieved["ratio"] == pytest.approx(ratio, abs=0.08 if allocation in ("global", "knapsack") else 0.006)
 
 
 @pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))

@@ -1,0 +1,115 @@
+"""What goes into linear layers: their inputs, handed over while a forward pass runs.
+
+Layers are found by the functions that they call, as in :mod:`pyprune.importance.taps`, so that a linear layer, a
+``Conv1D`` and one expert of stacked weights are all seen, whatever their modules are called.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from pyprune.importance.taps import Key
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a matrix in a forward pass.
+
+    Attributes:
+        key: which matrix.
+        x: its input, [rows, inputs].
+        transposed: the matrix is stored [inputs, outputs], not [outputs, inputs].
+        bias: what was added to the product, or None.
+    """
+
+    key: Key
+    x: Tensor
+    transposed: bool
+    bias: Tensor | None
+
+    def input_dim(self, ndim: int) -> int:
+        """The dimension of the stored tensor (``ndim`` dimensions) along which the inputs lie."""
+        return ndim - 2 if self.transposed else ndim - 1
+
+
+class InputTaps(TorchFunctionMode):
+    """Within it, as a context manager, every use of a watched matrix is added to ``uses``.
+
+    Args:
+        parameters: name -> parameter, the matrices [a, b], or stacked ones [experts, a, b].
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self._names = {id(p): name for name, p in parameters.items()}
+        # Views of a parameter are told by their storage, where that holds no other watched one.
+        owners = Counter(p.untyped_storage().data_ptr() for p in parameters.values())
+        self._storages = {
+            place: (n, p)
+            for n, p in parameters.items()
+            for place in (p.untyped_storage().data_ptr(),)
+            if owners[place] == 1
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        read = _READ.get(func)
+        found = None if read is None else read(*args, **kwargs)
+        if found is not None:
+            x, weight, bias, transposed = found
+            key, turned = self._find(weight)
+            if key is not None:
+                self.uses.append(Use(key, x.detach().reshape(-1, x.shape[-1]), transposed != turned, bias))
+        return out
+
+    def _find(self, weight: Any) -> tuple[Key | None, bool]:
+        """Which matrix it is, if it is watched, and whether it is given as its transpose."""
+        name = self._names.get(id(weight))
+        if name is not None:
+            return Key(name), False
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return None, False
+        name, p = self._storages.get(weight.untyped_storage().data_ptr(), (None, weight))
+        if name is None:
+            return None, False
+        place, rest = (
+            (0, 0) if p.dim() == 2 else divmod(int(weight.storage_offset() - p.storage_offset()), int(p.stride(0)))
+        )
+        for view, turned in ((weight, False), (weight.t(), True)):
+            if view.shape == p.shape[-2:] and view.stride() == p.stride()[-2:] and rest == 0:
+                return Key(name, None if p.dim() == 2 else int(place)), turned
+        return None, False
+
+
+Found = tuple[Tensor, Any, "Tensor | None", bool] | None
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
+    return input, weight, bias, False
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Found:
+    return (mat1, mat2, input, True) if beta == alpha == 1 and input.dim() == 1 else None
+
+
+def _matmul(input: Any, other: Any) -> Found:
+    return (input, other, None, True) if isinstance(input, Tensor) and input.dim() >= 2 else None
+
+
+_READ: dict[Any, Callable[..., Found]] = {
+    linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+}

@@ -1,0 +1,280 @@
+"""Compensation on whole models: layer by layer, for every selector, and its mistakes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_families import NAMED, build
+from helpers_llama import tiny_llama
+from torch import Tensor, nn
+
+import pyprune
+from pyprune import apply, discover, score, select
+from pyprune.compensation import compensate
+from pyprune.compensation.refit import PENALTIES, Sums, refit
+from pyprune.errors import PyPruneError
+from pyprune.selection.plan import Plan
+
+
+def ids(samples: int = 40, length: int = 16, seed: int = 0, vocabulary: int = 97) -> Tensor:
+    return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def planned(model: nn.Module, criterion: str = "wanda", **widths: int) -> Plan:
+    groups = discover(model)
+    scores = score(model, groups, ids(8), criterion, roles=list(widths))
+    return select(groups, scores, widths=widths)
+
+
+def off(model: nn.Module, dense: nn.Module) -> float:
+    """Squared distance of the logits on other tokens, as a fraction."""
+    with torch.no_grad():
+        a, b = (m(ids(8, seed=1)).logits for m in (model, dense))
+    return float((a - b).square().sum() / b.square().sum())
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"])
+def test_the_refit_lowers_the_held_out_error_in_every_layer_and_that_of_the_logits(changes: dict[str, bool]) -> None:
+    dense = tiny_llama(**changes)
+    plan = planned(dense, kv_heads=1, ffn=16)
+    without = apply(dense, plan, copy=True)
+    fitted = copy.deepcopy(dense)
+    done = compensate(fitted, plan, ids(120))
+    assert [m.tensor.split(".")[-2] for m in done.matrices] == ["o_proj", "down_proj"] * 3
+    assert all(m.after < m.before for m in done.matrices)
+    assert off(apply(fitted, plan), dense) < off(without, dense)
+
+
+@pytest.mark.parametrize(
+    "criterion", ["random", "l1", "l2", "taylor", "fisher", "group_fisher", "wanda", "flap", "obs"]
+)
+def test_it_goes_with_every_selector(criterion: str) -> None:
+    dense = tiny_llama()
+    plan = planned(dense, criterion, ffn=14)
+    done = compensate(dense, plan, ids())
+    assert len(done.matrices) == 3
+    assert all(m.after <= m.before for m in done.matrices) and any(m.after < m.before for m in done.matrices)
+    assert apply(dense, plan)(ids(2)).logits.isfinite().all()
+
+
+def test_one_layer_is_the_closed_form_in_float64() -> None:
+    dense = tiny_llama(dtype=torch.float64)
+    groups = discover(dense)
+    plan = select(groups, score(dense, groups, ids(8), "l2", roles=["ffn"]), widths={"ffn": 15}, layers=[1])
+    layer, seen, streams = dense.model.layers[1], [], []
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0])),
+               layer.register_forward_hook(lambda m, args, out: streams.append(out))]  # fmt: skip
+    calibration = ids(10)
+    with torch.no_grad():
+        dense(calibration)
+    for handle in handles:
+        handle.remove()
+    weight = layer.mlp.down_proj.weight.detach().clone()
+    counts = 1 / streams[0].square().mean(-1)
+    kept = torch.tensor(plan["model.layers.1.mlp:ffn"].kept[0])
+    parts = []
+    for rows in ([0, 1, 3, 4, 5, 6, 8, 9], [2, 7]):  # one in five samples, evenly
+        part = Sums(torch.zeros(24, 24, dtype=torch.float64))
+        part.add(seen[0][rows].reshape(-1, 24), counts[rows].reshape(-1))
+        parts.append(part)
+    want = refit(weight, kept, *parts)
+    done = compensate(dense, plan, calibration)
+    assert done.matrices[0].penalty == want.penalty in PENALTIES
+    # Tokens are weighted in float32, whatever the model's type.
+    torch.testing.assert_close(layer.mlp.down_proj.weight.detach(), want.weight, rtol=1e-5, atol=1e-6)
+    assert done.matrices[0].after == pytest.approx(want.after, rel=1e-4)
+
+
+def test_later_layers_are_fitted_on_what_the_compensated_ones_give() -> None:
+    """Refitting layer 2 alone, after layers 0 and 1 were refitted, finds what the whole run found."""
+    whole, parts = tiny_llama(), tiny_llama()
+    plan = planned(whole, ffn=14)
+    compensate(whole, plan, ids())
+    for i in range(3):
+        compensate(parts, Plan((plan[f"model.layers.{i}.mlp:ffn"],)), ids())
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_slicing_after_compensation_changes_nothing() -> None:
+    model = tiny_llama()
+    plan = planned(model, kv_heads=1, ffn=16)
+    compensate(model, plan, ids())
+    with torch.no_grad():
+        masked = model(ids(4, seed=1)).logits
+        torch.testing.assert_close(apply(model, plan)(ids(4, seed=1)).logits, masked, rtol=1e-4, atol=1e-4)
+
+
+def test_only_output_projections_change() -> None:
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    compensate(model, planned(dense, kv_heads=1, ffn=16), ids())
+    changed = {
+        n for (n, a), b in zip(model.named_parameters(), dense.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert changed == {f"model.layers.{i}.{n}.weight" for i in range(3) for n in ("self_attn.o_proj", "mlp.down_proj")}
+    assert all(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_a_plan_without_cuts_leaves_every_bit() -> None:
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    assert compensate(model, Plan(), ids()).matrices == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_the_mean_bias_gives_the_dense_mean_exactly() -> None:
+    dense = tiny_llama(dtype=torch.float64, mlp_bias=True)
+    groups = discover(dense)
+    plan = select(groups, score(dense, groups, ids(8), "flap", roles=["ffn"]), widths={"ffn": 9}, layers=[0])
+    means = []
+
+    def keep(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        means.append(out.mean((0, 1)))
+
+    model = copy.deepcopy(dense)
+    done = compensate(model, plan, ids(), "bias")
+    assert [m.tensor for m in done.matrices] == ["model.layers.0.mlp.down_proj.weight"]
+    model = apply(model, plan)
+    with torch.no_grad():
+        for one in (dense, model):
+            handle = one.model.layers[0].mlp.down_proj.register_forward_hook(keep)
+            one(ids())
+            handle.remove()
+    torch.testing.assert_close(means[0], means[1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_stream_target_brings_the_streams_nearer() -> None:
+    dense = tiny_llama()
+    plan = planned(dense, ffn=10)
+    found = {}
+    for target in ("own", "stream"):
+        model = copy.deepcopy(dense)
+        done = compensate(model, plan, ids(160), target=target)
+        found[target] = off(apply(model, plan), dense)
+    assert any(m.blend > 0 for m in done.matrices)
+    assert found["stream"] < found["own"]
+
+
+def test_padding_counts_nothing() -> None:
+    whole, padded = tiny_llama(), tiny_llama()
+    plan = planned(whole, ffn=14)
+    tokens = ids(20)
+    compensate(whole, plan, tokens)
+    longer = torch.cat([tokens, torch.zeros(20, 5, dtype=torch.int64)], dim=1)
+    mask = torch.cat([torch.ones(20, 16), torch.zeros(20, 5)], dim=1).long()
+    compensate(padded, plan, [{"input_ids": longer, "attention_mask": mask}])
+    for a, b in zip(whole.parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", ["GPT-2", "GPT-NeoX", "GPT-J", "BLOOM", "OPT", "Phi-3", "Gemma 2", "Qwen3", "Mixtral", "Falcon, grouped"]
+)
+def test_families_without_names_in_common_are_compensated(family: str, tmp_path: Path) -> None:
+    model = build(family, tmp_path)
+    groups = discover(model).thaw(("kv_heads", "query_heads"))
+    roles = [r for r in (NAMED[family].heads, *NAMED[family].ffn) if r is not None]
+    tokens = ids(24, vocabulary=101)
+    scores = score(model, groups, tokens, "wanda", roles=roles)
+    rounding = {"expert_ffn": 8} if "expert_ffn" in roles else None  # the grouped product wants such widths
+    plan = select(groups, scores, widths={r: 0.67 for r in roles}, round_to=rounding)
+    done = compensate(model, plan, tokens)
+    assert len(done.matrices) >= 2 * len(roles)
+    assert all(m.after <= m.before for m in done.matrices)
+    assert sum(m.after < m.before for m in done.matrices) > len(done.matrices) / 2
+    assert not [n for n in done.notes if "take over" in n]
+    assert apply(model, plan)(tokens[:2]).logits.isfinite().all()
+
+
+def refused(option: str, part: str, **given: object) -> None:
+    model = given.pop("model", None) or tiny_llama()
+    plan = given.pop("plan", None) or planned(tiny_llama(), ffn=14)
+    with pytest.raises(PyPruneError, match=part) as error:
+        compensate(model, plan, given.pop("batches", ids(4)), **given)
+    assert error.value.option == option
+
+
+def test_mistakes_are_named() -> None:
+    refused("compensation", "not known", mode="least_squares")
+    refused("compensation_target", "not known", target="dense")
+    refused("token_weights", "not known", token_weighting="norm")
+    refused("samples", "leave none to choose", batches=ids(1))
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    refused("compensation", "with a bias", mode="bias", model=model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    refused("calibration", "token id", batches=ids(4) + 97)
+
+
+def test_a_plan_that_cuts_the_residual_stream_is_refused() -> None:
+    model = tiny_llama()
+    refused("compensation", "cuts of hidden", plan=planned(model, "l2", hidden=28))
+
+
+def test_weights_or_activations_that_are_not_finite_are_refused() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+    refused("model", "holds NaN or infinity", model=model)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(1e30)
+        model.model.layers[0].mlp.gate_proj.weight.fill_(1e30)
+    refused("model", "inputs with NaN or infinity", model=model)
+
+
+def test_few_tokens_are_answered_with_a_note() -> None:
+    model = tiny_llama()
+    done = compensate(model, planned(model, ffn=20), ids(6, length=3))
+    assert any("fewer tokens" in n for n in done.notes)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_whole_line_compensates_and_says_so() -> None:
+    dense, tokens = tiny_llama(), ids(20)
+    options = {"widths": {"ffn": 14}, "calibration": tokens, "criterion": "obs"}
+    plain = pyprune.prune(dense, copy=True, **options)
+    kept = copy.deepcopy(dense)
+    out = pyprune.prune(dense, copy=True, compensation="least-squares", **options)
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), kept.parameters(), strict=True))
+    assert off(out.model, dense) < off(plain.model, dense)
+    assert plain.report.compensation is None and len(out.report.compensation) == 1
+    assert len(out.report.to_dict()["compensation"][0]["matrices"]) == 3
+
+
+def test_every_step_of_iterative_pruning_compensates() -> None:
+    options = {"ratio": 0.2, "roles": "ffn", "calibration": ids(20), "criterion": "wanda", "iterative_steps": 2}
+    out = pyprune.prune(tiny_llama(), compensation="least-squares", **options)
+    assert [len(step["matrices"]) for step in out.report.compensation] == [3, 3]
+
+
+def test_the_whole_line_refuses_before_it_scores() -> None:
+    for options, option in (
+        ({"criterion": "l2", "widths": {"ffn": 14}}, "calibration"),
+        ({"calibration": ids(1), "widths": {"ffn": 14}}, "samples"),
+        ({"calibration": ids(4), "criterion": "l2", "widths": {"hidden": 28}}, "compensation"),
+    ):
+        with pytest.raises(PyPruneError) as error:
+            pyprune.prune(tiny_llama(), compensation="least-squares", **options)
+        assert error.value.option == option
+
+
+def test_a_criterion_of_its_own_decides_how_much_each_layer_loses() -> None:
+    options = {"widths": {"ffn": 0.5}, "calibration": ids(20), "criterion": "wanda", "allocation": "knapsack"}
+    alone = pyprune.prune(tiny_llama(), **options)
+    out = pyprune.prune(tiny_llama(), allocation_criterion="group_fisher", **options)
+    assert out.plan.details["allocation_criterion"] == "group_fisher"
+    assert out.scores.criterion == alone.scores.criterion == "wanda"
+    assert out.plan.details["widths"] != alone.plan.details["widths"]
+    assert "score for allocation" in [s["name"] for s in out.report.stages]
+
+
+def test_weights_of_16_bits_are_refitted_and_keep_their_type() -> None:
+    model = tiny_llama(dtype=torch.bfloat16)
+    done = compensate(model, planned(model, kv_heads=1, ffn=16), ids(120))
+    assert all(m.after < m.before for m in done.matrices)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
