@@ -7,9 +7,12 @@ resumed, and models with per-layer widths are scored like any other.
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from importlib import import_module
+from contextlib import redirect_stderr
 from typing import Any
 
 from pyprune.errors import PyPruneError
@@ -22,10 +25,12 @@ Scorer = Callable[[Sequence[tuple[str, str]], str], list[Likelihood]]
 
 
 def check_installed(name: str) -> None:
-    """Raises PyPruneError when lm-eval, which task ``name`` needs, is not installed."""
-    if find_spec("lm_eval") is None:
+    """Raises PyPruneError when lm-eval, which task ``name`` needs, or a package that it needs is not installed."""
+    try:
+        import_module("lm_eval.evaluator")
+    except ImportError as error:
         hint = "pip install 'pyprune[tasks]', or give a task file (.jsonl)."
-        raise PyPruneError("tasks", name, "is a task of lm-eval, which is not installed", hint)
+        raise PyPruneError("tasks", name, f"needs the package lm-eval, which does not load: {error}", hint) from None
 
 
 def stock_accuracies(score: Scorer, tasks: Sequence[Any], limit: int | None = None) -> list[Accuracy]:
@@ -42,10 +47,14 @@ def stock_accuracies(score: Scorer, tasks: Sequence[Any], limit: int | None = No
     import lm_eval
 
     try:
-        found = lm_eval.simple_evaluate(
-            model=_adapter(score), tasks=list(tasks), num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False,
-            verbosity=logging.ERROR,
-        )  # fmt: skip
+        # Its own bars and notes are left out; ours are shown. Standard errors of means need no bootstrap, but 0 would
+        # switch them off too.
+        shown = sys.stderr
+        with redirect_stderr(io.StringIO()):
+            found = lm_eval.simple_evaluate(
+                model=_adapter(score, shown), tasks=list(tasks), num_fewshot=0, limit=limit,
+                bootstrap_iters=1, log_samples=False, verbosity=logging.ERROR,
+            )  # fmt: skip
     except PyPruneError:
         raise
     except Exception as error:  # hub, network and builder errors are of many unrelated kinds
@@ -69,13 +78,14 @@ def _accuracy(name: str, result: dict[str, Any], count: int) -> Accuracy:
     return Accuracy(name, float(result["acc,none"]), acc_error, acc_norm, norm_error, count, "lm-eval")
 
 
-def _adapter(score: Scorer) -> Any:
-    """A model as lm-eval sees it."""
+def _adapter(score: Scorer, shown: Any) -> Any:
+    """A model as lm-eval sees it; ``shown`` is where scoring may draw its bar."""
     from lm_eval.api.model import LM
 
     class Adapter(LM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            found = score([r.args for r in requests], "tasks by lm-eval")
+            with redirect_stderr(shown):
+                found = score([r.args for r in requests], "tasks by lm-eval")
             return [(one.total, one.greedy) for one in found]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
