@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune import preflight
-from pyprune.config import EvaluationConfig, ModelConfig, ResultConfig, TaskConfig
+from pyprune.config import EvaluationConfig, ModelConfig, ResultConfig, SpeedConfig, TaskConfig
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.evaluation.footprint import footprint
 from pyprune.evaluation.loglikelihood import Likelihood, loglikelihoods
@@ -166,7 +166,7 @@ def _figures(recipe: EvaluationConfig, one: _Dense, tasks: Sequence[Task | str],
         windows, text = _windows(recipe.evaluation, one)
     speed = recipe.speed
     if speed.speed:
-        preflight.check_length("speed_prompt", speed.speed_prompt + speed.speed_tokens + 1, one.model)
+        _check_prompt(speed, one.model)
     measured = _measure(one.model, one, recipe.evaluation, windows, text, stages, "")
     said = measured["continuation"]
     accuracies = None if not tasks else _accuracies(recipe.tasks, one, tasks, stages)
@@ -186,6 +186,15 @@ def _figures(recipe: EvaluationConfig, one: _Dense, tasks: Sequence[Task | str],
         "footprint": size,
         "stages": [],
     }
+
+
+def _check_prompt(config: SpeedConfig, model: Any) -> None:
+    """The prompt and what is generated after it fit the model's positions."""
+    try:
+        preflight.check_length("speed_prompt", config.speed_prompt + config.speed_tokens, model)
+    except PyPruneError as error:
+        problem = f"with speed_tokens {config.speed_tokens} {error.problem}"
+        raise PyPruneError("speed_prompt", config.speed_prompt, problem, "Use smaller ones.") from None
 
 
 def _accuracies(config: TaskConfig, one: _Dense, tasks: Sequence[Task | str], stages: Stages) -> list[dict[str, Any]]:

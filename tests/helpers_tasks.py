@@ -24,6 +24,7 @@ def trained_tokenizer(bos: bool = False):
 @cache
 def _trained() -> str:
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -39,7 +40,8 @@ def _trained() -> str:
 
 def records(count: int = 40) -> list[dict[str, Any]]:
     """Questions made of the help topics' words: contexts with trailing spaces, an empty one, one that begins with the
-    BOS text, one too long for 256 positions; choices of one and of many tokens, equal ones, characters of several bytes."""
+    BOS text, one too long for 256 positions; choices of one and of many tokens, equal ones, characters of several
+    bytes."""
     from pydoc_data.topics import topics
 
     words = " ".join(topics[name] for name in sorted(topics)).split()

@@ -11,8 +11,8 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from contextlib import redirect_stderr
+from importlib import import_module
 from typing import Any
 
 from pyprune.errors import PyPruneError
@@ -45,7 +45,9 @@ def stock_accuracies(score: Scorer, tasks: Sequence[Any], limit: int | None = No
         PyPruneError: a task's data cannot be had, or it is not multiple choice.
     """
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
+    named = any(isinstance(t, str) for t in tasks)
     try:
         # Its own bars and notes are left out; ours are shown. Standard errors of means need no bootstrap, but 0 would
         # switch them off too.
@@ -54,6 +56,7 @@ def stock_accuracies(score: Scorer, tasks: Sequence[Any], limit: int | None = No
             found = lm_eval.simple_evaluate(
                 model=_adapter(score, shown), tasks=list(tasks), num_fewshot=0, limit=limit,
                 bootstrap_iters=1, log_samples=False, verbosity=logging.ERROR,
+                task_manager=TaskManager(include_defaults=named),
             )  # fmt: skip
     except PyPruneError:
         raise
