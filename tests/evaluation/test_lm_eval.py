@@ -9,6 +9,7 @@ import pytest
 from helpers_run import tiny_llama
 from helpers_tasks import records, trained_tokenizer, write_task
 
+import pyprune
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.loglikelihood import loglikelihoods
 from pyprune.evaluation.stock import stock_accuracies
@@ -62,6 +63,30 @@ def test_a_task_of_the_harness_is_scored_as_the_harness_scores_it(tmp_path: Path
     (ours,) = stock_accuracies(lambda pairs, _: loglikelihoods(model, tokenizer, pairs), [harness_task(records())])
     assert (ours.acc, ours.acc_norm) == (theirs["acc,none"], theirs["acc_norm,none"])
     assert (ours.acc_stderr, ours.questions, ours.source) == (theirs["acc_stderr,none"], 40, "lm-eval")
+
+
+def test_a_stock_name_is_scored_as_the_harness_scores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = tiny_llama(3, vocab_size=400, bos_token_id=0, eos_token_id=1), trained_tokenizer()
+    rows = [{"goal": r["context"], "sol1": r["choices"][0], "sol2": r["choices"][1], "label": i % 2}
+            for i, r in enumerate(records())]  # fmt: skip
+    held = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name in ("train", "validation")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: held)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=["piqa"], num_fewshot=0, limit=30,
+        bootstrap_iters=1, log_samples=False,
+    )["results"]["piqa"]  # fmt: skip
+    file = write_task(tmp_path / "quiz.jsonl", records()[:9])
+    found = pyprune.evaluate(
+        model, tokenizer=tokenizer, tasks=["piqa", file], limit=30, resume_file=tmp_path / "seen.jsonl"
+    )
+    ours, other = found["tasks"]
+    assert (ours["task"], ours["questions"], ours["source"]) == ("piqa", 30, "lm-eval")
+    assert (ours["acc"], ours["acc_norm"]) == (theirs["acc,none"], theirs["acc_norm,none"])
+    assert (other["task"], other["questions"], other["source"]) == ("quiz", 9, "file")
+    assert len((tmp_path / "seen.jsonl").read_text().splitlines()) > 60
 
 
 def test_the_limit_is_passed_on() -> None:
