@@ -65,6 +65,15 @@ def test_a_protocol_on_the_command_line_replaces_the_length_of_a_recipe(call, pl
     assert found["perplexity"]["length"] == found["recipe"]["eval_length"] == 128
 
 
+def test_prune_takes_the_protocol_too(call, place) -> None:
+    ended = call(
+        "prune", "model", "--criterion", "l2", "--ratio", "0.2", "--eval_text", "test.txt", "--eval_windows", "2",
+        "--protocol", "llm-pruner", "--json",
+    )  # fmt: skip
+    found = json.loads(ended.out)["perplexity"]
+    assert [(f["length"], f["name"]) for f in found.values()] == [(128, "llm-pruner")] * 2
+
+
 def test_accuracy_is_that_of_the_files_questions(call, place, task) -> None:
     ended = call("eval", "model", "--tasks", str(task), "--json")
     assert (ended.status, ended.err) == (0, "")
