@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyprune import ops
+    from pyprune.assess import evaluate
     from pyprune.checkpoint.load import load
     from pyprune.checkpoint.profiles import export
     from pyprune.checkpoint.save import save
@@ -33,6 +34,7 @@ __all__ = [
     "Scores",
     "apply",
     "discover",
+    "evaluate",
     "export",
     "load",
     "ops",
@@ -50,6 +52,7 @@ _HOME = {
     "Scores": "pyprune.importance.scores",
     "apply": "pyprune.surgery",
     "discover": "pyprune.discovery",
+    "evaluate": "pyprune.assess",
     "export": "pyprune.checkpoint.profiles",
     "load": "pyprune.checkpoint",
     "prune": "pyprune.pipeline",

@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 
 from pyprune import parsing
 from pyprune.errors import PyPruneError
+from pyprune.evaluation.protocols import DEFAULT_LENGTH, PROTOCOLS
 
 R = TypeVar("R", bound="Recipe")
 
 PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
 SEED_HELP = "Seed of whatever is drawn: crops, the criterion random, order of training data, adapters."
-TARGETS = ("ratio", "target_params")  # two ways to say the same thing: a flag for one overrides a file's other
+OUTPUT_HELP = "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval."
+# Ways to say the same thing: a flag for one overrides a file's other.
+SYNONYMS = (("ratio", "target_params"), ("protocol", "eval_length"))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -179,11 +182,64 @@ class EvalConfig(Stage):
 
     eval_text: Any = option(None, parsing.source(), "A file or a dataset name, as for calibration.")
     eval_text_field: str = option("text", parsing.text(), "Field of the evaluation records that holds the text.")
-    eval_length: int = option(1024, parsing.integer(2), "Tokens in each window.")
+    protocol: str | None = option(
+        None,
+        parsing.choice(*PROTOCOLS),
+        "Windows as publications cut them: of 128 tokens as in LLM-Pruner's code, or of 1024, 2048, 4096.",
+    )
+    eval_length: int = option(
+        None, parsing.integer(2), f"Tokens in each window; the protocol's, or {DEFAULT_LENGTH} without one."
+    )
     eval_windows: int | None = option(None, parsing.integer(1), "Score the first N windows only.")
     eval_batch_size: int = option(1, parsing.integer(1), "Windows in one forward pass.")
     prompt: str | None = option(None, parsing.text(), "Text that the model continues greedily, shown in the report.")
     prompt_tokens: int = option(32, parsing.integer(1), "Tokens generated after the prompt.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = DEFAULT_LENGTH if self.protocol is None else PROTOCOLS[self.protocol].length
+        if self.eval_length is None:
+            self.eval_length = length
+        elif self.protocol is not None and self.eval_length != length:
+            problem = f"contradicts protocol {self.protocol}, which has windows of {length} tokens"
+            raise PyPruneError("eval_length", self.eval_length, problem, "Give one of them.")
+
+
+@dataclass
+class TaskConfig(Stage):
+    """Multiple-choice questions."""
+
+    tasks: tuple[str, ...] | None = option(
+        None,
+        parsing.names(),
+        "Task files (.jsonl, .jsonl.gz: context, choices, label), or lm-eval's boolq, piqa, hellaswag, winogrande, "
+        "arc_easy, arc_challenge, openbookqa.",
+    )
+    limit: int | None = option(None, parsing.integer(1), "The first N questions of each task only.")
+    task_batch_size: int = option(8, parsing.integer(1), "Continuations in one forward pass.")
+    resume_file: str | None = option(
+        None, parsing.path(), "Keep log-likelihoods in this file as they come, and reuse those that are in it."
+    )
+
+
+@dataclass
+class SpeedConfig(Stage):
+    """Tokens a second, memory, multiply-accumulates."""
+
+    speed: bool = option(False, parsing.flag(), "Measure them.")
+    speed_prompt: int = option(128, parsing.integer(1), "Tokens of the prompt.")
+    speed_tokens: int = option(32, parsing.integer(1), "Tokens generated after the first.")
+    speed_batch_size: int = option(1, parsing.integer(1), "Prompts at once.")
+    speed_rounds: int = option(5, parsing.integer(1), "Measured runs of each model; the median counts.")
+
+
+@dataclass
+class ResultConfig(Stage):
+    """Beside which model, and where the figures go."""
+
+    compare: str | None = option(None, parsing.path(), "Measure this model too, and show ratios MODEL / this one.")
+    output: str | None = option(None, parsing.path(), OUTPUT_HELP)
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
 
 
 @dataclass
@@ -201,7 +257,7 @@ class ExportConfig(Stage):
     """For which programs, and where it goes."""
 
     profile: str = option("uniform", parsing.choice(*parsing.PROFILES), PROFILE_HELP)
-    output: str | None = option(None, parsing.path(), "Folder to write; with gguf a file that ends in .gguf.")
+    output: str | None = option(None, parsing.path(), OUTPUT_HELP)
     dtype: str = option("auto", parsing.choice(*parsing.DTYPES), "Type of the weights; auto keeps the checkpoint's.")
     overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
 
@@ -329,8 +385,9 @@ class Recipe:
                 raise PyPruneError(name, None, "is not an option", _nearest(name, known))
         file = {} if config is None else read_yaml(config)
         from_file = {k: v for k, v in file.items() if k in known and v is not None}
-        if any(name in given for name in TARGETS):
-            from_file = {k: v for k, v in from_file.items() if k not in TARGETS}
+        for names in SYNONYMS:
+            if any(name in given for name in names):
+                from_file = {k: v for k, v in from_file.items() if k not in names}
         merged = {**PRESETS.get(str(given.get("recipe", from_file.get("recipe"))), {}), **from_file, **given}
         merged = {k: v for k, v in merged.items() if k in known}
         try:
@@ -386,10 +443,13 @@ class ScoringConfig(Recipe):
 
 @dataclass
 class EvaluationConfig(Recipe):
-    """`eval`: perplexity of one model."""
+    """`eval`: how good, how fast and how large a model is."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    result: ResultConfig = field(default_factory=ResultConfig)
 
 
 @dataclass

@@ -230,6 +230,19 @@ def layers() -> Parser:
     return Parser(convert, "layer indices", "LAYERS", plain=lambda v: list(v) if isinstance(v, tuple) else v)
 
 
+def names() -> Parser:
+    """Names or files: a list, or text with commas."""
+
+    def convert(value: Any) -> tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else [os.fspath(v) for v in value]
+        found = tuple(os.path.expanduser(_string(part.strip())) for part in parts)
+        if not found:
+            raise ValueError
+        return found
+
+    return Parser(convert, "names or files", "NAME,...", "Separate them by commas.", plain=list)
+
+
 def by_role(option: str, check: Callable[[str, Any, str], Any], alone: bool) -> Parser:
     """Role -> number: a mapping, or text such as ``kv_heads=0.5,ffn=5504``; one number for all roles where ``alone``.
 

@@ -24,7 +24,6 @@ from pyprune.config import (
     CalibrationConfig,
     CompensateConfig,
     EvalConfig,
-    EvaluationConfig,
     InspectConfig,
     ModelConfig,
     PruneConfig,
@@ -36,6 +35,7 @@ from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation
 from pyprune.evaluation.perplexity import perplexity, read_windows
+from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration, load_calibration
 from pyprune.importance.scores import Scores
@@ -229,29 +229,6 @@ def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None)
     return groups, scores
 
 
-def evaluate(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
-    """Figures of one model, JSON-serialisable: parameters, bytes of weights, perplexity, continuation, stages."""
-    if recipe.evaluation.eval_text is None and recipe.evaluation.prompt is None:
-        raise PyPruneError("eval_text", None, "there is nothing to measure on", "Give eval_text, or a prompt.")
-    stages = Stages()
-    dense = _open(recipe.model, stages, model, tokenizer)
-    with stages("read text"):
-        windows, text = _windows(recipe.evaluation, dense)
-    found = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, "")
-    said = found["continuation"]
-    return {
-        "model": dense.name,
-        "model_class": type(dense.model).__name__,
-        "parameters": sum(p.numel() for p in dense.model.parameters()),
-        "weights_bytes": dense.weights_bytes,
-        "perplexity": found["perplexity"],
-        "continuation": None if said is None else {"prompt": recipe.evaluation.prompt, "text": said},
-        "stages": stages.to_list(),
-        "recipe": recipe.to_dict(),
-        "versions": versions(),
-    }
-
-
 def _groups(model: Any) -> Groups:
     """The model's groups. Surgery carries position-dependent slopes (ALiBi) over to the heads that stay."""
     return discover(model).thaw(("kv_heads", "query_heads"))
@@ -296,6 +273,7 @@ def _windows(config: EvalConfig, dense: _Dense) -> tuple[Tensor | None, str]:
     return read_windows(
         config.eval_text, dense.tokenizer, length=config.eval_length, windows=config.eval_windows,
         field=config.eval_text_field,
+        special_tokens=config.protocol is not None and PROTOCOLS[config.protocol].special_tokens,
     )  # fmt: skip
 
 
@@ -336,7 +314,10 @@ def _measure(
     out: dict[str, Any] = {"perplexity": None, "continuation": None}
     if windows is not None:
         with stages("perplexity" + when, bar=False):
-            found = perplexity(model, windows, text=text, batch_size=config.eval_batch_size, label="perplexity" + when)
+            found = perplexity(
+                model, windows, text=text, batch_size=config.eval_batch_size, label="perplexity" + when,
+                protocol=config.protocol,
+            )  # fmt: skip
         out["perplexity"] = found.to_dict()
     if config.prompt is not None:
         with stages("generate" + when):

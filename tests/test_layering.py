@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 LAYERS = [
     {"cli", "__main__"},
     {"bench"},
-    {"pipeline", "recover_pipeline", "recover_preflight", "schedule", "preflight"},
+    {"pipeline", "recover_pipeline", "recover_preflight", "schedule", "preflight", "assess"},
     {"config", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},

@@ -11,7 +11,7 @@ import torch
 from helpers_run import byte_tokenizer, tiny_llama, write_model, write_text
 
 import pyprune
-from pyprune import pipeline
+from pyprune import assess, pipeline
 from pyprune.config import EvaluationConfig, InspectConfig, PruneConfig, ScoringConfig, SelectConfig
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
@@ -198,7 +198,7 @@ def test_saved_and_reported(tmp_path: Path) -> None:
 
 def test_evaluation_text_may_be_token_ids() -> None:
     recipe = EvaluationConfig.build({"eval_text": tokens(8, 64), "eval_length": 64})
-    result = pipeline.evaluate(recipe, tiny_llama())
+    result = assess.run(recipe, tiny_llama())
     assert result["perplexity"]["windows"] == 8 and result["perplexity"]["text"] == "token ids"
     json.dumps(result)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 PIECE_BYTES = 64 * 2**20  # float32 logits of one piece
 
 
-def logit_pieces(model: nn.Module, ids: Tensor, split: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of ``ids``, piece by piece along the sequence.
+def logit_pieces(model: nn.Module, ids: Tensor, split: bool, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of ``ids`` from position ``start`` on, piece by piece along the sequence.
 
     Args:
         model: a causal LM in eval mode.
@@ -24,14 +24,14 @@ def logit_pieces(model: nn.Module, ids: Tensor, split: bool) -> Iterator[tuple[s
         (positions, logits [batch, positions, vocabulary] in the model's dtype).
     """
     if not split:
-        yield slice(0, ids.shape[1]), _logits(model(input_ids=ids, use_cache=False))
+        yield slice(start, ids.shape[1]), _logits(model(input_ids=ids, use_cache=False))[:, start:]
         return
     decoder = model.get_decoder()  # type: ignore[operator]
     out = decoder(input_ids=ids, use_cache=False)
     hidden = out[0]
     rows = max(1, PIECE_BYTES // (4 * ids.shape[0] * _vocabulary(model)))
-    for start in range(0, ids.shape[1], rows):
-        at = slice(start, min(start + rows, ids.shape[1]))
+    for first in range(start, ids.shape[1], rows):
+        at = slice(first, min(first + rows, ids.shape[1]))
         with _decoder_returning(decoder, _with_hidden(out, hidden[:, at])):
             yield at, _logits(model(input_ids=ids[:, at], use_cache=False))
 

@@ -1,7 +1,7 @@
 """Perplexity with its protocol.
 
-The text is tokenised once, without special tokens, and cut into non-overlapping windows of ``length`` tokens. In each
-window tokens 2..n are scored given those before them in the same window:
+The text is tokenised once and cut into non-overlapping windows of ``length`` tokens. In each window tokens 2..n are
+scored given those before them in the same window:
 
     perplexity = exp( -1/N * sum over windows, sum_{t=2..n} log p(x_t | x_1 .. x_{t-1}) ),   N = windows * (length - 1)
 
@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
+from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.importance.sources import check_tokens, read_tokens
 from pyprune.progress import track
 
@@ -37,6 +38,8 @@ class Perplexity:
         length: tokens in a window.
         text: name of the text.
         dtype: type of the weights that were run.
+        special_tokens: whether the text was tokenised with the tokenizer's special tokens.
+        name: the named protocol that was asked for, if one was.
     """
 
     perplexity: float
@@ -46,12 +49,16 @@ class Perplexity:
     length: int
     text: str
     dtype: str
+    special_tokens: bool = False
+    name: str | None = None
 
     @property
     def protocol(self) -> str:
+        special = "the tokenizer's special tokens" if self.special_tokens else "no special tokens"
+        named = f", protocol {self.name}" if self.name else ""
         return (
-            f"{self.text}: {self.windows} windows of {self.length} tokens, no overlap, no special tokens, "
-            f"tokens 2..{self.length} scored ({self.tokens:,}), {self.dtype}"
+            f"{self.text}: {self.windows} windows of {self.length} tokens, no overlap, {special}, "
+            f"tokens 2..{self.length} scored ({self.tokens:,}), {self.dtype}{named}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,29 +96,33 @@ def cut_windows(tokens: Tensor, length: int, windows: int | None = None, text: s
 
 
 def read_windows(
-    source: Any, tokenizer: Any = None, *, length: int, windows: int | None = None, field: str = "text"
-) -> tuple[Tensor, str]:
+    source: Any, tokenizer: Any = None, *, length: int, windows: int | None = None, field: str = "text",
+    special_tokens: bool = False,
+) -> tuple[Tensor, str]:  # fmt: skip
     """Windows [windows, length] of a text, and its name.
 
     Args:
         source: a file or dataset name as for calibration, read in its own order and tokenised once; or token ids.
         tokenizer: needed for text.
         field: field of the records that holds the text.
+        special_tokens: tokenise with the tokenizer's own special tokens; token ids stay as they are.
 
     Raises:
         PyPruneError: the source cannot be read or is too short.
     """
     if isinstance(source, str):
         name = os.path.basename(source) or source
-        return cut_windows(read_tokens(source, tokenizer, field, "eval_text"), length, windows, name), name
+        stream = read_tokens(source, tokenizer, field, "eval_text", special_tokens)
+        return cut_windows(stream, length, windows, name), name
     tokens = check_tokens(torch.as_tensor(source), "token ids", "eval_text")
     return cut_windows(tokens, length, windows, "token ids"), "token ids"
 
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, windows: Tensor, *, text: str = "text", batch_size: int = 1, label: str = "perplexity"
-) -> Perplexity:
+    model: nn.Module, windows: Tensor, *, text: str = "text", batch_size: int = 1, label: str = "perplexity",
+    protocol: str | None = None,
+) -> Perplexity:  # fmt: skip
     """Perplexity of ``model`` on windows of tokens.
 
     Logits exist for a piece of the sequence at a time (64 MiB in float32) where the model's head can be run on pieces.
@@ -123,6 +134,7 @@ def perplexity(
         text: name of the text, for the protocol.
         batch_size: windows in one forward pass.
         label: what the progress bar says.
+        protocol: name of the protocol that made the windows, one of :data:`PROTOCOLS`.
     """
     weight = next(model.parameters())
     training = model.training
@@ -146,6 +158,8 @@ def perplexity(
         length=windows.shape[1],
         text=text,
         dtype=str(weight.dtype).removeprefix("torch."),
+        special_tokens=protocol is not None and PROTOCOLS[protocol].special_tokens,
+        name=protocol,
     )
 
 

@@ -114,24 +114,28 @@ def check_tokens(tokens: Tensor, source: str, option: str = "calibration") -> Te
     return tokens.to(torch.int64)
 
 
-def read_tokens(source: str, tokenizer: Any = None, field: str = "text", option: str = "calibration") -> Tensor:
+def read_tokens(
+    source: str, tokenizer: Any = None, field: str = "text", option: str = "calibration", special_tokens: bool = False
+) -> Tensor:
     """A whole source as one token stream, int64 [tokens]: what perplexity is measured on.
 
-    Records are joined by blank lines in their order, and tokenised once, without special tokens.
+    Records are joined by blank lines in their order, and tokenised once, with ``special_tokens`` by the tokenizer's own
+    rule for them, else without any.
 
     Raises:
         PyPruneError: the source cannot be read, or there is no tokenizer for text.
     """
     if kind_of(source, option) == "tokens":
         return read_token_file(source, option).reshape(-1)
-    return encode(tokenizer, "\n\n".join(read_documents(source, field, None, option)), source, option)
+    text = "\n\n".join(read_documents(source, field, None, option))
+    return encode(tokenizer, text, source, option, special_tokens)
 
 
-def encode(tokenizer: Any, text: str, source: str, option: str = "calibration") -> Tensor:
-    """Int64 token ids [tokens] of a text, without special tokens."""
+def encode(tokenizer: Any, text: str, source: str, option: str = "calibration", special_tokens: bool = False) -> Tensor:
+    """Int64 token ids [tokens] of a text, with or without the tokenizer's special tokens."""
     if tokenizer is None:
         raise PyPruneError(option, source, "is text, and there is no tokenizer", "Give tokenizer=, or token ids.")
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64).reshape(-1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.text import Text
 from pyprune.discovery.groups import Group, Groups
 from pyprune.importance.scores import Scores
 from pyprune.report.data import Report
+from pyprune.report.units import perplexity as shown_perplexity
 from pyprune.report.units import seconds, size, spans
 
 MEMBERS = 4  # shown of each group; JSON has all
@@ -27,26 +27,6 @@ def report_tables(report: Report) -> list[RenderableType]:
     if report.output_dir is not None:
         parts.append(Text(f"saved in {report.output_dir}"))
     return parts
-
-
-def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """The figures of one model, as ``pyprune eval`` gives them."""
-    table = Table(title=Text(f"{result['model']} ({result['model_class']})"), title_justify="left", show_header=False)
-    table.add_column("")
-    table.add_column("", overflow="fold")
-    table.add_row("parameters", f"{result['parameters']:,}")
-    table.add_row("size on disk", size(result["weights_bytes"]))
-    found = result["perplexity"]
-    if found is not None:
-        table.add_row("perplexity", _perplexity(found["perplexity"]))
-        table.add_row("measured on", Text(found["protocol"]))
-    said = result["continuation"]
-    if said is not None:
-        table.add_row("prompt", Text(said["prompt"]))
-        table.add_row("continuation", Text(said["text"]))
-    for stage in result["stages"]:
-        table.add_row(stage["name"], f"{seconds(stage['seconds'])}, peak memory {size(stage['peak_memory'])}")
-    return table
 
 
 def group_tables(groups: Groups, model: str) -> list[RenderableType]:
@@ -114,7 +94,7 @@ def _before_after(report: Report) -> Table:
         table.add_row(label, size(before), size(after), _change(before, after))
     if report.perplexity:
         a, b = (report.perplexity[k]["nll"] for k in ("before", "after"))
-        shown = (_perplexity(report.perplexity[k]["perplexity"]) for k in ("before", "after"))
+        shown = (shown_perplexity(report.perplexity[k]["perplexity"]) for k in ("before", "after"))
         table.add_row("perplexity", *shown, f"{b - a:+.3f} nats")
         table.caption, table.caption_justify = Text(report.perplexity["before"]["protocol"]), "left"
     return table
@@ -143,10 +123,6 @@ def _continuations(said: Mapping[str, str]) -> Table:
     for name in ("prompt", "before", "after"):
         table.add_row(name, Text(said[name]))
     return table
-
-
-def _perplexity(value: float | None) -> str:
-    return "overflow" if value is None else f"{value:.2f}"
 
 
 def _change(before: int, after: int) -> str:

@@ -22,6 +22,20 @@ def seconds(duration: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def perplexity(value: float | None) -> str:
+    """12.345 -> "12.35"; None is one that overflows."""
+    return "overflow" if value is None else f"{value:.2f}"
+
+
+def count(number: float) -> str:
+    """Large counts in decimal units: 1.345e8 -> "134.5 M"."""
+    for unit in ("", " k", " M"):
+        if number < 1000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.2f} G"
+
+
 def spans(indices: Iterable[int]) -> str:
     """Ascending indices: (4, 5, 6, 9) -> "4-6,9"."""
     out: list[list[int]] = []

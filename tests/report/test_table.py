@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pyprune.discovery import discover
 from pyprune.report import Report, evaluation_table, group_tables, report_tables
-from pyprune.report.units import seconds, size, spans
+from pyprune.report.units import count, seconds, size, spans
 
 
 def stage(name: str, peak: int, gpu: int | None = None) -> dict:
@@ -147,3 +147,8 @@ def test_durations(value: float, shown: str) -> None:
 def test_spans() -> None:
     assert spans([0]) == "0"
     assert spans([4, 5, 6, 9]) == "4-6,9"
+
+
+def test_counts() -> None:
+    shown = [count(n) for n in (512, 319_680, 134_500_000, 6.7e9)]
+    assert shown == ["512", "319.7 k", "134.5 M", "6.70 G"]
