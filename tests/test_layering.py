@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 LAYERS = [
     {"cli", "__main__"},
     {"bench"},
-    {"pipeline", "schedule", "preflight"},
+    {"pipeline"},
+    {"streaming"},
+    {"schedule", "preflight"},
     {"config", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"surgery"},

@@ -186,7 +186,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def _dtype(asked: str, config: Any, stored: dict[str, tuple[Any, ...]]) -> torch.dtype:
     """As transformers decides for ``dtype="auto"``: what the configuration says, else the first stored weight's."""
     if asked != "auto":
-        return getattr(torch, asked)  # type: ignore[no-any-return]
+        return getattr(torch, asked)
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next((_FLOATS[kind] for _, kind in stored.values() if kind in _FLOATS), torch.float32)
@@ -203,7 +203,9 @@ def _refuse_mixed(model: Any, dtype: torch.dtype, folder: Path) -> None:
     usual = getattr(model, "_keep_in_fp32_modules", None) or ()
     kept = [*strict, *(usual if dtype == torch.float16 else ())] if dtype in (torch.float16, torch.bfloat16) else []
     if kept:
-        problem = f"{type(model).__name__} keeps {sorted(kept)[0]} in float32 beside {str(dtype).removeprefix('torch.')}"
+        problem = (
+            f"{type(model).__name__} keeps {sorted(kept)[0]} in float32 beside {str(dtype).removeprefix('torch.')}"
+        )
         raise PyPruneError("stream", str(folder), problem, "Give dtype float32, or prune it in memory, without stream.")
 
 
@@ -241,7 +243,7 @@ def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str, bool]]]:
     out: dict[str, list[tuple[nn.Module, str, bool]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         held = [*((n, p, True) for n, p in module._parameters.items())]
-        held += [(n, b, False) for n, b in module._buffers.items()]  # type: ignore[misc]
+        held += [(n, b, False) for n, b in module._buffers.items()]
         for last, tensor, parameter in held:
             if tensor is not None:
                 out.setdefault(first[f"{path}.{last}" if path else last], []).append((module, last, parameter))

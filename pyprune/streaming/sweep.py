@@ -157,8 +157,8 @@ class DiskSweep(Sweep):
                     self._backward(i, steps, bar)
             else:
                 bar.advance(len(steps))
-            if not self.keep_streams:
-                self.space.drop(*([f"streams/{i + 1:04d}"] if i + 1 < n or not self.layout.outer else []))
+            if not self.keep_streams and (i + 1 < n or not self.layout.outer):
+                self.space.drop(f"streams/{i + 1:04d}")
             self.space.drop(f"ups/{i + 1:04d}")
             trim_heap(self.disk.device)
         if self.layout.outer and not self.space.has("sums/outer"):
@@ -299,15 +299,15 @@ def sweep_scales(
         except NotFinite as bad:
             if bad.parameter is None or scale == scales[-1]:
                 raise
-            space.note(f"overflow/{k}")
             space.forget("head")
             space.drop("ups", "sums", "losses")
+            space.note(f"overflow/{k}")
     raise NotFinite
 
 
 @contextmanager
 def _no_embedding(model: Any) -> Iterator[None]:
-    """Within it the embedding gives zeros: nothing but their shape enters what is computed, and its table stays away."""
+    """Within it the embedding gives zeros, whose shape alone enters what is computed; its table stays on disk."""
     table = model.get_input_embeddings()
     if table is None:
         yield
@@ -322,4 +322,3 @@ def _no_embedding(model: Any) -> Iterator[None]:
         yield
     finally:
         del table.forward
-

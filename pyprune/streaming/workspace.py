@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,12 +70,7 @@ class Workspace:
         target = self.file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = target.with_suffix(".partial")
-        try:
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, work, metadata=metadata)
-        except SafetensorError as error:  # a full disk, said in its own way
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise OSError(28, "No space left on device", str(work)) from error
-            raise
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, work, metadata=metadata)
         put(work, target)
 
     def load(self, name: str) -> dict[str, Tensor]:
