@@ -10,17 +10,12 @@ import pytest
 import torch
 from helpers_run import pyprune as command
 from helpers_run import tiny_llama
+from helpers_streaming import contents
 
 import pyprune
 from pyprune.errors import PyPruneError
 from pyprune.streaming import run
 from pyprune.streaming.workspace import Workspace, workspace_path
-
-OWN = {"pyprune_report.json", "pyprune_recipe.yaml", "README.md"}  # say which way was taken, and how long it took
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in OWN}
 
 
 def both(model: Path, where: Path, **options):
@@ -60,7 +55,8 @@ def test_other_families_give_the_same_bytes(tmp_path, kind) -> None:
     sizes = {
         "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "ffn_dim": 48, "n_layer": 2, "num_hidden_layers": 2,
         "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 101,
-        "word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
     }  # fmt: skip
     known = AutoConfig.for_model(kind)
     torch.manual_seed(0)
@@ -195,7 +191,7 @@ def test_a_full_disk_is_said_in_one_line_and_finished_work_is_kept(sharded, tmp_
 
     options = {"ratio": 0.3, "criterion": "l2", "stream": True, "output_dir": str(out)}
     monkeypatch.setattr(Workspace, "save", full)
-    with pytest.raises(PyPruneError, match="disk is full.*finished layers are kept") as error:
+    with pytest.raises(PyPruneError, match=r"disk is full.*finished layers are kept") as error:
         pyprune.prune(str(sharded), **options)
     assert error.value.option == "output_dir" and not out.exists()
     assert (workspace_path(out) / "sums" / "000008.safetensors").is_file()
