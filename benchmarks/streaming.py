@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -33,8 +34,8 @@ VOCABULARY = 32_000
 SHARD = "1GB"
 
 
-def write_model(folder: Path, size: str) -> int:
-    """A random Llama, a shard in memory at a time; returns the bytes of its weights."""
+def write_model(folder: Path, size: str) -> None:
+    """A random Llama, a shard in memory at a time."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +60,6 @@ def write_model(folder: Path, size: str) -> int:
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 def prune(folder: Path, output: Path, ids: Path, arguments: argparse.Namespace) -> tuple[int, int, float]:
@@ -87,7 +87,13 @@ def main() -> int:
 
     work = Path(tempfile.mkdtemp(prefix="pyprune-streaming-", dir=arguments.scratch))
     try:
-        size = write_model(work / "model", arguments.parameters)
+        # In a process of its own: a child's high-water mark begins at its parent's size, which must stay small.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(work / "model", arguments.parameters)
+        )
+        writer.start()
+        writer.join()
+        size = sum(f.stat().st_size for f in (work / "model").glob("*.safetensors"))
         ids = work / "ids.npy"
         shape = (arguments.samples, arguments.length)
         np.save(ids, np.random.default_rng(0).integers(0, VOCABULARY, shape))

@@ -103,7 +103,7 @@ def test_sigkill_at_random_moments_and_a_rerun_give_the_same_bytes(sharded, text
 def test_an_interrupt_behind_any_file_and_a_rerun_give_the_same_bytes(sharded, text, tmp_path, monkeypatch) -> None:
     total = written_by(options(sharded, text, tmp_path / "whole", roles=["hidden"], round_to=8), monkeypatch)
     expected = contents(tmp_path / "whole")
-    for after in range(1, total, 9):
+    for after in range(1, total, 13):
         given = options(sharded, text, tmp_path / f"out{after}", roles=["hidden"], round_to=8)
         stopped(given, after, monkeypatch)
         left = written_by(given, monkeypatch)
