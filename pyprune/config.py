@@ -253,6 +253,15 @@ class SaveConfig(Stage):
 
 
 @dataclass
+class StreamConfig(Stage):
+    """For models that are larger than memory."""
+
+    stream: bool = option(
+        False, parsing.flag(), "Work from disk to disk, one decoder layer in memory; a killed run is resumed."
+    )
+
+
+@dataclass
 class ExportConfig(Stage):
     """For which programs, and where it goes."""
 
@@ -421,6 +430,7 @@ class PruneConfig(Recipe):
     compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    streaming: StreamConfig = field(default_factory=StreamConfig)
 
 
 @dataclass

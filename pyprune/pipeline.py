@@ -47,6 +47,7 @@ from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.select import select
+from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import apply
 from pyprune.surgery.rebuild import rebuild
 from pyprune.surgery.skeleton import is_stock
@@ -57,7 +58,7 @@ class PruneResult:
     """What :func:`prune` gives.
 
     Attributes:
-        model: the smaller model, of the same class.
+        model: the smaller model, of the same class; None with ``stream``, which leaves it on disk.
         tokenizer: as given or opened; None without one.
         groups: what is coupled in the dense model.
         scores: of the dense model, for the roles and layers that could be cut.
@@ -119,6 +120,8 @@ def prune(
 
 def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
     """:func:`prune` with its options gathered in a recipe."""
+    if recipe.streaming.stream:
+        return PruneResult(None, *prune_from_disk(recipe, model, tokenizer), recipe)
     preflight.check_request(recipe)
     stages = Stages()
     dense = _open(recipe.model, stages, model, tokenizer)

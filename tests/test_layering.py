@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 LAYERS = [
     {"cli", "__main__"},
     {"bench"},
-    {"pipeline", "recover_pipeline", "recover_preflight", "schedule", "preflight", "assess"},
+    {"pipeline", "recover_pipeline", "assess"},
+    {"streaming"},
+    {"recover_preflight", "schedule", "preflight"},
     {"config", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},

@@ -78,7 +78,7 @@ def full_disk_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _disk_full(error):
+        if disk_full(error):
             raise PyPruneError(
                 "folder", str(path), "the disk is full; nothing was written", "Free some space and save again."
             ) from error
@@ -127,7 +127,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an exception says that the disk is full."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
     return isinstance(error, Exception) and "no space left on device" in str(error).lower()

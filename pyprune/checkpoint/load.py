@@ -68,17 +68,17 @@ def open_model(
     """
     path = Path(model_name_or_path).expanduser()
     if path.is_dir():
-        return _from_folder(path, dtype, device, trust_remote_code), _tokenizer(str(path), trust_remote_code, path)
+        return _from_folder(path, dtype, device, trust_remote_code), open_tokenizer(str(path), trust_remote_code, path)
     if path.suffix == ".gguf" and path.is_file():
         options = {"gguf_file": path.name}
         model = _from_pretrained(str(path.parent), dtype, device, trust_remote_code, **options)
-        return model, _tokenizer(str(path.parent), trust_remote_code, None, **options)
+        return model, open_tokenizer(str(path.parent), trust_remote_code, None, **options)
     name = str(model_name_or_path)
     if path.exists() or looks_like_a_path(name):
         raise PyPruneError(OPTION, name, "is not a folder with a checkpoint" if path.exists() else "does not exist")
     where = {} if revision is None else {"revision": revision}
     model = _from_pretrained(name, dtype, device, trust_remote_code, **where)
-    return model, _tokenizer(name, trust_remote_code, None, **where)
+    return model, open_tokenizer(name, trust_remote_code, None, **where)
 
 
 def _from_folder(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -> Any:
@@ -227,7 +227,12 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / f).is_file() for f in _TOKENIZER_FILES)
 
 
-def _tokenizer(name: str, trust_remote_code: bool, folder: Path | None, **options: Any) -> Any:
+def open_tokenizer(name: str, trust_remote_code: bool, folder: Path | None, **options: Any) -> Any:
+    """The tokenizer of ``name``; None where there is none. ``folder`` is the same when it is a local one.
+
+    Raises:
+        PyPruneError: there is one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
     if folder is not None and not has_tokenizer(folder):

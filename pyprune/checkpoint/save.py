@@ -13,6 +13,7 @@ import yaml
 
 from pyprune.checkpoint.atomic import check_space, check_target, complete_folder
 from pyprune.checkpoint.card import model_card
+from pyprune.checkpoint.files import SINGLE
 from pyprune.checkpoint.quiet import quiet
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
@@ -39,6 +40,7 @@ def save(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     finish: Callable[[Path], None] | None = None,
+    weights: Callable[[Any, Path], None] | None = None,
 ) -> Path:
     """Writes ``model`` as safetensors with ``config.json``, generation settings, tokenizer and a model card.
 
@@ -57,6 +59,8 @@ def save(
         overwrite: replace an existing folder once the new one is complete.
         max_shard_size: larger models are split into files of at most this size (``"5GB"`` or bytes).
         finish: called with the temporary folder when it is complete, before it takes its name.
+        weights: called with the model as it is written and the temporary folder, to write the weight files into it in
+            place of the model's own tensors, which may be on the meta device then. Room on the disk is its affair.
 
     Returns:
         The folder's absolute path.
@@ -66,18 +70,24 @@ def save(
             not in memory, or no configuration describes it.
     """
     path = check_target(folder, overwrite)
-    size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-    if any(p.is_meta for p in model.parameters()):
-        raise PyPruneError(
-            "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
-        )
-    check_space(path, size + OTHER_FILES)
+    if weights is None:
+        size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+        if any(p.is_meta for p in model.parameters()):
+            raise PyPruneError(
+                "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
+            )
+        check_space(path, size + OTHER_FILES)
     if gguf.drop_marks(model):
         warnings.warn("The model came from a GGUF file; it is saved in full precision.", stacklevel=2)
     written = _writable(model)
     details = report.to_dict() if hasattr(report, "to_dict") else report
     with complete_folder(path, overwrite) as work, quiet():
-        written.save_pretrained(work, max_shard_size=max_shard_size)
+        if weights is None:
+            written.save_pretrained(work, max_shard_size=max_shard_size)
+        else:
+            written.save_pretrained(work, state_dict={})  # configuration, generation settings, modelling code
+            (work / SINGLE).unlink(missing_ok=True)
+            weights(written, work)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         write_records(work, plan, details, recipe)

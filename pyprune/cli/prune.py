@@ -34,6 +34,9 @@ Examples:
   For llama.cpp: only widths that a GGUF file holds, and smaller/model.gguf at the end:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --profile gguf --output_dir smaller
 
+  A model larger than memory, from a local folder; started again after a kill, it goes on where it was:
+    pyprune prune FOLDER --stream --ratio 0.2 --calibration train.txt --output_dir smaller
+
   From a recipe, with one option changed, and the report as JSON:
     pyprune prune MODEL --config recipe.yaml --ratio 0.3 --output_dir smaller30 --json
 """

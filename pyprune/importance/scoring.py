@@ -175,14 +175,8 @@ def _calibration(batches: Any, spec: Criterion) -> Calibration:
 
 def _scored_parameters(model: nn.Module, groups: Groups, chosen: list[Group]) -> dict[str, nn.Parameter]:
     """Name -> parameter for every tensor that the chosen groups score, in model order; tied ones once."""
-    wanted = {m.tensor for g in chosen for m in scored_members(g)}
-    prefixes = tuple(module + "." for g in chosen for module in g.modules)
-    if prefixes:
-        wanted |= {name for name in groups.parameters if name.startswith(prefixes)}
     out: dict[str, nn.Parameter] = {}
-    for name in groups.shapes:
-        if name not in wanted:
-            continue
+    for name in scored_names(groups, chosen):
         try:
             p = model.get_parameter(name)
         except AttributeError:
@@ -201,17 +195,30 @@ def _scored_parameters(model: nn.Module, groups: Groups, chosen: list[Group]) ->
         if p.is_meta:
             raise PyPruneError("model", name, "is on the meta device", "Load the weights first.")
         out[name] = p
-    missing = wanted - set(out)
+    return out
+
+
+def scored_names(groups: Groups, chosen: list[Group]) -> list[str]:
+    """First names of every tensor that the chosen groups score, in model order.
+
+    Raises:
+        PyPruneError: the groups do not know a tensor's shape.
+    """
+    wanted = {m.tensor for g in chosen for m in scored_members(g)}
+    prefixes = tuple(module + "." for g in chosen for module in g.modules)
+    if prefixes:
+        wanted |= {name for name in groups.parameters if name.startswith(prefixes)}
+    missing = wanted - groups.shapes.keys()
     if missing:
         raise PyPruneError("groups", sorted(missing)[0], "has no shape in the groups", "Discover the groups again.")
-    return out
+    return [name for name in groups.shapes if name in wanted]
 
 
 def _from_weights(spec: Criterion, parameters: Mapping[str, nn.Parameter]) -> Sums:
     rows, cols = spec.sums([p.detach() for p in parameters.values()], None, None)
     for name, r in zip(parameters, rows, strict=True):
         if not r.isfinite().all():
-            raise _not_finite(name, parameters)
+            raise not_finite(name, parameters)
     return dict(zip(parameters, zip(rows, cols, strict=True), strict=True))
 
 
@@ -241,7 +248,7 @@ def _from_calibration(
     device = next(model.parameters()).device
     scales = FLOAT16_SCALES if any(p.dtype == torch.float16 for p in parameters.values()) else (1.0,)
     budget = activation_budget(activation_memory, model, device)
-    with _scoring_state(model, parameters), ExitStack() as stack:
+    with scoring_state(model, parameters), ExitStack() as stack:
         forward, layout = Forward(model), None
         taps = None if route == "gradients" or spec.formula is None else Taps(parameters, spec)
         if taps is not None:
@@ -281,7 +288,7 @@ def _from_calibration(
                 except NotFinite as bad:
                     if bad.parameter is not None and scale != scales[-1]:
                         continue
-                    raise _not_finite(bad.parameter, dict(model.named_parameters())) from None
+                    raise not_finite(bad.parameter, dict(model.named_parameters())) from None
             break
     details["loss"] = float(losses.double().mean())
     if scales != (1.0,):
@@ -342,10 +349,10 @@ def _parts(steps: list[Step], tokens: int) -> list[list[Step]]:
 def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
     for name, p in parameters.items():
         if not bool(torch.linalg.vector_norm(p.detach(), math.inf).isfinite()):
-            raise _not_finite(name, parameters)
+            raise not_finite(name, parameters)
 
 
-def _not_finite(where: str | None, parameters: Mapping[str, nn.Parameter]) -> PyPruneError:
+def not_finite(where: str | None, parameters: Mapping[str, nn.Parameter]) -> PyPruneError:
     """The error for NaN or infinity: a weight that holds it, else the gradient ``where``, else the loss."""
     for name, p in parameters.items():
         if not bool(p.detach().isfinite().all()):
@@ -357,7 +364,7 @@ def _not_finite(where: str | None, parameters: Mapping[str, nn.Parameter]) -> Py
 
 
 @contextmanager
-def _scoring_state(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def scoring_state(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, gradients for the scored parameters only; everything back as it was afterwards."""
     training = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]

@@ -52,7 +52,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
     new = rebuilt.model
     for groups, how in ((rebuilt.resized, "modules are resized"), (rebuilt.narrowed, "layers become narrow")):
         if groups:
-            warnings.warn(_notice(groups, type(model.config).__name__, how), stacklevel=2)
+            warnings.warn(notice(groups, type(model.config).__name__, how), stacklevel=2)
 
     expected = masked_logits(model, plan, restore=copy) if verify and plan.cuts and checkable(model, plan) else None
     dtype = model.dtype
@@ -63,13 +63,14 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         path, _, last = name.rpartition(".")
         module = new.get_submodule(path)
         module._buffers[last] = torch.from_numpy(positions.copy()).to(next(module.parameters()).device)
-    _carry(model, new, rebuilt.names.old)
+    carry(model, new, rebuilt.names.old)
     if expected is not None:
         compare(expected, new, dtype)
     return new
 
 
-def _notice(groups: tuple[str, ...], config: str, how: str) -> str:
+def notice(groups: tuple[str, ...], config: str, how: str) -> str:
+    """What a user should know of groups that no configuration expresses."""
     shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
     return f"No {config} expresses the cuts of {shown}: their {how}, for pyprune.load only."
 
@@ -122,7 +123,7 @@ def _check_plan(plan: Plan, tensors: Tensors) -> None:
                 )
 
 
-def _carry(old: Any, new: Any, old_name: Any) -> None:
+def carry(old: Any, new: Any, old_name: Any) -> None:
     """What is neither weights nor configuration: modes, generation settings, checkpointing."""
     for path, module in new.named_modules():
         source = old.get_submodule(old_name(path))

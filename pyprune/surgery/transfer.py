@@ -85,10 +85,10 @@ def _made(sources: Mapping[str, list[Place]], firsts: list[str], kept: Kept, cop
     held = {f: _get(sources[f][0]) for f in firsts}
     cut = [f for f in firsts if f in kept]
     with torch.no_grad():
-        slices = dict(zip(cut, _slices([held[f] for f in cut], [kept[f] for f in cut]), strict=True))
+        cut_ones = dict(zip(cut, slices([held[f] for f in cut], [kept[f] for f in cut]), strict=True))
         out: dict[str, Tensor] = {}
         for first, source in held.items():
-            tensor = slices[first] if first in slices else source.detach().clone() if copy else source.detach()
+            tensor = cut_ones[first] if first in cut_ones else source.detach().clone() if copy else source.detach()
             is_parameter = sources[first][0].parameter
             out[first] = nn.Parameter(tensor, requires_grad=source.requires_grad) if is_parameter else tensor
     return out
@@ -100,7 +100,7 @@ def _get(place: Place) -> Tensor:
     return tensor
 
 
-def _slices(tensors: list[Tensor], kept: list[Mapping[int, np.ndarray]]) -> list[Tensor]:
+def slices(tensors: list[Tensor], kept: list[Mapping[int, np.ndarray]]) -> list[Tensor]:
     """Kept positions of each tensor, in one call for all that the kernel takes."""
     out: list[Tensor | None] = [None] * len(tensors)
     direct = [i for i, t in enumerate(tensors) if 1 <= t.dim() <= 3 and not t.is_meta]
