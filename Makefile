@@ -34,9 +34,10 @@ demo: $(MODEL)/config.json .demo/calibration.txt .demo/evaluation.txt
 		--output_dir $(PRUNED) --overwrite
 	$(BIN)/python examples/open_with_transformers.py $(PRUNED)
 
-# The whole suite but what is marked slow, including one end-to-end run on the real model.
+# The whole suite but what is marked slow, including one end-to-end run on the real model: a file at a time in each of two
+# processes. Tiny models are quicker with one thread each.
 test: $(MODEL)/config.json
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: $(MODEL)/config.json
 	$(BIN)/python -m pytest -q -m slow tests

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune import preflight
-from pyprune.config import EvaluationConfig, ModelConfig, ResultConfig, SpeedConfig, TaskConfig
+from pyprune.config import EvaluationConfig
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.evaluation.footprint import footprint
 from pyprune.evaluation.loglikelihood import Likelihood, loglikelihoods
@@ -26,6 +26,7 @@ from pyprune.evaluation.stock import STOCK, check_installed, stock_accuracies
 from pyprune.evaluation.tasks import Accuracy, Task, accuracy, is_task_file, read_task, requests_of
 from pyprune.pipeline import _Dense, _measure, _open, _windows
 from pyprune.report.data import versions
+from pyprune.stage_options import ModelConfig, ResultConfig, SpeedConfig, TaskConfig
 
 FOOTPRINT = ("cache_bytes_per_token", "state_bytes", "macs_per_token", "attention_macs_per_position", "peak_memory")
 

@@ -20,16 +20,7 @@ from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
 from pyprune.compensation.stage import Compensation, check_plan, check_samples, compensate
-from pyprune.config import (
-    CalibrationConfig,
-    CompensateConfig,
-    EvalConfig,
-    InspectConfig,
-    ModelConfig,
-    PruneConfig,
-    ScoreConfig,
-    ScoringConfig,
-)
+from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
@@ -47,6 +38,7 @@ from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.select import select
+from pyprune.stage_options import CalibrationConfig, CompensateConfig, EvalConfig, ModelConfig, ScoreConfig
 from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import apply
 from pyprune.surgery.rebuild import rebuild

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyprune.config import ModelConfig, PruneConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
+from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError, unknown_name
+from pyprune.stage_options import ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
 
 OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
-from pyprune.config import SelectConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.selection.requests import units_of
+from pyprune.stage_options import SelectConfig
 
 WITHIN_HEADS = {"qk_dim", "vo_dim"}  # few configurations express them, so that surgery may leave narrow linear layers
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"pipeline", "recover_pipeline", "assess"},
     {"streaming"},
     {"recover_preflight", "schedule", "preflight"},
-    {"config", "parsing"},
+    {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},
     {"surgery"},

@@ -12,10 +12,11 @@ from helpers_run import byte_tokenizer, tiny_llama, write_model, write_text
 
 import pyprune
 from pyprune import assess, pipeline
-from pyprune.config import EvaluationConfig, InspectConfig, PruneConfig, ScoringConfig, SelectConfig
+from pyprune.config import EvaluationConfig, InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
 from pyprune.schedule import requests
+from pyprune.stage_options import SelectConfig
 from pyprune.surgery import apply
 
 

@@ -1,0 +1,353 @@
+"""Options of every stage, declared once.
+
+A stage's dataclass is the single source of its options: Python keyword, YAML key and command-line flag share the
+field's name, its help and its checks.
+"""
+
+# ruff: noqa: RUF009 (option() is dataclasses.field())
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pyprune import parsing
+from pyprune.errors import PyPruneError
+from pyprune.evaluation.protocols import DEFAULT_LENGTH, PROTOCOLS
+
+PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
+SEED_HELP = "Seed of whatever is drawn: crops, the criterion random, order of training data, adapters."
+OUTPUT_HELP = "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval."
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ma et al., LLM-Pruner (arXiv 2305.11627), section 4 and its post_training.py: Alpaca-cleaned, answers only.
+    "llm-pruner": {
+        "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
+        "lora_targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "learning_rate": 1e-4, "lr_scheduler": "linear", "warmup_steps": 100, "train_batch_size": 64, "epochs": 2,
+        "cutoff": 256, "packing": False, "instruction_format": "alpaca",
+    },
+}  # fmt: skip
+"""Recipe name -> options."""
+
+
+def option(default: Any, parse: parsing.Parser, help: str) -> Any:
+    """A stage's field: its default, the parser that checks what is given, and its help."""
+    return field(default=default, metadata={"parse": parse, "help": help})
+
+
+@dataclass
+class Stage:
+    """Base of the stages: every field that is given goes through its parser, which raises PyPruneError."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                setattr(self, f.name, f.metadata["parse"](f.name, value))
+
+
+@dataclass
+class SourceConfig(Stage):
+    """Which model."""
+
+    model_name_or_path: str | None = option(
+        None, parsing.path(), "Folder of a Hugging Face model, or its name on the hub; also the first argument."
+    )
+    trust_remote_code: bool = option(False, parsing.flag(), "Run modelling code that comes with the checkpoint.")
+
+
+@dataclass
+class ModelConfig(SourceConfig):
+    """Which model, and how it is opened."""
+
+    dtype: str = option("auto", parsing.choice(*parsing.DTYPES), "Type of the weights; auto keeps the checkpoint's.")
+    device: str = option("auto", parsing.device(), "auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one.")
+
+
+@dataclass
+class CalibrationConfig(Stage):
+    """The text that importance is measured on."""
+
+    calibration: Any = option(
+        None,
+        parsing.source(),
+        "A .txt or .jsonl file (.gz too), token ids in .npy or .safetensors, or a dataset as owner/name:config:split.",
+    )
+    text_field: str = option("text", parsing.text(), "Field of the calibration records that holds the text.")
+    samples: int | None = option(None, parsing.integer(1), "Calibration sequences; 32 of a text, all of token ids.")
+    length: int | None = option(None, parsing.integer(2), "Tokens in each; 128 of a text, all of token ids.")
+    batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
+    seed: int = option(0, parsing.integer(0), SEED_HELP)
+
+
+@dataclass
+class ScoreConfig(Stage):
+    """What a unit is worth."""
+
+    criterion: str = option(
+        "param_first",
+        parsing.text(),
+        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
+        "l2, random.",
+    )
+    route: str | None = option(
+        None,
+        parsing.text(),
+        "activations or gradients: where Taylor and Fisher scores come from. Left out: activations, where they serve.",
+    )
+    aggregation: str = option(
+        "sum", parsing.text(), "How the parameters of a unit combine: sum, mean, max, prod, first, last."
+    )
+    activation_memory: float | None = option(
+        None, parsing.number(0.0), "MiB of activations kept in place of being recomputed; more is faster."
+    )
+    token_weights: str = option(
+        "inverse",
+        parsing.choice("inverse", "equal"),
+        "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
+    )
+
+
+@dataclass
+class CompensateConfig(Stage):
+    """How what stays takes over for what goes."""
+
+    compensation: str = option(
+        "none",
+        parsing.choice("none", "bias", "least-squares"),
+        "least-squares refits the output projections on the calibration text; bias moves lost means into their biases.",
+    )
+    compensation_target: str = option(
+        "own",
+        parsing.choice("own", "stream"),
+        "What a refit aims at: the layer's own output, or the dense model's stream where held-out error agrees.",
+    )
+
+
+@dataclass
+class ScopeConfig(Stage):
+    """Where units may go."""
+
+    roles: tuple[str, ...] | None = option(
+        None, parsing.roles(), "Roles, as ffn,kv_heads. Left out: of kv_heads, ffn, expert_ffn those that there are."
+    )
+    layers: Any = option(None, parsing.layers(), "Decoder layers: 4-27 (27 too), 4:28, 0,2,5-9. Left out: all.")
+
+
+@dataclass
+class SelectConfig(ScopeConfig):
+    """How much goes, and from where."""
+
+    ratio: float | None = option(None, parsing.ratio(), "Fraction of the parameters that is gone afterwards.")
+    target_params: int | None = option(None, parsing.count(), "Parameters left afterwards, as in 5.4B or 110M.")
+    widths: dict[str, int | float] | None = option(
+        None, parsing.amounts("widths", alone=False), "Units left in each layer: kv_heads=0.5,ffn=5504."
+    )
+    allocation: str = option(
+        "uniform",
+        parsing.text(),
+        "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth (more in "
+        "later layers).",
+    )
+    allocation_criterion: str | None = option(
+        None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."
+    )
+    round_to: Any = option(None, parsing.multiples("round_to"), "Keep channels in multiples of N, or by role.")
+    min_keep: Any = option(
+        None, parsing.amounts("min_keep", alone=True), "The least that stays in every layer, as units or fraction."
+    )
+    iterative_steps: int = option(1, parsing.integer(1), "Prune in this many steps and score again between them.")
+    count_embeddings: bool = option(True, parsing.flag(), "Whether the ratio counts embeddings and output head.")
+    scores_file: str | None = option(None, parsing.path(), "Use the scores in this file, made by `pyprune score`.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is not None and self.target_params is not None:
+            raise PyPruneError("target_params", self.target_params, f"contradicts ratio {self.ratio}", "Give one.")
+
+
+@dataclass
+class EvalConfig(Stage):
+    """The text that perplexity is measured on, and the protocol."""
+
+    eval_text: Any = option(None, parsing.source(), "A file or a dataset name, as for calibration.")
+    eval_text_field: str = option("text", parsing.text(), "Field of the evaluation records that holds the text.")
+    protocol: str | None = option(
+        None,
+        parsing.choice(*PROTOCOLS),
+        "Windows as publications cut them: of 128 tokens as in LLM-Pruner's code, or of 1024, 2048, 4096.",
+    )
+    eval_length: int = option(
+        None, parsing.integer(2), f"Tokens in each window; the protocol's, or {DEFAULT_LENGTH} without one."
+    )
+    eval_windows: int | None = option(None, parsing.integer(1), "Score the first N windows only.")
+    eval_batch_size: int = option(1, parsing.integer(1), "Windows in one forward pass.")
+    prompt: str | None = option(None, parsing.text(), "Text that the model continues greedily, shown in the report.")
+    prompt_tokens: int = option(32, parsing.integer(1), "Tokens generated after the prompt.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = DEFAULT_LENGTH if self.protocol is None else PROTOCOLS[self.protocol].length
+        if self.eval_length is None:
+            self.eval_length = length
+        elif self.protocol is not None and self.eval_length != length:
+            problem = f"contradicts protocol {self.protocol}, which has windows of {length} tokens"
+            raise PyPruneError("eval_length", self.eval_length, problem, "Give one of them.")
+
+
+@dataclass
+class TaskConfig(Stage):
+    """Multiple-choice questions."""
+
+    tasks: tuple[str, ...] | None = option(
+        None,
+        parsing.names(),
+        "Task files (.jsonl, .jsonl.gz: context, choices, label), or lm-eval's boolq, piqa, hellaswag, winogrande, "
+        "arc_easy, arc_challenge, openbookqa.",
+    )
+    limit: int | None = option(None, parsing.integer(1), "The first N questions of each task only.")
+    task_batch_size: int = option(8, parsing.integer(1), "Continuations in one forward pass.")
+    resume_file: str | None = option(
+        None, parsing.path(), "Keep log-likelihoods in this file as they come, and reuse those that are in it."
+    )
+
+
+@dataclass
+class SpeedConfig(Stage):
+    """Tokens a second, memory, multiply-accumulates."""
+
+    speed: bool = option(False, parsing.flag(), "Measure them.")
+    speed_prompt: int = option(128, parsing.integer(1), "Tokens of the prompt.")
+    speed_tokens: int = option(32, parsing.integer(1), "Tokens generated after the first.")
+    speed_batch_size: int = option(1, parsing.integer(1), "Prompts at once.")
+    speed_rounds: int = option(5, parsing.integer(1), "Measured runs of each model; the median counts.")
+
+
+@dataclass
+class ResultConfig(Stage):
+    """Beside which model, and where the figures go."""
+
+    compare: str | None = option(None, parsing.path(), "Measure this model too, and show ratios MODEL / this one.")
+    output: str | None = option(None, parsing.path(), OUTPUT_HELP)
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
+
+
+@dataclass
+class SaveConfig(Stage):
+    """Where the pruned model goes."""
+
+    output_dir: str | None = option(None, parsing.path(), "Folder to write. Without it nothing is saved.")
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
+    max_shard_size: str = option("5GB", parsing.size(), "Largest safetensors file.")
+    profile: str | None = option(None, parsing.choice(*parsing.PROFILES), PROFILE_HELP)
+
+
+@dataclass
+class StreamConfig(Stage):
+    """For models that are larger than memory."""
+
+    stream: bool = option(
+        False, parsing.flag(), "Work from disk to disk, one decoder layer in memory; a killed run is resumed."
+    )
+
+
+@dataclass
+class ExportConfig(Stage):
+    """For which programs, and where it goes."""
+
+    profile: str = option("uniform", parsing.choice(*parsing.PROFILES), PROFILE_HELP)
+    output: str | None = option(None, parsing.path(), OUTPUT_HELP)
+    dtype: str = option("auto", parsing.choice(*parsing.DTYPES), "Type of the weights; auto keeps the checkpoint's.")
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
+
+
+@dataclass
+class ScoreFileConfig(Stage):
+    """Where the scores go."""
+
+    output_file: str | None = option(None, parsing.path(), "Safetensors file to write. Without it nothing is saved.")
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
+
+
+@dataclass
+class DataConfig(Stage):
+    """What the model learns from."""
+
+    data: Any = option(
+        None,
+        parsing.sources(),
+        "Files (.jsonl, .json, .txt, .gz too) or datasets, with commas; NAME=3,OTHER=1 takes tokens 3 to 1.",
+    )
+    val_data: Any = option(None, parsing.sources(), "The same, for validation. Left out: a part of data is held out.")
+    val_tokens: int = option(16384, parsing.tokens(), "Tokens that validation is measured on, at most a tenth of data.")
+    max_tokens: int | None = option(None, parsing.tokens(), "The most tokens read from each source, as in 2M.")
+    data_field: str = option("text", parsing.text(), "Field of plain records that holds the text.")
+    instruction_format: str = option(
+        "alpaca", parsing.choice("alpaca", "chat"), "How instruction records read: Alpaca's words, or chat template."
+    )
+    cutoff: int | None = option(
+        None, parsing.integer(8), "Tokens in a sequence, else 512; longer text is split, longer answers are cut."
+    )
+    packing: bool = option(True, parsing.flag(), "Several documents in a sequence, apart from each other.")
+    train_on_prompts: bool = option(False, parsing.flag(), "Learn the prompts of instructions too.")
+
+
+@dataclass
+class AdapterConfig(Stage):
+    """Low-rank adapters (LoRA)."""
+
+    lora_r: int = option(32, parsing.integer(1), "Rank.")
+    lora_alpha: float | None = option(None, parsing.positive(), "Scale: the update is alpha / r * B A. 2 r if absent.")
+    lora_dropout: float = option(0.0, parsing.fraction(), "Dropout before A.")
+    lora_targets: str = option(
+        "all-linear", parsing.text(), "all-linear (of the decoder layers), or names: q_proj,v_proj."
+    )
+    adapter: str | None = option(None, parsing.path(), "Merge this adapter folder; nothing is trained.")
+    keep_adapter: bool = option(False, parsing.flag(), "Save the adapter too, in the folder adapter/ of the result.")
+
+
+@dataclass
+class TrainConfig(Stage):
+    """How it is trained."""
+
+    epochs: float = option(1.0, parsing.positive(), "Passes over the data.")
+    max_minutes: float | None = option(None, parsing.positive(), "Stop after this time; the rate falls to fit it.")
+    learning_rate: float | None = option(
+        None, parsing.positive(), "Highest learning rate (AdamW). Left out: 1 / hidden size, at most 0.002."
+    )
+    lr_scheduler: str = option("cosine", parsing.choice("cosine", "linear", "constant"), "How the rate falls to zero.")
+    warmup_steps: int = option(20, parsing.integer(0), "Steps in which the rate rises, at most a tenth of all.")
+    train_batch_size: int = option(8, parsing.integer(1), "Sequences in a step, over all processes.")
+    micro_batch_size: int = option(4, parsing.integer(1), "Sequences in one forward and backward pass of a process.")
+    max_grad_norm: float = option(1.0, parsing.number(0.0), "Gradients are scaled down to this norm; 0 leaves them.")
+    bf16: bool | None = option(None, parsing.flag(), "Multiply in bfloat16. Left out: where the processor has it.")
+    gradient_checkpointing: bool = option(False, parsing.flag(), "Recompute activations: less memory, a third slower.")
+    eval_steps: int | None = option(None, parsing.integer(1), "Validate every N steps. Left out: ten times in the run.")
+    early_stopping_patience: int = option(
+        3, parsing.integer(0), "Stop after N validations without a better one; 0 never does."
+    )
+    seed: int = option(0, parsing.integer(0), SEED_HELP)
+
+
+@dataclass
+class DistillConfig(Stage):
+    """Learning from the dense model."""
+
+    teacher: str | None = option(None, parsing.path(), "The dense model: learn its most likely tokens too.")
+    distill_weight: float = option(0.5, parsing.fraction(), "Its share of the loss; the rest is the text's.")
+    distill_top_k: int = option(64, parsing.integer(1), "Tokens of which its probability is kept at each position.")
+    distill_temperature: float = option(1.0, parsing.positive(), "Softens both distributions.")
+    distill_cache: str | None = option(
+        None, parsing.path(), "Folder where its answers stay for later runs. Left out: gone with the run."
+    )
+
+
+@dataclass
+class ResumeConfig(Stage):
+    """Going on after an interruption."""
+
+    recipe: str | None = option(None, parsing.choice(*PRESETS), "Published settings; other options win over them.")
+    resume: bool = option(False, parsing.flag(), "Go on from the last checkpoint of the same command.")
+    checkpoint_dir: str | None = option(
+        None, parsing.path(), "Where checkpoints lie until the end. Left out: OUTPUT_DIR.unfinished."
+    )
