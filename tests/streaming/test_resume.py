@@ -83,6 +83,7 @@ def stopped(given: dict, after: int, monkeypatch) -> None:
             pyprune.prune(**given)
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_and_a_rerun_give_the_same_bytes(sharded, text, tmp_path, monkeypatch) -> None:
     total = written_by(options(sharded, text, tmp_path / "whole"), monkeypatch)
     assert total > 25
@@ -100,6 +101,7 @@ def test_sigkill_at_random_moments_and_a_rerun_give_the_same_bytes(sharded, text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resumed", "whole"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_behind_any_file_and_a_rerun_give_the_same_bytes(sharded, text, tmp_path, monkeypatch) -> None:
     total = written_by(options(sharded, text, tmp_path / "whole", roles=["hidden"], round_to=8), monkeypatch)
     expected = contents(tmp_path / "whole")
