@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import CONTEXT, Verb
-from pyprune.cli.output import emit, session
+from pyprune.cli.output import emit, reporting
 
 HELP = """Measure kernels and scoring on this machine.
 
@@ -96,7 +96,7 @@ def _run(
 
     if output is not None:
         written.write(output, lines, told)
-    with session(quiet):
+    with reporting(quiet):
         run(parts, shapes, kind, place, rounds, compiler, keep)
     if output is not None:
         written.plot(output, lines, told)

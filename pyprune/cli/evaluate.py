@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, session
+from pyprune.cli.output import emit, reporting
 from pyprune.config import EvaluationConfig
 
 HELP = """Measure MODEL: perplexity, accuracy on tasks, speed and memory.
@@ -38,7 +38,7 @@ def register(cli: click.Group) -> None:
         recipe = EvaluationConfig.build(flags, config)
         from pyprune import assess, report
 
-        with session(quiet):
+        with reporting(quiet):
             result = assess.run(recipe)
         table = report.comparison_table if "compare" in result else report.evaluation_table
         emit(result, json, lambda: [table(result)])

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, session
+from pyprune.cli.output import emit, reporting
 from pyprune.config import ExportingConfig
 from pyprune.errors import PyPruneError
 
@@ -44,7 +44,7 @@ def register(cli: click.Group) -> None:
             raise PyPruneError("output", None, "nothing says where to write", "Give a folder, or a file for gguf.")
         from pyprune.checkpoint.profiles import export
 
-        with session(quiet):
+        with reporting(quiet):
             path = export(
                 model.model_name_or_path, target.output, target.profile, dtype=target.dtype,
                 overwrite=target.overwrite, trust_remote_code=model.trust_remote_code,

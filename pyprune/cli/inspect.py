@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, session
+from pyprune.cli.output import emit, reporting
 from pyprune.config import InspectConfig
 
 HELP = """Show what can be removed together in MODEL.
@@ -30,7 +30,7 @@ def register(cli: click.Group) -> None:
         recipe = InspectConfig.build(flags, config)
         from pyprune import pipeline, report
 
-        with session(quiet):
+        with reporting(quiet):
             name, groups = pipeline.inspect_model(recipe)
         model = f"{recipe.model.model_name_or_path} ({name})"
         data = {"model": recipe.model.model_name_or_path, "model_class": name, **report.groups_dict(groups)}

@@ -24,7 +24,7 @@ def emit(data: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
 
 
 @contextmanager
-def session(quiet: bool) -> Iterator[None]:
+def reporting(quiet: bool) -> Iterator[None]:
     """Settings of a run from the command line: whether progress is shown, and how much the libraries may say.
 
     The libraries report on weights they open, through bars and logs of their own; here that is part of a stage.

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, session
+from pyprune.cli.output import emit, reporting
 from pyprune.config import PruneConfig
 
 HELP = """Make MODEL smaller, measure it, save it.
@@ -48,6 +48,6 @@ def register(cli: click.Group) -> None:
         recipe = PruneConfig.build(flags, config)
         from pyprune import pipeline, report
 
-        with session(quiet):
+        with reporting(quiet):
             result = pipeline.run(recipe)
         emit(result.report.to_dict(), json, lambda: report.report_tables(result.report))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, session
+from pyprune.cli.output import emit, reporting
 from pyprune.config import ScoringConfig
 
 HELP = """Score every unit of MODEL.
@@ -30,7 +30,7 @@ def register(cli: click.Group) -> None:
         recipe = ScoringConfig.build(flags, config)
         from pyprune import pipeline, report
 
-        with session(quiet):
+        with reporting(quiet):
             groups, scores = pipeline.score_model(recipe)
         data = {
             "criterion": scores.criterion,

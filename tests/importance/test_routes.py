@@ -182,7 +182,8 @@ def test_bfloat16_activations_are_as_close_to_float64_as_bfloat16_gradients(ids:
     want = ffn_reference(double, grads, 1, criterion)
     found = both(model, groups, ids.split(2), criterion, ["ffn"])
     off = [float((x["model.layers.1.mlp:ffn"][0] - want).norm() / want.norm()) for x in found]
-    assert off[0] <= max(0.02, 1.1 * off[1]) and off[0] <= 0.06
+    assert off[0] <= 1.1 * off[1]  # both carry the rounding of the model's own forward and backward pass
+    assert float((found[0]["model.layers.1.mlp:ffn"] - found[1]["model.layers.1.mlp:ffn"]).norm() / want.norm()) <= 5e-3
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
