@@ -163,6 +163,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
                 if copy and number == 1:
                     smaller = deepcopy(smaller)
                 made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score.token_weights))
+                cut = made[-1].plan
         with stages("prune" + step):
             smaller = apply(smaller, cut, copy=copy and number == 1 and not made)
             plan = cut if number == 1 else compose(groups, plan, cut)

@@ -114,8 +114,9 @@ class CompensateConfig(Stage):
 
     compensation: str = option(
         "none",
-        parsing.choice("none", "bias", "least-squares"),
-        "least-squares refits the output projections on the calibration text; bias moves lost means into their biases.",
+        parsing.choice("none", "bias", "least-squares", "obs"),
+        "least-squares refits the output projections on the calibration text; obs also chooses anew which units go, "
+        "by what the refit cannot make up for; bias moves lost means into their biases.",
     )
     compensation_target: str = option(
         "own",

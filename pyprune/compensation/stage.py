@@ -8,7 +8,7 @@ columns. Projections are found by what a plan's groups cut: a matrix along whose
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pyprune import progress as bars
 from pyprune.compensation.refit import PENALTIES, Sums, refit
+from pyprune.compensation.removal import removed_units
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.calibration import Calibration, batch_rows, check_vocabulary, load_calibration, take
 from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, token_weights, walking, weights_for
-from pyprune.selection.plan import Plan
+from pyprune.selection.plan import Cut, Plan
 
-MODES = ("none", "bias", "least-squares")
+MODES = ("none", "bias", "least-squares", "obs")
 TARGETS = ("own", "stream")
 STEP_TOKENS = 4096
+KEPT_BYTES = 512 * 2**20  # inputs of a block's last projection that are kept, so that the block need not run again
 HELD_OUT = 5  # one in so many calibration samples chooses the penalty
 INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "latent", "state", "channels")
 
@@ -55,13 +58,15 @@ class Compensation:
     """What was done.
 
     Attributes:
-        mode: ``bias`` or ``least-squares``.
+        mode: ``bias``, ``least-squares`` or ``obs``.
+        plan: what to apply now: the plan as given; with mode ``obs``, of the same widths and with other units.
         matrices: one entry for each projection, in the order in which they were compensated.
         notes: what a reader of the result should know, as sentences.
         details: token weights, target, samples that fitted and that chose.
     """
 
     mode: str
+    plan: Plan
     matrices: list[Compensated] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -85,14 +90,17 @@ def compensate(
     """Change the weights of ``model`` **in place** so that it loses as little as it can when ``plan`` is applied.
 
     Modes: ``least-squares`` refits the columns that stay (and the bias, where there is one), by
-    :func:`pyprune.compensation.refit.refit`; one in five samples is held out to choose the penalty. ``bias`` moves the
-    mean of what the removed columns contributed into the bias (FLAP, arXiv 2312.11983, section 4.3).
+    :func:`pyprune.compensation.refit.refit`; one in five samples is held out to choose the penalty. ``obs`` first
+    chooses anew which units of a matrix's inputs go, as many as ``plan`` says, by what the refit cannot make up for
+    (:mod:`pyprune.compensation.removal`), on the inputs that the compensated blocks give; units inside stacked experts
+    stay as planned. ``bias`` moves the mean of what the removed columns contributed into the bias (FLAP, arXiv
+    2312.11983, section 4.3).
 
     Args:
         model: dense, of the shapes that ``plan`` speaks of; its weights in memory.
         plan: cuts inside layers, each of them exact.
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer.
-        mode: ``"least-squares"`` or ``"bias"``.
+        mode: ``"least-squares"``, ``"obs"`` or ``"bias"``.
         token_weighting: ``"inverse"``: a token counts 1 / mean(h^2), h its residual stream behind the block;
             ``"equal"``. Mode ``bias`` always counts tokens equally, so that the mean is the mean.
         target: what a refit aims at: ``"own"``, the layer's own output with all its columns, on the same inputs;
@@ -103,7 +111,7 @@ def compensate(
         progress: False silences the progress bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:
-        What was done, and how much it helped on held-out tokens.
+        What was done, how much it helped on held-out tokens, and the plan to apply.
 
     Raises:
         PyPruneError: an unknown mode; a plan that removes more than units inside layers; fewer than two samples; no
@@ -133,7 +141,7 @@ def check_plan(plan: Plan, mode: str) -> None:
 
 def check_samples(calibration: Calibration, mode: str) -> None:
     """Raises PyPruneError when there are too few samples to hold one out."""
-    if mode == "least-squares" and calibration.samples < 2:
+    if mode != "bias" and calibration.samples < 2:
         hint = "Give more calibration, or split it into samples."
         raise PyPruneError("samples", calibration.samples, "leave none to choose the penalty with", hint)
 
@@ -146,16 +154,12 @@ class _Stage:
         self.model, self.mode, self.target, self.penalties = model, mode, target, penalties
         self.weighting = "equal" if mode == "bias" else weighting
         self.parameters = dict(model.named_parameters())
-        self.gone: dict[str, dict[int, np.ndarray]] = {}  # tensor -> dim -> positions that go
-        for cut in plan.cuts:
-            for tensor, dim, positions in cut.removed_positions():
-                if tensor in self.parameters:
-                    dims = self.gone.setdefault(tensor, {})
-                    dims[dim] = np.union1d(dims.get(dim, positions), positions)
-        self.plan = plan
+        self.cuts = {cut.group.name: cut for cut in plan.cuts}
+        self.chosen: set[str] = set()  # groups whose units were chosen anew
+        self.gone = _positions(self.cuts.values(), self.parameters)
         self.storages = {p.untyped_storage().data_ptr() for p in self.parameters.values()}  # what may be written to
         self.steps, self.held = _steps(calibration, next(model.parameters()).device, mode)
-        self.result = Compensation(mode, details={
+        self.result = Compensation(mode, plan, details={
             "token_weights": self.weighting, "target": target, "calibration": calibration.to_dict(),
             "held_out_samples": sum(s.rows for s, h in zip(self.steps, self.held, strict=True) if h),
         })  # fmt: skip
@@ -183,12 +187,15 @@ class _Stage:
                             dense.leave(number, out)
                     order = self._projections(walk, i, here)
                     self._mask_others({n for n in self.gone if id(self.parameters[n]) in inside}, set(order))
+                    left = False
                     for name in order:
-                        self._compensate(walk, dense, i, name)
+                        left = self._compensate(walk, dense, i, name, last=name == order[-1])
                     compensated |= set(order)
-                    walk.advance(i)
+                    if not left:
+                        walk.advance(i)
                     bar.advance()
         self._note(compensated)
+        self.result.plan = Plan(tuple(self.cuts.values()), self.result.plan.details)
         return self.result
 
     def _check_biases(self, matrices: Mapping[str, nn.Parameter]) -> None:
@@ -219,7 +226,7 @@ class _Stage:
 
     def _mask_others(self, names: set[str], refitted: set[str]) -> None:
         """Zero what goes with units that no projection of the block reads, such as dimensions of queries and keys."""
-        for cut in self.plan.cuts:
+        for cut in self.cuts.values():
             if any(m.tensor in refitted for m in cut.group.members):
                 continue
             for tensor, dim, positions in cut.removed_positions():
@@ -227,12 +234,19 @@ class _Stage:
                     p = self.parameters[tensor]
                     p.index_fill_(dim, torch.from_numpy(positions).to(p.device), 0.0)
 
-    def _compensate(self, walk: Walk, dense: Walk | None, i: int, name: str) -> None:
+    def _compensate(self, walk: Walk, dense: Walk | None, i: int, name: str, last: bool) -> bool:
+        """Compensate one matrix. True where the walk has left the block with that: ``last`` is the block's last matrix,
+        and what the change of it adds to the stream was added without running the block again."""
         p = self.parameters[name]
-        added = dense is not None and walk.is_added(i, p)
+        keeps = last and walk.whole is None and p.dim() == 2 and self._input_bytes(walk, p) <= KEPT_BYTES
+        is_added = (dense is not None or keeps) and walk.is_added(i, p)
+        added, keeps = is_added and dense is not None, is_added and keeps
+        kept: list[Tensor] = []
+        before = p.detach().clone() if keeps else None
         train: dict[Key, Sums] = {}
         held: dict[Key, Sums] = {}
         biases: dict[Key, Tensor] = {}
+        shift: Tensor | None = None  # the bias before
         transposed = False
         for number, uses, stream in walk.run(i, {name: p}):
             weights = token_weights(walk.steps[number], stream, self.weighting)
@@ -242,6 +256,7 @@ class _Stage:
                 bias = self._bias_of(use)
                 if bias is not None:
                     biases[use.key] = bias
+                    shift = bias.clone() if shift is None else shift
                     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
                 if added and dense is not None and stream is not None:
                     wanted = _target(use, p, dense.stream(number), stream)
@@ -251,7 +266,13 @@ class _Stage:
                         wide = torch.promote_types(x.dtype, torch.float32)
                         sums[use.key] = Sums(x.new_zeros(x.shape[1], x.shape[1], dtype=wide))
                 part[use.key].add(x, weights_for(x, weights), wanted)
-        gone = self.gone[name][p.dim() - 2 if transposed else p.dim() - 1]
+            if keeps:
+                kept.append(uses[0].x)
+                walk.leave(number, stream)
+        dim = p.dim() - 2 if transposed else p.dim() - 1
+        if self.mode == "obs" and p.dim() == 2:
+            self._choose(name, dim, p.t() if transposed else p, biases.get(Key(name)), train[Key(name)])
+        gone = self.gone[name][dim]
         for key in sorted(train, key=lambda k: k.expert or 0):
             matrix = p if key.expert is None else p[key.expert]
             self._write(key, matrix.t() if transposed else matrix, gone, biases.get(key), train[key], held[key])
@@ -259,14 +280,47 @@ class _Stage:
         for expert in untouched:  # experts that no token reached
             if Key(name, expert) not in train:
                 (p[expert].t() if transposed else p[expert])[:, torch.from_numpy(gone).to(p.device)] = 0
+        if before is not None:
+            change = p.t() - before.t() if transposed else p - before
+            offset = None if shift is None else biases[Key(name)] - shift
+            for number, x in enumerate(kept):
+                stream = walk.stream(number)
+                stream += linear(x, change, offset).reshape(stream.shape)
+        return before is not None
+
+    def _input_bytes(self, walk: Walk, p: nn.Parameter) -> int:
+        """Bytes of a projection's inputs over all steps, at most."""
+        return sum(s.targets.numel() for s in walk.steps) * max(p.shape) * p.element_size()
+
+    def _choose(self, name: str, dim: int, matrix: Tensor, bias: Tensor | None, train: Sums) -> None:
+        """Choose anew which units go of the groups along a matrix's inputs, as many of each as were planned."""
+        gram, weight = train.gram.double(), _joint(matrix, bias)
+        if not bool(gram.isfinite().all()) or not train.rows:
+            return
+        taken = np.empty(0, dtype=np.int64)
+        for cut in list(self.cuts.values()):
+            member = next((m for m in cut.group.members if (m.tensor, m.dim) == (name, dim)), None)
+            if member is None:
+                continue
+            positions = member.index.positions()
+            if cut.group.name not in self.chosen:
+                self.chosen.add(cut.group.name)
+                goes = removed_units(gram, weight, positions, cut.group.units - cut.width, taken)
+                kept = tuple(tuple(np.flatnonzero(~row).tolist()) for row in goes)
+                cut = self.cuts[cut.group.name] = Cut(cut.group, kept)
+            stays = np.zeros(positions.shape[:2], dtype=bool)
+            for o, row in enumerate(cut.kept):
+                stays[o, list(row)] = True
+            taken = np.union1d(taken, positions[~stays].reshape(-1))
+        self.gone = _positions(self.cuts.values(), self.parameters)
 
     def _write(self, key: Key, matrix: Tensor, gone: np.ndarray, bias: Tensor | None, train: Sums, held: Sums) -> None:
         """Fit one matrix [outputs, inputs] and write it, and its bias, in place."""
         if not bool(train.gram.isfinite().all() and held.gram.isfinite().all()):
             hint = "Load the model in float32 or bfloat16, and look at the calibration text."
             raise PyPruneError("model", key.name, "is given inputs with NaN or infinity", hint)
-        weight = matrix.double()
-        inputs = weight.shape[1]
+        weight = _joint(matrix, None if self.mode == "bias" else bias)
+        inputs = matrix.shape[1]
         removed = torch.from_numpy(gone).to(weight.device)
         stays = torch.ones(inputs, dtype=torch.bool, device=weight.device)
         stays[removed] = False
@@ -281,7 +335,6 @@ class _Stage:
             self.result.matrices.append(entry())
             return
         if bias is not None:
-            weight = torch.cat([weight, bias.double()[:, None]], dim=1)
             stays = torch.cat([stays, stays.new_ones(1)])
         found = refit(weight, stays.nonzero()[:, 0], train, held, self.penalties)
         matrix.copy_(found.weight[:, :inputs])
@@ -303,11 +356,28 @@ class _Stage:
                 f"{len(few)} projections were refitted on fewer tokens than they have inputs ({few[0].tensor}: "
                 f"{few[0].rows} for {few[0].kept}); more calibration text would serve them better."
             )
-        for cut in self.plan.cuts:
+        for cut in self.cuts.values():
             if cut.group.role == "qk_dim":
                 continue
             if not any(m.tensor in compensated for m in cut.group.members):
                 notes.append(f"No projection could take over for {cut.group.name}.")
+
+
+def _joint(matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Float64 [outputs, inputs], with the bias as the weight of a last input that is always one."""
+    wide = matrix.double()
+    return wide if bias is None else torch.cat([wide, bias.double()[:, None]], dim=1)
+
+
+def _positions(cuts: Iterable[Cut], tensors: Container[str]) -> dict[str, dict[int, np.ndarray]]:
+    """Tensor -> dim -> positions that go."""
+    gone: dict[str, dict[int, np.ndarray]] = {}
+    for cut in cuts:
+        for tensor, dim, positions in cut.removed_positions():
+            if tensor in tensors:
+                dims = gone.setdefault(tensor, {})
+                dims[dim] = np.union1d(dims.get(dim, positions), positions)
+    return gone
 
 
 def _steps(calibration: Calibration, device: torch.device, mode: str) -> tuple[list[Step], list[bool]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
 from pyprune.importance.blocks import Call, NotSweepable, intercepted, like, stream_of
 from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.rehearsal import plan_sweep
@@ -148,6 +149,7 @@ def walking(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(experts_one_by_one(model, parameters))
+        stack.enter_context(ops.fast_products())
         try:
             model.eval()
             model.requires_grad_(False)

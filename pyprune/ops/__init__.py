@@ -12,10 +12,10 @@ from pyprune.ops.accumulate import accumulate_square_
 from pyprune.ops.activation import activation_salience
 from pyprune.ops.channels import channel_dots, channel_moments, gram
 from pyprune.ops.gather import gather
-from pyprune.ops.product import product
+from pyprune.ops.product import fast_products, product
 from pyprune.ops.salience import salience
 
 __all__ = [
-    "accumulate_square_", "activation_salience", "backend_info", "channel_dots", "channel_moments", "gather", "gram",
-    "product", "salience",
+    "accumulate_square_", "activation_salience", "backend_info", "channel_dots", "channel_moments", "fast_products",
+    "gather", "gram", "product", "salience",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyprune.errors import PyPruneError
 from pyprune.ops import _check, _native, reference
+from pyprune.ops.product import is_faster, product
 
 # Rows that :func:`gram` widens to float32 at a time, so that 16-bit activations never exist twice as a whole.
 _GRAM_ROWS = 4096
@@ -105,7 +106,7 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
         target, rows = out.detach(), x.detach().reshape(x.shape[:-1].numel(), channels)
         for piece in rows.split(rows.shape[0] if rows.dtype == dtype else _GRAM_ROWS) if rows.numel() else ():
             wide = piece.to(dtype)
-            target.addmm_(wide.t(), wide)
+            target.add_(product(wide.t(), wide.t())) if is_faster(wide) else target.addmm_(wide.t(), wide)
     return out
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -27,6 +30,26 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         if is_faster(a) and b.dtype == torch.float32 and a.dim() > 1 and a.numel() and b.numel():
             return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return linear(a, b)
+
+
+class fast_products(TorchFunctionMode):
+    """Within it, linear layers that record no gradient multiply as :func:`product` does. Enter it before other modes
+    that watch linear layers: the mode that is entered last sees a call first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is linear and not kwargs and not torch.is_grad_enabled():
+            x, weight, *rest = args
+            bias = rest[0] if rest else None
+            if is_faster(x) and _fits(x, weight, bias):
+                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Shapes and dtypes that oneDNN takes as they are; for anything else PyTorch has the answer or the error."""
+    if x.dim() < 2 or not x.numel() or weight.dim() != 2 or not weight.numel() or weight.dtype != torch.float32:
+        return False
+    return x.shape[-1] == weight.shape[1] and (bias is None or bias.dtype == torch.float32)
 
 
 def is_faster(a: Tensor) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_compensation import ids, off, planned
 from helpers_families import NAMED, build
 from helpers_llama import tiny_llama
 from torch import Tensor, nn
@@ -17,23 +18,6 @@ from pyprune.compensation import compensate
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
-
-
-def ids(samples: int = 40, length: int = 16, seed: int = 0, vocabulary: int = 97) -> Tensor:
-    return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
-
-
-def planned(model: nn.Module, criterion: str = "wanda", **widths: int) -> Plan:
-    groups = discover(model)
-    scores = score(model, groups, ids(8), criterion, roles=list(widths))
-    return select(groups, scores, widths=widths)
-
-
-def off(model: nn.Module, dense: nn.Module) -> float:
-    """Squared distance of the logits on other tokens, as a fraction."""
-    with torch.no_grad():
-        a, b = (m(ids(8, seed=1)).logits for m in (model, dense))
-    return float((a - b).square().sum() / b.square().sum())
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"])

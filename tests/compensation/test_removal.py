@@ -1,0 +1,95 @@
+"""Optimal-brain-surgeon removal against exhaustive search with exact refits."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers_compensation import ids, off, planned
+from helpers_llama import tiny_llama
+
+import pyprune
+from pyprune import apply
+from pyprune.compensation import compensate
+from pyprune.compensation.removal import PENALTY, removed_units
+
+
+def problem(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Gram matrix of correlated inputs and a weight."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, inputs, generator=generator, dtype=torch.float64) @ mix
+    return x.t() @ x, torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+
+
+def error(gram: torch.Tensor, weight: torch.Tensor, gone: list[int]) -> float:
+    """Least squared error, ridge included, of any weight without the inputs ``gone``."""
+    h = gram + PENALTY * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    kept = [i for i in range(len(gram)) if i not in gone]
+    best = torch.linalg.solve(h[kept][:, kept], (weight @ h)[:, kept].t()).t()
+    return float(((weight @ h) * weight).sum() - (best * (weight @ h)[:, kept]).sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_step_removes_the_input_whose_loss_the_best_refit_makes_least(seed: int) -> None:
+    gram, weight = problem(10, 4, seed)
+    gone: list[int] = []
+    grown = [0.0]
+    for _ in range(6):
+        left = [i for i in range(10) if i not in gone]
+        gone.append(min(left, key=lambda i: error(gram, weight, [*gone, i])))
+        grown.append(error(gram, weight, gone))
+    positions = np.arange(10)[None, :, None]
+    for count in range(7):
+        found = removed_units(gram, weight, positions, count, np.empty(0, dtype=np.int64))
+        assert sorted(np.flatnonzero(found[0])) == sorted(gone[:count])
+    assert grown == sorted(grown)
+
+
+def test_units_of_several_inputs_go_together_and_every_copy_loses_as_many() -> None:
+    gram, weight = problem(24, 5, 3)
+    positions = np.arange(24).reshape(2, 4, 3)
+    found = removed_units(gram, weight, positions, 1, np.empty(0, dtype=np.int64))
+    alone = [[error(gram, weight, positions[o, u].tolist()) for u in range(4)] for o in range(2)]
+    assert found.tolist() == [[u == int(np.argmin(row)) for u in range(4)] for row in alone]
+
+
+def test_inputs_that_other_groups_remove_are_gone_before_the_choice() -> None:
+    gram, weight = problem(8, 3, 5)
+    taken = np.array([0, 3])
+    found = removed_units(gram, weight, np.arange(8)[None, :, None], 3, taken)
+    third = min((i for i in range(8) if i not in (0, 3)), key=lambda i: error(gram, weight, [0, 3, i]))
+    assert np.flatnonzero(found[0]).tolist() == sorted([0, 3, third])
+
+
+def test_dead_inputs_go_first_and_an_all_dead_matrix_is_answered() -> None:
+    gram, weight = problem(6, 3, 7)
+    gram[2] = gram[:, 2] = 0
+    found = removed_units(gram, weight, np.arange(6)[None, :, None], 1, np.empty(0, dtype=np.int64))
+    assert np.flatnonzero(found[0]).tolist() == [2]
+    none = removed_units(torch.zeros_like(gram), weight, np.arange(6)[None, :, None], 2, np.empty(0, dtype=np.int64))
+    assert none.sum() == 2
+
+
+def test_a_model_keeps_its_widths_and_more_of_its_logits_than_under_random_units() -> None:
+    dense = tiny_llama()
+    plan = planned(dense, "random", kv_heads=1, ffn=14)
+    refitted, chosen = copy.deepcopy(dense), copy.deepcopy(dense)
+    compensate(refitted, plan, ids(120))
+    done = compensate(chosen, plan, ids(120), "obs")
+    assert [(c.group.name, c.width) for c in done.plan.cuts] == [(c.group.name, c.width) for c in plan.cuts]
+    assert {c.kept for c in done.plan.cuts} != {c.kept for c in plan.cuts}
+    assert off(apply(chosen, done.plan, copy=True), dense) < off(apply(refitted, plan), dense)
+    before = chosen(ids(3)).logits
+    torch.testing.assert_close(apply(chosen, done.plan)(ids(3)).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_whole_line_applies_the_plan_of_the_chosen_units() -> None:
+    out = pyprune.prune(
+        tiny_llama(), ratio=0.2, calibration=ids(), criterion="random", compensation="obs", roles=["ffn"]
+    )
+    assert {c.group.role for c in out.plan.cuts} == {"ffn"}
+    down = dict(out.model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
+    assert down.shape[1] == out.plan.cuts[0].width and bool((down != 0).any(dim=0).all())
