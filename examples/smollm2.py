@@ -31,12 +31,14 @@ def gguf_file() -> Path:
 
 def prepare(folder: Path) -> Path:
     """Write model and tokenizer to ``folder`` unless they are there; returns ``folder``."""
-    if (folder / "config.json").exists():
-        return folder
+    return folder if (folder / "config.json").exists() else convert(gguf_file(), folder)
+
+
+def convert(source: Path, folder: Path) -> Path:
+    """Write the model and the tokenizer of a GGUF file to ``folder``, as float32; returns ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = gguf_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
