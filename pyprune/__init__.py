@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
     from pyprune.recover_pipeline import recover
+    from pyprune.runs.pipeline import run_recipe
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -40,6 +41,7 @@ __all__ = [
     "ops",
     "prune",
     "recover",
+    "run_recipe",
     "save",
     "score",
     "select",
@@ -57,6 +59,7 @@ _HOME = {
     "load": "pyprune.checkpoint",
     "prune": "pyprune.pipeline",
     "recover": "pyprune.recover_pipeline",
+    "run_recipe": "pyprune.runs",
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
     "select": "pyprune.selection",

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 # Each layer may import what stands below it. `families` is read by surgery and checkpoint.
 LAYERS = [
     {"cli", "__main__"},
-    {"bench"},
+    {"bench", "runs", "chat"},
     {"pipeline", "recover_pipeline", "assess"},
     {"streaming"},
     {"recover_preflight", "schedule", "preflight"},

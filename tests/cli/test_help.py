@@ -22,7 +22,7 @@ from pyprune.config import (
 
 VERBS = {
     "prune": PruneConfig, "inspect": InspectConfig, "score": ScoringConfig, "recover": RecoverConfig,
-    "eval": EvaluationConfig, "export": ExportingConfig, "env": None, "bench": None,
+    "eval": EvaluationConfig, "export": ExportingConfig, "chat": None, "run": None, "env": None, "bench": None,
 }  # fmt: skip
 
 
