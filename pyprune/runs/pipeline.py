@@ -95,9 +95,7 @@ def run_recipe(
     return RunResult(recipe, outcomes, False)
 
 
-def _planned(
-    recipe: RunRecipe, record: Record, hashes: Hashes, force: Sequence[str], until: str | None
-) -> list[Step]:
+def _planned(recipe: RunRecipe, record: Record, hashes: Hashes, force: Sequence[str], until: str | None) -> list[Step]:
     """The plan, with every stage that is to run checked."""
     steps = plan(recipe, record, hashes, force, until)
     for step in steps:

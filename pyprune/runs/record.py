@@ -76,7 +76,9 @@ def write_json(path: Path, data: Any) -> None:
             os.fsync(stream.fileno())
         os.replace(work, path)
     except OSError as error:
-        raise PyPruneError("output_dir", str(path), f"cannot be written: {error.strerror}", "Free some space.") from error
+        raise PyPruneError(
+            "output_dir", str(path), f"cannot be written: {error.strerror}", "Free some space."
+        ) from error
     finally:
         with suppress(OSError):
             work.unlink()

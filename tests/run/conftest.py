@@ -51,6 +51,13 @@ class Place:
         done = run_recipe("run.yaml", **options)
         return {s.name: s.action for s in done.stages}
 
+    def would(self, **options) -> list[str]:
+        """Stages that would run."""
+        from pyprune import run_recipe
+
+        self.write()
+        return [s.name for s in run_recipe("run.yaml", dry_run=True, **options).stages if s.action in ("run", "go on")]
+
     def why(self, **options) -> dict[str, str]:
         """Stage -> reason, of a dry run."""
         from pyprune import run_recipe

@@ -7,7 +7,6 @@ import os
 import shutil
 
 import pytest
-from helpers_run import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
 ALL = ["prune", "recover", "eval", "export"]
@@ -49,7 +48,6 @@ def test_the_export_is_of_the_recovered_model(finished) -> None:
 @pytest.mark.parametrize(
     ("section", "option", "value", "expected"),
     [
-        ("prune", "ratio", 0.3, ALL),
         ("recover", "lora_r", 3, ["recover", "eval", "export"]),
         ("eval", "eval_windows", 1, ["eval"]),
         ("export", "dtype", "float32", ["export"]),
@@ -65,12 +63,18 @@ def test_a_changed_option_runs_its_stage_and_those_that_read_from_it(
     changed = {n.split("/")[1] for n, t in finished.times().items() if before.get(n) != t} - {"run.json"}
     folders = {"prune": "pruned", "recover": "recovered", "eval": "eval", "export": "exported"}
     assert changed == {folders[s] for s in expected}
-    assert ran(finished.go()) == []
+    assert finished.would() == []
+
+
+def test_another_ratio_runs_everything(finished) -> None:
+    finished.recipe["prune"]["ratio"] = 0.3
+    assert finished.would() == ALL
+    assert finished.why()["prune"] == "option ratio: 0.2 -> 0.3"
 
 
 def test_saying_a_default_aloud_changes_nothing(finished) -> None:
     finished.recipe["prune"]["seed"] = 0
-    assert ran(finished.go()) == []
+    assert finished.would() == []
 
 
 def test_one_changed_weight_runs_everything_again(finished) -> None:
@@ -80,21 +84,21 @@ def test_one_changed_weight_runs_everything_again(finished) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some copying tools do
     assert file.stat().st_size == stat.st_size
-    assert "input model: model.safetensors changed" in finished.why()["prune"]
-    assert ran(finished.go()) == ALL
+    assert finished.why()["prune"] == "input model: model.safetensors changed"
+    assert finished.would() == ALL
 
 
 def test_touching_a_file_without_changing_it_runs_nothing(finished) -> None:
     os.utime(finished / "model/model.safetensors")
     os.utime(finished / "train.txt")
-    assert ran(finished.go()) == []
+    assert finished.would() == []
 
 
 def test_a_changed_text_runs_the_stages_that_read_it(finished) -> None:
     with (finished / "test.txt").open("a") as file:
         file.write("More of it.")
     assert finished.why()["eval"] == "input eval_text test.txt: changed"
-    assert ran(finished.go()) == ["eval"]
+    assert finished.would() == ["eval"]
 
 
 @pytest.mark.parametrize(
@@ -121,13 +125,12 @@ def test_a_damaged_output_is_made_again(finished) -> None:
 def test_notes_beside_an_output_change_nothing(finished) -> None:
     (finished / "work/pruned/README.md").write_text("Mine.")
     (finished / "work/pruned/pyprune_eval.json").write_text("{}")
-    assert ran(finished.go()) == []
+    assert finished.would() == []
 
 
-def test_another_tokenizer_counts_as_another_model(finished) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(finished / "model")
-    assert ran(finished.go())[0] == "prune"
+def test_another_chat_template_counts_as_another_model(finished) -> None:
+    (finished / "model/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert finished.why()["prune"] == "input model: chat_template.jinja changed"
 
 
 def test_another_version_of_pyprune_runs_everything(finished, monkeypatch) -> None:
@@ -148,7 +151,7 @@ def test_a_stage_that_leaves_the_recipe_is_left_and_what_read_from_it_runs(finis
 def test_the_work_folder_may_move(finished) -> None:
     os.rename(finished / "work", finished / "elsewhere")
     finished.recipe["output_dir"] = "elsewhere"
-    assert ran(finished.go()) == []
+    assert finished.would() == []
 
 
 def test_a_stage_may_stand_alone(place) -> None:
@@ -160,13 +163,16 @@ def test_a_stage_may_stand_alone(place) -> None:
 
 def test_force_runs_a_stage_and_those_behind_it(finished) -> None:
     assert finished.why(force=["recover"])["recover"] == "--force recover"
-    assert ran(finished.go(force=["recover"])) == ["recover", "eval", "export"]
+    assert finished.would(force=["recover"]) == ["recover", "eval", "export"]
+    before = finished.times()
+    assert ran(finished.go(force=["export"])) == ["export"]
+    assert before["work/exported/model.safetensors"] != finished.times()["work/exported/model.safetensors"]
 
 
 def test_until_leaves_the_later_ones(place) -> None:
     assert place.go(until="prune") == {"prune": "run", "recover": "left out", "eval": "left out", "export": "left out"}
     assert not (place / "work/recovered").exists()
-    assert ran(place.go()) == ALL[1:]
+    assert place.would() == ALL[1:]
 
 
 def test_a_file_is_read_once_while_it_stays_as_it_is(finished, monkeypatch) -> None:
