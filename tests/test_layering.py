@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 LAYERS = [
     {"cli", "__main__"},
     {"bench"},
-    {"pipeline", "recover_pipeline", "assess"},
+    {"pipeline", "recover_pipeline", "report_pipeline", "assess"},
     {"streaming"},
     {"recover_preflight", "schedule", "preflight"},
     {"config", "stage_options", "parsing"},
