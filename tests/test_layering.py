@@ -17,6 +17,7 @@ LAYERS = [
     {"pipeline", "recover_pipeline", "report_pipeline", "assess"},
     {"streaming"},
     {"recover_preflight", "schedule", "preflight"},
+    {"repeat"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},
