@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 from pyprune import preflight
 from pyprune.checkpoint.atomic import write_file
 from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
-from pyprune.config import PruneConfig, Recipe, RecoverConfig, ReportingConfig
+from pyprune.config import EvaluationConfig, PruneConfig, Recipe, RecoverConfig, ReportingConfig
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuations, sample_prompts
 from pyprune.repeat import command
@@ -31,9 +31,9 @@ EVALUATED = ("model", "parameters", "perplexity", "tasks", "speed")  # keys of e
 
 def write_report(
     folder: str | Path, *, dense: str | Path | None = None, recovered: str | Path | None = None,
-    evaluations: Sequence[str | Path | Mapping[str, Any]] = (), output: str | Path | None = None, overwrite: bool = False,
-    generations: int | None = None, prompts: Any = None, prompt_tokens: int = 32, dtype: str = "auto",
-    device: str = "auto", trust_remote_code: bool = False,
+    evaluations: Sequence[str | Path | Mapping[str, Any]] = (), output: str | Path | None = None,
+    overwrite: bool = False, generations: int | None = None, prompts: Any = None, prompt_tokens: int = 32,
+    dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False,
 ) -> Path:  # fmt: skip
     """Write the page of a folder that ``prune`` or ``recover`` wrote: one self-contained HTML file.
 
@@ -42,8 +42,8 @@ def write_report(
     Args:
         dense: the model before pruning, where it is not where it was: a folder or hub name.
         recovered: what ``recover`` made of ``folder``.
-        evaluations: files of ``pyprune eval --output``, or what :func:`pyprune.evaluate` returned; those that lie in the
-            folders as ``pyprune_eval*.json`` are found. Later ones win over earlier ones.
+        evaluations: files of ``pyprune eval --output``, or what :func:`pyprune.evaluate` returned; those that lie in
+            the folders as ``pyprune_eval*.json`` are found. Later ones win over earlier ones.
         output: the file; None is ``report.html`` in the folder, which is always replaced.
         overwrite: replace another file that is there.
         generations: prompts that the models continue; their answers are in the page only. None and 0 open no model
@@ -69,6 +69,7 @@ def write_report(
     sources = columns.sources()
     sources.evaluations = [*_beside(home, columns), *_given(evaluations, columns)]
     sources.columns.update(columns.others)
+    sources.commands = [*sources.commands, *_evaluation_commands(one for _, one in sources.evaluations)]
     if asked:
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         sources.samples = _ask(columns, sources.samples, asked, prompt_tokens, opening)
@@ -104,10 +105,8 @@ def add_page(folder: str | Path, groups: Any = None, scores: Any = None, plan: P
             write_file(Path(folder) / IMPORTANCE, json.dumps(summary, separators=(",", ":")) + "\n")
         write_report(folder)
     except Exception as error:
-        warnings.warn(
-            f"{PAGE} could not be written ({error}); the checkpoint is complete. `pyprune report {folder}` tries again.",
-            stacklevel=2,
-        )
+        again = f"The checkpoint is complete; `pyprune report {folder}` tries again."
+        warnings.warn(f"{PAGE} could not be written ({error}). {again}", stacklevel=2)
 
 
 @dataclass
@@ -167,15 +166,14 @@ class _Columns:
         trained = (self.recovery or {}).get("recipe") or {}
         pruned = bool(report.get("parameters"))
         began = trained.get("model_name_or_path")
-        self.names = {
+        names: dict[str, list[Any]] = {
             DENSE: [dense, report.get("model"), recipe.get("model_name_or_path"), None if pruned else began],
             PRUNED: [began, report.get("output_dir"), recipe.get("output_dir")] if pruned else [],
             RECOVERED: [trained.get("output_dir")] if self.recovery else [],
         }
         for key, one in self.homes.items():
-            self.names[key].insert(0, str(one.folder))
-        self.names = {key: [str(n) for n in names if n] for key, names in self.names.items() if any(names)}
-        self.names.setdefault(DENSE, [])
+            names[key].insert(0, str(one.folder))
+        self.names = {key: [str(n) for n in each if n] for key, each in names.items() if any(each)}
 
     def sources(self) -> Sources:
         """All but evaluations and new samples."""
@@ -260,6 +258,12 @@ def _both(result: Any, columns: _Columns, fallback: str | None) -> list[tuple[st
     return [*found, (columns.of(str(other["model"])), other)] if _is_evaluation(other) else found
 
 
+def _evaluation_commands(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The commands of those that were run from a recipe; the model beside one has none of its own."""
+    lines = [command("eval", EvaluationConfig, one["recipe"], "") for one in results if one.get("recipe")]
+    return [("eval", line) for line in dict.fromkeys(lines)]
+
+
 def _is_evaluation(result: Any) -> bool:
     return isinstance(result, Mapping) and all(key in result for key in EVALUATED)
 
@@ -280,14 +284,15 @@ def _samples(report: Mapping[str, Any], recovery: Mapping[str, Any] | None, star
         prompt = pair.get("prompt") or ((one.get("recipe") or {}).get("prompt") if pair else None)
         for sample in [*([{**pair, "prompt": prompt}] if prompt else []), *(one.get("samples") or ())]:
             texts = found.setdefault(sample["prompt"], {"prompt": sample["prompt"]})
-            texts |= {key: sample[at] for key, at in ((before, "before"), (after, "after")) if sample.get(at) is not None}
+            said = ((before, sample.get("before")), (after, sample.get("after")))
+            texts |= {key: text for key, text in said if text is not None}
     return list(found.values())
 
 
 def _ask(
     columns: _Columns, stored: Sequence[Mapping[str, str]], prompts: list[str], tokens: int, opening: dict[str, Any]
 ) -> list[dict[str, str]]:
-    """Stored samples and answers to ``prompts``, of every model whose folder is there; one model in memory at a time."""
+    """Stored samples and answers to ``prompts``, of every model whose folder is there; one in memory at a time."""
     from pyprune.checkpoint.load import open_model
 
     out = {one["prompt"]: dict(one) for one in stored}

@@ -18,8 +18,8 @@ from pyprune.evaluation.protocols import DEFAULT_LENGTH, PROTOCOLS
 PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
 SEED_HELP = "Seed of whatever is drawn: crops, the criterion random, order of training data, adapters."
 OUTPUT_HELP = (
-    "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval, an HTML file for report "
-    "(else report.html in the folder)."
+    "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval, an HTML file for "
+    "report (else report.html in the folder)."
 )
 GENERATIONS_HELP = (
     "Prompts that the models continue for the report, at most. Left out: 3 where eval_text or prompt has them run "

@@ -12,8 +12,9 @@ from pyprune.config import ReportingConfig
 
 HELP = """Show a pruned checkpoint on one page.
 
-MODEL is a folder that prune or recover wrote. The page, report.html in that folder, is made of what lies there: what was
-asked and done, widths and importance of every layer, perplexity, samples, recipes. It needs no network and no scripts.
+MODEL is a folder that prune or recover wrote. The page, report.html in that folder, is made of what lies there: what
+was asked and done, widths and importance of every layer, perplexity, samples, recipes. It needs no network and no
+scripts.
 
 Results of `pyprune eval --output` join it: those named pyprune_eval*.json in the folder, and those given with --eval.
 Models are opened only for --generations or --prompts, for answers that are not stored.

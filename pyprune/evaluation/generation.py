@@ -46,7 +46,8 @@ def _read_prompts(file: str) -> list[str]:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise PyPruneError("prompts", file, f"cannot be read: {reason}", "Give a text file, one prompt a line.") from None
+        hint = "Give a text file, one prompt a line."
+        raise PyPruneError("prompts", file, f"cannot be read: {reason}", hint) from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise PyPruneError("prompts", file, "holds no prompts", "Write one a line.")

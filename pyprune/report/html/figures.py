@@ -9,6 +9,7 @@ from typing import Any
 from pyprune.report.units import count, perplexity, size
 
 QUALITY, COST = "quality", "cost"
+MINUS = "\N{MINUS SIGN}"
 Record = Mapping[str, Any]
 
 
@@ -105,7 +106,7 @@ def _cell(figure: Figure, first: Figure | None, greatest: float) -> dict[str, An
             change = f"{100 * gap / first.value:+.1f} %"
         if gap and figure.lower is not None:
             verdict = "better" if (gap < 0) == figure.lower else "worse"
-    return {"shown": figure.shown, "share": share, "change": change.replace("-", "−"), "verdict": verdict}
+    return {"shown": figure.shown, "share": share, "change": change.replace("-", MINUS), "verdict": verdict}
 
 
 def _perplexity(found: Record, column: str) -> Figure:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from pyprune.report.html import facts, figures, pictures
-from pyprune.report.units import perplexity, seconds, size
+from pyprune.report.units import count, perplexity, seconds, size
 
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 Record = Mapping[str, Any]
@@ -99,16 +99,17 @@ def _figures(sources: Sources) -> list[figures.Figure]:
         found += figures.of_sizes(counts.get("after"), bytes_.get("after"), RECOVERED)
     for column, result in sources.evaluations:
         found += figures.of_evaluation(result, column)
-    for column, count in sources.sizes.items():
-        found += figures.of_sizes(None, count, column)
+    for column, there in sources.sizes.items():
+        found += figures.of_sizes(None, there, column)
     return [f for f in found if f.column in sources.columns]
 
 
 def _title(sources: Sources) -> str:
     name = _base(str(sources.report.get("model") or "A language model"))
     counts = (sources.report.get("parameters") or {}).get("with_embeddings")
-    words = f", pruned by {100 * counts['ratio']:.3g} %" if counts else ""
-    return name + words + (" and recovered" if counts and sources.recovery else ", recovered" if sources.recovery else "")
+    done = [f"pruned by {100 * counts['ratio']:.3g} %"] if counts else []
+    done += ["recovered"] if sources.recovery else []
+    return f"{name}, {' and '.join(done)}" if done else name
 
 
 def _subtitle(sources: Sources) -> str:
@@ -120,14 +121,12 @@ def _tiles(sources: Sources, found: Sequence[figures.Figure]) -> Any:
     """The few figures that stand at the top: (label, text, smaller text)."""
     counts = (sources.report.get("parameters") or {}).get("with_embeddings")
     if counts:
-        shown = f"{counts['before'] / 1e6:,.1f} M → {counts['after'] / 1e6:,.1f} M"
-        yield "parameters", f"−{100 * counts['ratio']:.1f} %", shown
+        shown = f"{count(counts['before'])} → {count(counts['after'])}"
+        yield "parameters", f"{figures.MINUS}{100 * counts['ratio']:.1f} %", shown
     for row in figures.rows(found, figures.QUALITY, list(sources.columns)):
         if row["label"] == "perplexity":
             there = [
-                (cell["shown"], name)
-                for cell, name in zip(row["cells"], sources.columns.values(), strict=True)
-                if cell
+                (cell["shown"], name) for cell, name in zip(row["cells"], sources.columns.values(), strict=True) if cell
             ]
             yield "perplexity", " → ".join(shown for shown, _ in there), " → ".join(name for _, name in there)
             break
@@ -142,7 +141,8 @@ def _tiles(sources: Sources, found: Sequence[figures.Figure]) -> Any:
 def _base(name: str) -> str:
     """The last part of a path; a hub name whole."""
     stripped = name.rstrip("/\\")
-    return stripped if stripped.count("/") == 1 and not stripped.startswith((".", "/", "~")) else stripped.split("/")[-1]
+    on_a_hub = stripped.count("/") == 1 and not stripped.startswith((".", "/", "~"))
+    return stripped if on_a_hub else stripped.split("/")[-1]
 
 
 def _warnings(sources: Sources) -> list[str]:
