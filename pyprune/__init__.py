@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
     from pyprune.recover_pipeline import recover
+    from pyprune.report_pipeline import write_report
     from pyprune.runs.pipeline import run_recipe
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
@@ -45,6 +46,7 @@ __all__ = [
     "save",
     "score",
     "select",
+    "write_report",
 ]
 
 _HOME = {
@@ -63,6 +65,7 @@ _HOME = {
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
     "select": "pyprune.selection",
+    "write_report": "pyprune.report_pipeline",
 }
 
 

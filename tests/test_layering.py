@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 LAYERS = [
     {"cli", "__main__"},
     {"bench", "runs", "chat"},
-    {"pipeline", "recover_pipeline", "assess"},
+    {"pipeline", "recover_pipeline", "report_pipeline", "assess"},
     {"streaming"},
     {"recover_preflight", "schedule", "preflight"},
+    {"repeat"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},

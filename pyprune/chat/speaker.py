@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -81,7 +81,7 @@ class Speaker:
         """Whether the tokenizer has a chat template. Without one the model continues the text."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def stream(self, history: Sequence[Message], prompt: str, sampling: Sampling) -> Iterator[Answer]:
+    def stream(self, history: Sequence[Message], prompt: str, sampling: Sampling) -> Generator[Answer, None, None]:
         """The answer as it grows: the same object after every token, complete when the iteration ends.
 
         Closing the iterator stops the model after the token that it is at.
@@ -259,7 +259,7 @@ class Conversation:
         """Forget what was said."""
         self.histories = [[] for _ in self.speakers]
 
-    def ask(self, prompt: str) -> Iterator[list[Answer]]:
+    def ask(self, prompt: str) -> Generator[list[Answer], None, None]:
         """The answers so far, one speaker after the other so that none slows down another; then all is remembered.
 
         Where the iteration is left early, the answers that there are by then are remembered, as far as they go.

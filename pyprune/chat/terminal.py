@@ -71,8 +71,8 @@ def last(talk: Conversation, prompt: str) -> list[Answer]:
     """The complete answers."""
     answers: list[Answer] = []
     with closing(talk.ask(prompt)) as growing:
-        for answers in growing:
-            pass
+        for so_far in growing:
+            answers = so_far
     return answers
 
 

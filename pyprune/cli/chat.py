@@ -36,7 +36,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def register(cli: click.Group) -> None:
     params: list[click.Parameter] = [
         click.Argument(["model"], metavar="MODEL"),
-        click.Option(["--compare"], type=str, metavar="PATH", help="Ask this model too; its answers stand on the left."),
+        click.Option(["--compare"], type=str, metavar="PATH", help="Ask this model too; it stands on the left."),
         click.Option(["--prompt"], type=str, metavar="TEXT", help="Ask this and end."),
         click.Option(
             ["--max_new_tokens"], type=click.IntRange(1), default=256, show_default=True, metavar="N",
@@ -92,7 +92,7 @@ def _run(
         check_installed()
     from pyprune.chat.speaker import Conversation, Sampling, open_speaker
 
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     with reporting(quiet):
         speakers = [] if compare is None else [open_speaker(compare, **options, option="compare")]
         speakers.append(open_speaker(model, **options))

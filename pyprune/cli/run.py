@@ -7,22 +7,23 @@ import click
 from pyprune.cli.options import CONTEXT, Verb
 from pyprune.cli.output import emit, reporting
 
-HELP = """Run RECIPE: prune, recover, evaluate, export.
+HELP = """Run RECIPE: prune, recover, evaluate, export, report.
 
 RECIPE is a YAML file: `model`, `output_dir` (the work folder), and a section for each stage that shall run (prune,
-recover, eval, export). A section holds the options of the verb of that name, as its --help lists them; those that follow
-from model and output_dir are left out. Paths in it are read from the working directory, as flags are.
+recover, eval, export, report). A section holds the options of the verb of that name, as its --help lists them; those
+that follow from model and output_dir are left out. Paths in it are read from the working directory, as flags are.
 
 A stage is left alone while its options, the bytes of its inputs, the bytes of its output and pyprune's version are what
 they were. When it runs, those that read from it run too. After an interruption the same command goes on.
 
 \b
 model: meta-llama/Llama-2-7b-hf          or a section: model_name_or_path, dtype, device, trust_remote_code
-output_dir: runs/llama-20                pruned/, recovered/, eval/, exported/ and run.json go there
+output_dir: runs/llama-20                pruned/, recovered/, eval/, report.html and run.json go there
 prune: {ratio: 0.2, calibration: train.txt}
 recover: {data: train.jsonl, max_minutes: 60}
 eval: {eval_text: test.txt}              of the dense, the pruned and the recovered model
 export: {profile: gguf, dtype: float16}  of the last of them
+report: {}                               a page that shows it all
 """
 
 EXAMPLES = """
@@ -52,7 +53,7 @@ def register(cli: click.Group) -> None:
     cli.add_command(
         Verb(
             "run", context_settings=CONTEXT, callback=_run, params=params, help=HELP,
-            short_help="Run a recipe: prune, recover, evaluate, export.",
+            short_help="Run a recipe: prune, recover, evaluate, export, report.",
             epilog="\b\n" + EXAMPLES.strip("\n"),
         )
     )  # fmt: skip

@@ -62,8 +62,8 @@ def run_recipe(
         done = pyprune.run_recipe("recipes/llama-20.yaml")
 
     A stage is left alone when ``run.json`` in the work folder says that it ended and nothing has changed since: its
-    options, pyprune's version, the bytes of what it read, the bytes of what it left. It runs when an earlier stage that
-    it reads from runs. One that was interrupted goes on where the stage can (recover, tasks of eval, prune with stream).
+    options, pyprune's version, the bytes of what it read and of what it left. It runs when an earlier stage that it
+    reads from runs. One that was interrupted goes on where it can (recover, tasks of eval, prune with stream).
 
     Args:
         file: the recipe. Paths in it are relative to the working directory.

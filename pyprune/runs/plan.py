@@ -109,7 +109,7 @@ def _step(stage: RunStage, earlier: Sequence[Step], record: Record, hashes: Hash
         return Step(stage, RUN, f"--force {stage.name}", entry, forced=True)
     before = [s.stage.name for s in earlier if s.runs and s.stage.name in stage.after]
     if before:
-        return Step(stage, RUN, f"{' and '.join(before)} {'runs' if len(before) == 1 else 'run'} again", entry)
+        return Step(stage, RUN, f"{', '.join(before)} {'runs' if len(before) == 1 else 'run'} again", entry)
     changed = changes(entry, request(stage, record, hashes))
     if not entry.done:
         return Step(stage, RUN if changed else RESUME, f"was interrupted{', ' * bool(changed)}{changed}", entry)

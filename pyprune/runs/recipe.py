@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pyprune.config import EvaluationConfig, ExportingConfig, PruneConfig, Recipe, RecoverConfig
+from pyprune.config import EvaluationConfig, ExportingConfig, PruneConfig, Recipe, RecoverConfig, ReportingConfig
 from pyprune.errors import PyPruneError
 from pyprune.stage_options import ModelConfig, Stage
 
@@ -20,6 +20,7 @@ SECTIONS: dict[str, type[Recipe]] = {
     "recover": RecoverConfig,
     "eval": EvaluationConfig,
     "export": ExportingConfig,
+    "report": ReportingConfig,
 }
 """Section -> the recipe of its verb, in the order of a run."""
 
@@ -28,11 +29,18 @@ OURS: dict[str, tuple[str, ...]] = {
     "recover": ("model_name_or_path", "output_dir", "overwrite", "resume"),
     "eval": ("model_name_or_path", "compare", "output", "overwrite"),
     "export": ("model_name_or_path", "overwrite"),
+    "report": ("model_name_or_path", "dense", "recovered", "output", "overwrite"),
 }
 """Options that a run sets itself: they follow from the recipe's ``model`` and ``output_dir``."""
 
-SHARED = {"prune": ("dtype", "device", "trust_remote_code"), "recover": ("dtype", "device", "trust_remote_code"),
-          "eval": ("dtype", "device", "trust_remote_code"), "export": ("trust_remote_code",)}  # fmt: skip
+_OPENING = ("dtype", "device", "trust_remote_code")
+SHARED = {
+    "prune": _OPENING,
+    "recover": _OPENING,
+    "eval": _OPENING,
+    "export": ("trust_remote_code",),
+    "report": _OPENING,
+}
 """What a section takes over from a ``model`` section. The dtype of an export is that of the file it writes."""
 
 
@@ -137,7 +145,7 @@ def _section(name: str, given: Any, shared: Mapping[str, Any], file: str | Path)
             hint = "Leave it out: it follows from the recipe's model and output_dir."
             raise _wrong(file, f"sets {key} in section {name}, which the run sets itself", hint)
     try:
-        return recipe.build({**{k: v for k, v in shared.items() if k in SHARED.get(name, ())}, **values})
+        return recipe.build({**{k: v for k, v in shared.items() if k in SHARED[name]}, **values})
     except PyPruneError as error:
         raise _placed(error, name, file) from None
 

@@ -69,7 +69,8 @@ class RunStage(ABC):
         return out
 
     def forget(self) -> None:
-        """Remove what an interrupted execution left to go on from."""
+        """Remove what an interrupted execution left to go on from, where it lies outside the outputs."""
+        return None
 
 
 class Prune(RunStage):
@@ -84,7 +85,7 @@ class Prune(RunStage):
     def sources(self) -> dict[str, Any]:
         own = self.recipe
         return {"calibration": own.calibration.calibration, "eval_text": own.evaluation.eval_text,
-                "scores_file": own.select.scores_file}  # fmt: skip
+                "scores_file": own.select.scores_file, "prompts": _file(own.page.prompts)}  # fmt: skip
 
     def check(self) -> None:
         from pyprune import preflight
@@ -134,7 +135,8 @@ class Recover(RunStage):
     def sources(self) -> dict[str, Any]:
         data = self.recipe.data
         return {"data": [s for s, _ in data.data or ()], "val_data": [s for s, _ in data.val_data or ()],
-                "eval_text": self.recipe.evaluation.eval_text}  # fmt: skip
+                "eval_text": self.recipe.evaluation.eval_text,
+                "prompts": _file(self.recipe.page.prompts)}  # fmt: skip
 
     def check(self) -> None:
         from pyprune.recover_preflight import check
@@ -170,7 +172,7 @@ class Evaluate(RunStage):
     after = ("prune", "recover")
 
     def outputs(self) -> list[Path]:
-        return [self.run.output_dir / "eval" / f"{name}.json" for name in self._smaller() or {"dense": None}]
+        return [self.run.output_dir / "eval" / f"{name}.json" for name in self._smaller() or ("dense",)]
 
     def models(self) -> dict[str, str]:
         return {"model": self.run.model}
@@ -245,7 +247,41 @@ class Export(RunStage):
         return f"{own.profile}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB"
 
 
-STAGES: tuple[type[RunStage], ...] = (Prune, Recover, Evaluate, Export)
+class WriteReport(RunStage):
+    name = "report"
+    after = ("prune", "recover", "eval")
+
+    def outputs(self) -> list[Path]:
+        return [self.run.output_dir / "report.html"]
+
+    def sources(self) -> dict[str, Any]:
+        return {"eval": self.recipe.report.eval, "prompts": _file(self.recipe.report.prompts)}
+
+    def check(self) -> None:
+        if "prune" not in self.run.sections and "recover" not in self.run.sections:
+            hint = "Add a section prune or recover, or leave section report out."
+            raise PyPruneError("report", None, "shows a pruned or recovered model, and there is none", hint)
+        for file in self.recipe.report.eval or ():
+            if not Path(file).is_file():
+                raise PyPruneError("eval", file, "does not exist", "Give a file of `pyprune eval --output`.")
+
+    def execute(self, resume: bool) -> str:
+        from pyprune.report_pipeline import write_report
+
+        own, opening, sections = self.recipe.report, self.recipe.model, self.run.sections
+        measured = Evaluate(self.run).outputs() if "eval" in sections else []
+        both = "prune" in sections and "recover" in sections
+        file = write_report(
+            pruned(self.run) if "prune" in sections else recovered(self.run), dense=self.run.model,
+            recovered=recovered(self.run) if both else None, evaluations=[*measured, *(own.eval or ())],
+            output=self.outputs()[0], overwrite=True, generations=own.generations, prompts=own.prompts,
+            prompt_tokens=own.prompt_tokens, dtype=opening.dtype, device=opening.device,
+            trust_remote_code=opening.trust_remote_code,
+        )  # fmt: skip
+        return f"{file.stat().st_size / 1e3:,.0f} kB"
+
+
+STAGES: tuple[type[RunStage], ...] = (Prune, Recover, Evaluate, Export, WriteReport)
 """In the order of a run."""
 
 
@@ -302,6 +338,11 @@ def evaluation_line(figures: Sequence[tuple[str, dict[str, Any]]]) -> str:
     if figures[0][1]["speed"] is not None:
         parts.append("decode tokens/s: " + ", ".join(f"{n} {f['speed']['decode']:.1f}" for n, f in figures))
     return "; ".join(parts) or "continuations"
+
+
+def _file(prompts: Any) -> str | None:
+    """Prompts by the name of their file; a list of them is an option's value and no input."""
+    return prompts if isinstance(prompts, str) else None
 
 
 def _perplexities(found: Any) -> str:

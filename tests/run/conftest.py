@@ -20,6 +20,7 @@ RECIPE = {
     },
     "eval": {"eval_text": "test.txt", "eval_length": 64, "eval_windows": 2},
     "export": {"profile": "uniform", "dtype": "float16"},
+    "report": None,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-ALL = ["prune", "recover", "eval", "export"]
+ALL = ["prune", "recover", "eval", "export", "report"]
 
 
 def ran(outcome: dict[str, str]) -> list[str]:
@@ -20,7 +20,7 @@ def test_the_first_run_does_all_and_the_second_none(place) -> None:
     assert ran(place.go()) == ALL
     before = place.times()
     for name in ("pruned/model.safetensors", "recovered/model.safetensors", "eval/pruned.json", "eval/recovered.json",
-                 "exported/model.safetensors", "run.json"):  # fmt: skip
+                 "exported/model.safetensors", "report.html", "run.json"):  # fmt: skip
         assert f"work/{name}" in before
     assert ran(place.go()) == []
     assert place.times() == before
@@ -48,8 +48,8 @@ def test_the_export_is_of_the_recovered_model(finished) -> None:
 @pytest.mark.parametrize(
     ("section", "option", "value", "expected"),
     [
-        ("recover", "lora_r", 3, ["recover", "eval", "export"]),
-        ("eval", "eval_windows", 1, ["eval"]),
+        ("recover", "lora_r", 3, ALL[1:]),
+        ("eval", "eval_windows", 1, ["eval", "report"]),
         ("export", "dtype", "float32", ["export"]),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_changed_option_runs_its_stage_and_those_that_read_from_it(
     before = finished.times()
     assert ran(finished.go()) == expected
     changed = {n.split("/")[1] for n, t in finished.times().items() if before.get(n) != t} - {"run.json"}
-    folders = {"prune": "pruned", "recover": "recovered", "eval": "eval", "export": "exported"}
+    folders = {"prune": "pruned", "recover": "recovered", "eval": "eval", "export": "exported", "report": "report.html"}
     assert changed == {folders[s] for s in expected}
     assert finished.would() == []
 
@@ -98,11 +98,11 @@ def test_a_changed_text_runs_the_stages_that_read_it(finished) -> None:
     with (finished / "test.txt").open("a") as file:
         file.write("More of it.")
     assert finished.why()["eval"] == "input eval_text test.txt: changed"
-    assert finished.would() == ["eval"]
+    assert finished.would() == ["eval", "report"]
 
 
 @pytest.mark.parametrize(
-    ("gone", "expected"), [("exported", ["export"]), ("eval/pruned.json", ["eval"]), ("pruned", ALL)]
+    ("gone", "expected"), [("exported", ["export"]), ("eval/pruned.json", ["eval", "report"]), ("pruned", ALL)]
 )
 def test_a_deleted_output_is_made_again(finished, gone: str, expected: list[str]) -> None:
     path = finished / "work" / gone
@@ -118,7 +118,7 @@ def test_a_damaged_output_is_made_again(finished) -> None:
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert finished.why()["recover"] == "output recovered: model.safetensors changed"
-    assert ran(finished.go()) == ["recover", "eval", "export"]
+    assert ran(finished.go()) == ALL[1:]
     assert file.read_bytes() == good
 
 
@@ -138,13 +138,13 @@ def test_another_version_of_pyprune_runs_everything(finished, monkeypatch) -> No
 
     monkeypatch.setitem(vars(pyprune), "__version__", "99.0")
     why = finished.why()
-    assert why["prune"].endswith("-> 99.0") and why["export"] == "prune and recover run again"
+    assert why["prune"].endswith("-> 99.0") and why["report"] == "prune, recover, eval run again"
 
 
 def test_a_stage_that_leaves_the_recipe_is_left_and_what_read_from_it_runs(finished) -> None:
     del finished.recipe["recover"]
     before = (finished / "work/recovered/model.safetensors").stat().st_mtime_ns
-    assert finished.go() == {"prune": "up to date", "eval": "run", "export": "run"}
+    assert finished.go() == {"prune": "up to date", "eval": "run", "export": "run", "report": "run"}
     assert (finished / "work/recovered/model.safetensors").stat().st_mtime_ns == before
 
 
@@ -163,14 +163,14 @@ def test_a_stage_may_stand_alone(place) -> None:
 
 def test_force_runs_a_stage_and_those_behind_it(finished) -> None:
     assert finished.why(force=["recover"])["recover"] == "--force recover"
-    assert finished.would(force=["recover"]) == ["recover", "eval", "export"]
+    assert finished.would(force=["recover"]) == ALL[1:]
     before = finished.times()
     assert ran(finished.go(force=["export"])) == ["export"]
     assert before["work/exported/model.safetensors"] != finished.times()["work/exported/model.safetensors"]
 
 
 def test_until_leaves_the_later_ones(place) -> None:
-    assert place.go(until="prune") == {"prune": "run", "recover": "left out", "eval": "left out", "export": "left out"}
+    assert place.go(until="prune") == {"prune": "run", **dict.fromkeys(ALL[1:], "left out")}
     assert not (place / "work/recovered").exists()
     assert place.would() == ALL[1:]
 
