@@ -101,7 +101,8 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_one_runs(call, place, s
     place.write()
     ended = call("run", "run.yaml")
     assert ended.status == 2 and ended.out == ""
-    assert said in ended.err and f"tage {section} of " in ended.err or f"section {section} of " in ended.err
+    assert said in ended.err
+    assert f"(Stage {section} of run.yaml.)" in ended.err or f"section {section} of run.yaml" in ended.err
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
     assert not (place / "work").exists()
 
