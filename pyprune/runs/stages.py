@@ -228,12 +228,20 @@ class Export(RunStage):
         return {} if any(s in self.run.sections for s in self.after) else {"model": self.run.model}
 
     def check(self) -> None:
-        from pyprune.checkpoint.profiles.writing import check_output, get_profile
+        from pyprune.checkpoint.load import open_tokenizer
+        from pyprune.checkpoint.outline import open_outline
+        from pyprune.checkpoint.profiles.writing import check_fits, check_output, get_profile
 
         for model in self.models().values():
             check_model(model)
         get_profile(self.recipe.export.profile)
-        check_output(self.outputs()[0], self.recipe.export.profile, overwrite=True)
+        if self.recipe.export.output is not None:  # the work folder is made by the run
+            check_output(self.outputs()[0], self.recipe.export.profile, overwrite=True)
+        folder = Path(self.run.model)
+        if self.recipe.export.profile == "gguf" and folder.is_dir():
+            # Cutting changes neither architecture nor tokenizer, so what llama.cpp lacks is known before the cut.
+            allowed = self.recipe.model.trust_remote_code
+            check_fits("gguf", open_outline(folder, allowed), open_tokenizer(str(folder), allowed, folder))
 
     def execute(self, resume: bool) -> str:
         from pyprune.checkpoint.profiles import export

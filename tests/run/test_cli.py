@@ -118,6 +118,31 @@ def test_the_cut_keeps_to_widths_that_the_export_holds(call, place) -> None:
     assert call("run", "run.yaml", "--until", "prune").status == 0
 
 
+def test_a_tokenizer_that_the_export_cannot_hold_is_told_before_the_cut(call, place) -> None:
+    pytest.importorskip("gguf")
+    place.recipe["export"] = {"profile": "gguf"}
+    place.write()
+    ended = call("run", "run.yaml")
+    assert ended.status == 2 and "has no counterpart in llama.cpp" in ended.err
+    assert not (place / "work").exists()
+
+
+def test_a_gguf_file_lies_in_the_work_folder_or_where_output_says(call, place) -> None:
+    pytest.importorskip("gguf")
+    for file in [*(place / "model").glob("*token*"), place / "model/chat_template.jinja"]:
+        file.unlink()  # llama.cpp has no counterpart of a tokenizer of bytes
+    place.recipe = {**{k: place.recipe[k] for k in ("model", "output_dir")}, "export": {"profile": "gguf"}}
+    for output in (None, "mine.gguf"):
+        place.recipe["export"]["output"] = output
+        place.write()
+        assert call("run", "run.yaml").status == 0
+        file = place / (output or "work/model.gguf")
+        assert file.read_bytes()[:4] == b"GGUF"
+        assert "up to date" in call("run", "run.yaml").out
+        file.unlink()
+        assert "output missing: " + file.name in call("run", "run.yaml", "--dry_run", "--json").out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
