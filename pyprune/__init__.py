@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
     from pyprune.recover_pipeline import recover
+    from pyprune.report_pipeline import write_report
+    from pyprune.runs.pipeline import run_recipe
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -40,9 +42,11 @@ __all__ = [
     "ops",
     "prune",
     "recover",
+    "run_recipe",
     "save",
     "score",
     "select",
+    "write_report",
 ]
 
 _HOME = {
@@ -57,9 +61,11 @@ _HOME = {
     "load": "pyprune.checkpoint",
     "prune": "pyprune.pipeline",
     "recover": "pyprune.recover_pipeline",
+    "run_recipe": "pyprune.runs",
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
     "select": "pyprune.selection",
+    "write_report": "pyprune.report_pipeline",
 }
 
 

@@ -77,13 +77,39 @@ class _Subject:
 
 def run(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None, compare: Any = None) -> dict[str, Any]:
     """:func:`evaluate` with its options gathered in a recipe."""
-    _check(recipe)
-    tasks = _read_tasks(recipe.tasks)
+    tasks = check(recipe)
     subjects = [_Subject(recipe.model, model, tokenizer)]
     other = recipe.result.compare
     if compare is not None or other is not None:
         source = recipe.model if compare is None else ModelConfig()
         subjects.append(_Subject(replace(source, model_name_or_path=other), compare, tokenizer))
+    found = _measure_all(recipe, subjects, tasks)
+    result = {**found[0], "recipe": recipe.to_dict(), "versions": versions()}
+    if len(found) > 1:
+        result["compare"], result["ratios"] = found[1], ratios(found[0], found[1])
+    if recipe.result.output is not None:
+        _write(result, recipe.result)
+    return result
+
+
+def run_beside(recipe: EvaluationConfig, models: Sequence[str]) -> list[dict[str, Any]]:
+    """Each of ``models`` beside the recipe's own one: what :func:`run` gives with ``compare``, all measured once."""
+    tasks = check(recipe)
+    sources = [recipe.model, *(replace(recipe.model, model_name_or_path=name) for name in models)]
+    first, *others = _measure_all(recipe, [_Subject(source, None, None) for source in sources], tasks)
+    out = []
+    for source, figures in zip(sources[1:], others, strict=True):
+        result = replace(recipe.result, compare=recipe.model.model_name_or_path)
+        plain = replace(recipe, model=source, result=result).to_dict()
+        more = {"recipe": plain, "versions": versions(), "compare": first, "ratios": ratios(figures, first)}
+        out.append({**figures, **more})
+    return out
+
+
+def _measure_all(
+    recipe: EvaluationConfig, subjects: Sequence[_Subject], tasks: Sequence[Task | str]
+) -> list[dict[str, Any]]:
+    """The figures of each model, in order."""
     found, opened, stages = [], [], []
     for subject in subjects:
         stages.append(Stages())
@@ -96,12 +122,7 @@ def run(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None, comp
         _add_speed(recipe, subjects, opened, found, stages)
     for figures, done in zip(found, stages, strict=True):
         figures["stages"] = done.to_list()
-    result = {**found[0], "recipe": recipe.to_dict(), "versions": versions()}
-    if len(found) > 1:
-        result["compare"], result["ratios"] = found[1], ratios(found[0], found[1])
-    if recipe.result.output is not None:
-        _write(result, recipe.result)
-    return result
+    return found
 
 
 def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float | None]:
@@ -117,8 +138,12 @@ def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float | None
     return {k: a / b if a is not None and b else None for k, (a, b) in pairs.items()}
 
 
-def _check(recipe: EvaluationConfig) -> None:
-    """Something is asked for, and where the results go can be written."""
+def check(recipe: EvaluationConfig) -> list[Task | str]:
+    """The tasks, once something is asked for and it is sure that the results can be written.
+
+    Raises:
+        PyPruneError: otherwise, or a task that is not there or cannot be read.
+    """
     asked = recipe.evaluation
     if asked.eval_text is None and asked.prompt is None and recipe.tasks.tasks is None and not recipe.speed.speed:
         hint = "Give eval_text, tasks, speed, or a prompt."
@@ -129,12 +154,15 @@ def _check(recipe: EvaluationConfig) -> None:
             problem = "keeps what tasks need, and there are no tasks"
             raise PyPruneError("resume_file", recipe.tasks.resume_file, problem, "Give tasks, or leave it out.")
         check_file(Path(recipe.tasks.resume_file))
-    if recipe.result.output is None:
-        return
-    path = Path(recipe.result.output)
+    if recipe.result.output is not None:
+        _check_output(Path(recipe.result.output), recipe.result.overwrite)
+    return _read_tasks(recipe.tasks)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise PyPruneError("output", str(path), "is a folder", "Name a file, such as results.json.")
-    if path.exists() and not recipe.result.overwrite:
+    if path.exists() and not overwrite:
         raise PyPruneError("output", str(path), "exists already", "Set overwrite, or name another file.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise PyPruneError("output", str(path), f"cannot be made in {path.parent}", "Name a folder that is there.")

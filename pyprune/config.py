@@ -23,6 +23,8 @@ from pyprune.stage_options import (
     EvalConfig,
     ExportConfig,
     ModelConfig,
+    PageConfig,
+    ReportConfig,
     ResultConfig,
     ResumeConfig,
     SaveConfig,
@@ -110,6 +112,7 @@ class PruneConfig(Recipe):
     compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    page: PageConfig = field(default_factory=PageConfig)
     streaming: StreamConfig = field(default_factory=StreamConfig)
 
 
@@ -162,10 +165,20 @@ class RecoverConfig(Recipe):
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     run: ResumeConfig = field(default_factory=ResumeConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    page: PageConfig = field(default_factory=PageConfig)
+
+
+@dataclass
+class ReportingConfig(Recipe):
+    """`report`: the page of a checkpoint, written anew."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 RECIPES: tuple[type[Recipe], ...] = (
     PruneConfig, InspectConfig, ScoringConfig, RecoverConfig, EvaluationConfig, ExportingConfig,
+    ReportingConfig,
 )  # fmt: skip
 
 

@@ -243,6 +243,20 @@ def names() -> Parser:
     return Parser(convert, "names or files", "NAME,...", "Separate them by commas.", plain=list)
 
 
+def prompts() -> Parser:
+    """A text file with one prompt a line, by its path, or the prompts themselves as a list."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, (str, os.PathLike)):
+            return os.path.expanduser(_string(os.fspath(value)))
+        found = [_string(one) for one in value]
+        if not found:
+            raise ValueError
+        return found
+
+    return Parser(convert, "a text file or a list of texts", "FILE")
+
+
 def by_role(option: str, check: Callable[[str, Any, str], Any], alone: bool) -> Parser:
     """Role -> number: a mapping, or text such as ``kv_heads=0.5,ffn=5504``; one number for all roles where ``alone``.
 

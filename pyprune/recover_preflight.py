@@ -15,7 +15,7 @@ import yaml
 from pyprune import preflight
 from pyprune.checkpoint.atomic import check_space, check_target, complete_folder
 from pyprune.checkpoint.load import check_finite, open_model
-from pyprune.checkpoint.save import PLAN, RECIPE, REPORT
+from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
 from pyprune.config import RecoverConfig
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.stages import Stages
@@ -46,6 +46,7 @@ class Start:
     plan: Plan | None = None
     report: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    importance: str | None = None
 
 
 @dataclass
@@ -114,6 +115,8 @@ def open_start(
         start.report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     with suppress(OSError, ValueError, KeyError):
         start.plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        start.importance = (folder / IMPORTANCE).read_text(encoding="utf-8")
     with suppress(OSError, yaml.YAMLError):
         start.recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     return start

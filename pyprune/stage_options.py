@@ -17,7 +17,16 @@ from pyprune.evaluation.protocols import DEFAULT_LENGTH, PROTOCOLS
 
 PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
 SEED_HELP = "Seed of whatever is drawn: crops, the criterion random, order of training data, adapters."
-OUTPUT_HELP = "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval."
+OUTPUT_HELP = (
+    "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval, an HTML file for "
+    "report (else report.html in the folder)."
+)
+GENERATIONS_HELP = (
+    "Prompts that the models continue for the report, at most. Left out: 3 where eval_text or prompt has them run "
+    "anyway, else none."
+)
+PROMPTS_HELP = "Other prompts for that: a text file, one a line; in YAML and Python also a list."
+PROMPT_TOKENS_HELP = "Tokens generated after a prompt."
 PRESETS: dict[str, dict[str, Any]] = {
     # Ma et al., LLM-Pruner (arXiv 2305.11627), section 4 and its post_training.py: Alpaca-cleaned, answers only.
     "llm-pruner": {
@@ -184,7 +193,7 @@ class EvalConfig(Stage):
     eval_windows: int | None = option(None, parsing.integer(1), "Score the first N windows only.")
     eval_batch_size: int = option(1, parsing.integer(1), "Windows in one forward pass.")
     prompt: str | None = option(None, parsing.text(), "Text that the model continues greedily, shown in the report.")
-    prompt_tokens: int = option(32, parsing.integer(1), "Tokens generated after the prompt.")
+    prompt_tokens: int = option(32, parsing.integer(1), PROMPT_TOKENS_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,6 +250,31 @@ class SaveConfig(Stage):
     overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
     max_shard_size: str = option("5GB", parsing.size(), "Largest safetensors file.")
     profile: str | None = option(None, parsing.choice(*parsing.PROFILES), PROFILE_HELP)
+
+
+@dataclass
+class PageConfig(Stage):
+    """A page that shows the run, in the output folder."""
+
+    report: bool = option(True, parsing.flag(), "Write report.html, which opens in a browser without a network.")
+    generations: int | None = option(None, parsing.integer(0), GENERATIONS_HELP)
+    prompts: Any = option(None, parsing.prompts(), PROMPTS_HELP)
+
+
+@dataclass
+class ReportConfig(Stage):
+    """What joins the page, and where it goes."""
+
+    dense: str | None = option(None, parsing.path(), "The model before pruning, where it is not where it was.")
+    recovered: str | None = option(None, parsing.path(), "Folder that `pyprune recover` made of MODEL.")
+    eval: tuple[str, ...] | None = option(
+        None, parsing.names(), "Results of `pyprune eval --output`; pyprune_eval*.json in the folders are found."
+    )
+    generations: int | None = option(None, parsing.integer(0), GENERATIONS_HELP)
+    prompts: Any = option(None, parsing.prompts(), PROMPTS_HELP)
+    prompt_tokens: int = option(32, parsing.integer(1), PROMPT_TOKENS_HELP)
+    output: str | None = option(None, parsing.path(), OUTPUT_HELP)
+    overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
 
 
 @dataclass

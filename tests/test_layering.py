@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyprune"
 # Each layer may import what stands below it. `families` is read by surgery and checkpoint.
 LAYERS = [
     {"cli", "__main__"},
-    {"bench"},
-    {"pipeline", "recover_pipeline", "assess"},
+    {"bench", "runs", "chat"},
+    {"pipeline", "recover_pipeline", "report_pipeline", "assess"},
     {"streaming"},
     {"recover_preflight", "schedule", "preflight"},
+    {"repeat"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},

@@ -72,6 +72,21 @@ def complete_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes a UTF-8 file that appears complete or not at all; what was there before stays until then.
+
+    Raises:
+        OSError: it cannot be written. Nothing is left behind.
+    """
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        work.write_text(text, encoding="utf-8")
+        _sync_one(work)
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
 @contextmanager
 def full_disk_reported(path: Path) -> Iterator[None]:
     """Turns errors that say that the disk is full into one PyPruneError about ``path``."""

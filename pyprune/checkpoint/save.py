@@ -24,6 +24,7 @@ from pyprune.surgery.writable import refusal, stand_in
 PLAN = "pyprune_plan.json"
 REPORT = "pyprune_report.json"
 RECIPE = "pyprune_recipe.yaml"
+IMPORTANCE = "pyprune_importance.json"
 
 OTHER_FILES = 32_000_000
 """Bytes left for tokenizer, plan and report when disk space is checked."""

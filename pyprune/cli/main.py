@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from pyprune.cli import bench, env, evaluate, export, inspect, prune, recover, score
+from pyprune.cli import bench, chat, env, evaluate, export, inspect, prune, recover, report, run, score
 from pyprune.cli.options import CONTEXT
 from pyprune.errors import PyPruneError
 
@@ -52,10 +52,13 @@ def cli() -> None:
     pyprune recover PRUNED --data TEXT ...   train it a little, save
     pyprune eval MODEL --eval_text TEXT      perplexity of a folder, pruned or not
     pyprune export MODEL --profile gguf ...  write it for other programs
+    pyprune report PRUNED                    one page that shows it all
+    pyprune chat PRUNED --compare DENSE      ask both the same
+    pyprune run RECIPE                       all of it from one file, what has changed
     """
 
 
-for _verb in (prune, inspect, score, recover, evaluate, export, env, bench):
+for _verb in (prune, inspect, score, recover, evaluate, export, report, chat, run, env, bench):
     _verb.register(cli)
 
 

@@ -1,10 +1,73 @@
-"""A greedy continuation, to see what a model still says."""
+"""Greedy continuations, to see what a model still says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyprune import progress
+from pyprune.errors import PyPruneError
+
+USUAL = 3
+"""Prompts that are asked when nobody says how many."""
+DEFAULT_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "To make a good cup of tea, first",
+    "The difference between weather and climate is",
+    "def fibonacci(n):",
+)
+
+
+def sample_prompts(prompts: Any, count: int | None) -> list[str]:
+    """The prompts to ask: at most ``count`` of those given, or of :data:`DEFAULT_PROMPTS`; None asks all given ones.
+
+    Args:
+        prompts: a list of texts, the path of a UTF-8 text file with one a line, or None for the default ones.
+
+    Raises:
+        PyPruneError: the file cannot be read or is empty, or ``count`` is more than there are.
+    """
+    if prompts is None:
+        found, wanted = list(DEFAULT_PROMPTS), USUAL if count is None else count
+    else:
+        found = _read_prompts(prompts) if isinstance(prompts, str) else list(prompts)
+        wanted = len(found) if count is None else count
+    if wanted > len(found):
+        raise PyPruneError("generations", wanted, f"there are {len(found)} prompts", "Give prompts with more of them.")
+    return found[:wanted]
+
+
+def _read_prompts(file: str) -> list[str]:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        hint = "Give a text file, one prompt a line."
+        raise PyPruneError("prompts", file, f"cannot be read: {reason}", hint) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise PyPruneError("prompts", file, "holds no prompts", "Write one a line.")
+    return found
+
+
+def paired_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]] | None:
+    """{"prompt", "before", "after"} of each prompt, as reports hold them; None without prompts."""
+    found = zip(prompts, before, after, strict=True)
+    return [{"prompt": p, "before": b, "after": a} for p, b, a in found] or None
+
+
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, label: str) -> list[str]:
+    """:func:`continuation` of every prompt, in order, under a progress bar called ``label``."""
+    with progress.bar(label, len(prompts)) as bar:
+        out = []
+        for prompt in prompts:
+            out.append(continuation(model, tokenizer, prompt, tokens))
+            bar.advance()
+    return out
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ class Report:
         weights_bytes: {"before", "after"}: bytes of the weight files; of the tensors where there are no files.
         perplexity: {"before", "after"}: each as ``Perplexity.to_dict()``; None when no text was given.
         continuation: {"prompt", "before", "after"}; None when no prompt was given.
+        samples: {"prompt", "before", "after"} of each prompt that both models continued; None when none was asked.
         stages: {"name", "seconds", "peak_memory", "peak_gpu_memory"} in order, bytes.
         plan: details of the plan (what was asked, widths, allocation).
         scores: criterion and details of the scores; None when nothing was scored.
@@ -61,6 +62,7 @@ class Report:
     weights_bytes: dict[str, int]
     perplexity: dict[str, Any] | None = None
     continuation: dict[str, str] | None = None
+    samples: list[dict[str, str]] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] | None = None

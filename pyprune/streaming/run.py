@@ -32,10 +32,13 @@ from pyprune.streaming.workspace import Workspace, fingerprint, workspace_path
 from pyprune.surgery.apply import notice
 from pyprune.surgery.skeleton import is_stock
 
-_LEFT_OUT = ("overwrite", "calibration", "scores_file")  # of the settings: no result depends on it, or on its contents
+# Of the settings: no result depends on it, or on its contents.
+_LEFT_OUT = ("overwrite", "report", "calibration", "scores_file")
 _WITHOUT = {
     "eval_text": "Measure with `pyprune eval` what fits into memory.",
     "prompt": "Measure with `pyprune eval` what fits into memory.",
+    "generations": "Use `pyprune report --generations` on the result.",
+    "prompts": "Use `pyprune report --prompts` on the result.",
     "profile": "Use `pyprune export` on the result.",
     "activation_memory": "Leave it out: everything is recomputed.",
 }

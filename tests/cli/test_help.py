@@ -17,12 +17,14 @@ from pyprune.config import (
     InspectConfig,
     PruneConfig,
     RecoverConfig,
+    ReportingConfig,
     ScoringConfig,
 )
 
 VERBS = {
     "prune": PruneConfig, "inspect": InspectConfig, "score": ScoringConfig, "recover": RecoverConfig,
-    "eval": EvaluationConfig, "export": ExportingConfig, "env": None, "bench": None,
+    "eval": EvaluationConfig, "export": ExportingConfig, "report": ReportingConfig, "chat": None,
+    "run": None, "env": None, "bench": None,
 }  # fmt: skip
 
 

@@ -1,0 +1,192 @@
+"""``pyprune run``: what it prints, and what it refuses before anything runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers_run import Ended
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]):
+    from pyprune.cli.main import main
+
+    def run(*arguments: str) -> Ended:
+        capfd.readouterr()
+        status = main(arguments)
+        out, err = capfd.readouterr()
+        return Ended(status, out, err)
+
+    return run
+
+
+def test_a_dry_run_says_why_and_writes_nothing(call, place) -> None:
+    ended = call("run", "run.yaml", "--dry_run")
+    assert ended.status == 0, ended.err
+    assert ended.out.count("would run") == 5 and "new" in ended.out
+    assert not (place / "work").exists()
+
+
+def test_a_dry_run_in_a_work_folder_leaves_it_as_it_is(call, finished) -> None:
+    before = finished.times()
+    finished.recipe["eval"]["eval_windows"] = 1
+    finished.write()
+    ended = call("run", "run.yaml", "--dry_run", "--json")
+    found = {s["name"]: (s["action"], s["why"], s["ran"]) for s in json.loads(ended.out)["stages"]}
+    assert found["eval"] == ("run", "option eval_windows: 2 -> 1", False)
+    assert found["recover"] == ("up to date", "nothing changed", False)
+    assert found["report"] == ("run", "eval runs again", False)
+    assert finished.times() == before
+
+
+def test_the_table_at_the_end_has_a_row_for_each_stage_with_its_result(call, finished) -> None:
+    ended = call("run", "run.yaml", "--force", "report")
+    assert ended.status == 0 and ended.err == "report: --force report\n"
+    for part in (
+        "up to date",
+        "ran",
+        "nothing changed",
+        "parameters",
+        "perplexity: dense",
+        "report.html",
+        "work folder: ",
+    ):
+        assert part in ended.out, part
+    results = {s["name"]: s["result"] for s in json.loads(call("run", "run.yaml", "--json").out)["stages"]}
+    assert " -> " in results["prune"] and " parameters (-" in results["prune"]
+    assert "steps, validation perplexity " in results["recover"]
+    assert results["eval"].startswith("perplexity: dense ") and ", recovered " in results["eval"]
+    assert results["export"].startswith("uniform, ") and results["report"].endswith(" kB")
+
+
+def test_quiet_leaves_the_table_alone(call, finished) -> None:
+    ended = call("run", "run.yaml", "--force", "report", "-q")
+    assert ended.err == "" and "up to date" in ended.out
+
+
+def test_model_and_work_folder_may_be_given(call, place) -> None:
+    import shutil
+
+    shutil.move(place / "model", place / "elsewhere")
+    ended = call("run", "run.yaml", "--model", "elsewhere", "--output_dir", "there", "--until", "prune", "--json")
+    assert ended.status == 0, ended.err
+    assert (place / "there/pruned/model.safetensors").exists() and not (place / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "said"),
+    [
+        ("prune", {"criterion": "l3"}, "--criterion 'l3': is not known."),
+        ("prune", {"criterion": "param_first"}, "--calibration: is missing, and criterion param_first"),
+        (
+            "prune",
+            {"profile": "gguf"},
+            "--profile 'gguf': is a form that the stages recover, eval, export do not go on",
+        ),
+        ("prune", {"allocation": "global"}, "--allocation 'global': gives layers different widths, which profile uni"),
+        ("recover", {"data": "absent.txt"}, "--data 'absent.txt': does not exist."),
+        ("recover", {"teacher": "./absent"}, "--teacher './absent': does not exist."),
+        ("recover", {"data": None}, "--data: there is nothing to learn from."),
+        ("eval", {"eval_text": None}, "--eval_text: there is nothing to measure on."),
+        ("eval", {"eval_text": "absent.txt"}, "--eval_text 'absent.txt': does not exist."),
+        ("eval", {"tasks": "absent.jsonl"}, "absent.jsonl"),
+        ("export", {"profile": "gguf", "output": "x.bin"}, "--output"),
+        ("report", {"eval": "absent.json"}, "--eval 'absent.json': does not exist."),
+        ("eval", {"eval_windows": "many"}, "--eval_windows 'many': must be a whole number, at least 1."),
+    ],
+)
+def test_a_mistake_in_any_stage_is_told_before_the_first_one_runs(call, place, section, options, said) -> None:
+    place.recipe[section] = {**(place.recipe[section] or {}), **options}
+    place.write()
+    ended = call("run", "run.yaml")
+    assert ended.status == 2 and ended.out == ""
+    assert said in ended.err
+    assert f"(Stage {section} of run.yaml.)" in ended.err or f"section {section} of run.yaml" in ended.err
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert not (place / "work").exists()
+
+
+def test_the_cut_keeps_to_widths_that_the_export_holds(call, place) -> None:
+    place.recipe["export"] = {"profile": "hetero-decilm"}
+    place.recipe = {k: place.recipe[k] for k in ("model", "output_dir", "prune", "export")}
+    place.write()
+    ended = call("run", "run.yaml", "--until", "prune")
+    assert ended.status == 2 and "256" in ended.err  # 48 channels have no multiple of 256 below them
+    place.recipe["export"] = {"profile": "uniform"}
+    place.write()
+    assert call("run", "run.yaml", "--until", "prune").status == 0
+
+
+def test_a_tokenizer_that_the_export_cannot_hold_is_told_before_the_cut(call, place) -> None:
+    pytest.importorskip("gguf")
+    place.recipe["export"] = {"profile": "gguf"}
+    place.write()
+    ended = call("run", "run.yaml")
+    assert ended.status == 2 and "has no counterpart in llama.cpp" in ended.err
+    assert not (place / "work").exists()
+
+
+def test_a_gguf_file_lies_in_the_work_folder_or_where_output_says(call, place) -> None:
+    pytest.importorskip("gguf")
+    for file in [*(place / "model").glob("*token*"), place / "model/chat_template.jinja"]:
+        file.unlink()  # llama.cpp has no counterpart of a tokenizer of bytes
+    place.recipe = {**{k: place.recipe[k] for k in ("model", "output_dir")}, "export": {"profile": "gguf"}}
+    for output in (None, "mine.gguf"):
+        place.recipe["export"]["output"] = output
+        place.write()
+        assert call("run", "run.yaml").status == 0
+        file = place / (output or "work/model.gguf")
+        assert file.read_bytes()[:4] == b"GGUF"
+        assert "up to date" in call("run", "run.yaml").out
+        file.unlink()
+        assert "output missing: " + file.name in call("run", "run.yaml", "--dry_run", "--json").out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--until", "evaluate"), "--until 'evaluate': is no stage of this recipe. It has: prune, recover"),
+        (("--force", "score"), "--force 'score': is no stage of this recipe."),
+        (("--model", "./absent"), "--model_name_or_path './absent': does not exist."),
+    ],
+)
+def test_flags_that_cannot_be_met(call, place, flags, said) -> None:
+    ended = call("run", "run.yaml", *flags)
+    assert ended.status == 2 and said in ended.err
+    assert not (place / "work").exists()
+
+
+def test_what_no_run_made_is_not_replaced(call, place) -> None:
+    (place / "work/pruned").mkdir(parents=True)
+    (place / "work/pruned/mine.txt").write_text("mine")
+    ended = call("run", "run.yaml")
+    assert ended.status == 2 and "exists already, and no run in this work folder made it." in ended.err
+    assert "--force prune" in ended.err
+    assert (place / "work/pruned/mine.txt").read_text() == "mine"
+    assert call("run", "run.yaml", "--until", "prune", "--force", "prune").status == 0
+    assert not (place / "work/pruned/mine.txt").exists()
+
+
+def test_a_damaged_record_is_an_error_and_not_a_guess(call, finished) -> None:
+    (finished / "work/run.json").write_text("{")
+    ended = call("run", "run.yaml")
+    assert ended.status == 2 and "is no record of a run that can be read. Remove it" in ended.err
+
+
+def test_several_processes_are_refused(call, place, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is run by one process. Start `pyprune recover` with several" in call("run", "run.yaml").err
+
+
+def test_a_report_needs_something_to_show(call, place) -> None:
+    place.recipe = {k: place.recipe[k] for k in ("model", "output_dir", "eval", "report")}
+    place.write()
+    assert "report: shows a pruned or recovered model, and there is none." in call("run", "run.yaml").err
+
+
+def test_the_page_shows_the_three_models(finished) -> None:
+    page = (finished / "work/report.html").read_text()
+    figures = json.loads((finished / "work/eval/recovered.json").read_text())
+    for one in (figures, figures["compare"]):
+        assert f"{one['perplexity']['perplexity']:.2f}" in page
