@@ -29,8 +29,9 @@ def importance_summary(groups: Groups, scores: Scores, plan: Plan) -> dict[str, 
 
     Returns:
         ``widths``: {"role", "layer", "before", "after"} in units, for dimensions of heads those of one head; whole
-        layers one entry each. ``roles``: a mapping for each scored role, with ``mode`` "units" (``scores`` and ``kept`` of at most 128 units a layer) or "bins"
-        (``kept`` and ``removed``: numbers of units in the 40 bins that lie between ``edges``).
+        layers one entry each. ``roles``: a mapping for each scored role, with ``mode`` "units" (``scores`` and ``kept``
+        of at most 128 units a layer) or "bins" (``kept`` and ``removed``: numbers of units in the 40 bins that lie
+        between ``edges``).
     """
     kept = _masks(groups, plan)
     return {

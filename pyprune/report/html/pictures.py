@@ -14,9 +14,9 @@ from pyprune.report.units import spans
 
 NAMES = {
     "kv_heads": "KV heads", "query_heads": "query heads", "qk_dim": "query and key dimensions of a head",
-    "vo_dim": "value dimensions of a head", "ffn": "FFN channels", "experts": "experts", "expert_ffn": "FFN channels of experts",
-    "latent": "latent dimensions", "state": "state channels", "hidden": "hidden channels", "layers": "layers",
-    "channels": "channels",
+    "vo_dim": "value dimensions of a head", "ffn": "FFN channels", "experts": "experts",
+    "expert_ffn": "FFN channels of experts", "latent": "latent dimensions", "state": "state channels",
+    "hidden": "hidden channels", "layers": "layers", "channels": "channels",
 }  # fmt: skip
 ALWAYS = ("kv_heads", "query_heads", "ffn", "experts", "expert_ffn")  # drawn also where nothing was cut
 FAINTEST = 0.18  # opacity of the least that is drawn
