@@ -78,6 +78,7 @@ def main() -> None:
             model, plan, batches, args.compensation, token_weighting=args.token_weights,
             target=args.compensation_target,
         )  # fmt: skip
+        plan = done.plan
         spent("compensate")
     model = pyprune.apply(model, plan)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
