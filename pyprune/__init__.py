@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
     from pyprune.recover_pipeline import recover
+    from pyprune.selection.layers import select_layers
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -43,6 +44,7 @@ __all__ = [
     "save",
     "score",
     "select",
+    "select_layers",
 ]
 
 _HOME = {
@@ -60,6 +62,7 @@ _HOME = {
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
     "select": "pyprune.selection",
+    "select_layers": "pyprune.selection.layers",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune import preflight
+from pyprune import layer_removal, preflight
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
@@ -53,7 +53,8 @@ class PruneResult:
         model: the smaller model, of the same class; None with ``stream``, which leaves it on disk.
         tokenizer: as given or opened; None without one.
         groups: what is coupled in the dense model.
-        scores: of the dense model, for the roles and layers that could be cut.
+        scores: of the dense model, for the roles and layers that could be cut; with ``remove_layers`` of the model that
+            it leaves, or, when nothing else goes, what each layer is worth.
         plan: over the dense model's groups, also when it was made in several steps.
         report: what was asked and measured.
         recipe: every option.
@@ -115,6 +116,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     if recipe.streaming.stream:
         return PruneResult(None, *prune_from_disk(recipe, model, tokenizer), recipe)
     preflight.check_request(recipe)
+    by_depth = recipe.depth.remove_layers is not None
     stages = Stages()
     dense = _open(recipe.model, stages, model, tokenizer)
     ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
@@ -125,10 +127,14 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
         groups = _groups(dense.model)
-        asked = list(requests(recipe.select, groups))
-        trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
+        asked: list[dict[str, Any]] = []
+        if by_depth:
+            trial = layer_removal.trial(recipe, groups)
+        else:
+            asked = list(requests(recipe.select, groups))
+            trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
         if batches is not None and recipe.compensate.compensation != "none":
-            check_plan(trial, recipe.compensate.compensation)
+            check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
             check_samples(batches, recipe.compensate.compensation)
         smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
         if recipe.save.profile is not None:
@@ -138,6 +144,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
 
     first: Scores | None = None
+    depth: dict[str, Any] | None = None
     costs = None
     if recipe.select.allocation_criterion is not None:
         costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None)
@@ -145,6 +152,18 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     made: list[Compensation] = []
     if dense.mine:
         dense.model = None
+    if by_depth:
+        with stages("choose layers", bar=False):
+            plan, first = layer_removal.choose(smaller, groups, batches, recipe)
+        removed = plan.details["removed_layers"]
+        depth = layer_removal.summary(recipe.depth, plan)
+        with stages("remove layers"):
+            smaller = apply(smaller, plan, copy=copy)
+            if dense.mine:
+                _leave_file(smaller)
+            now = _groups(smaller)
+            asked, roles, layers = layer_removal.requests_after(recipe.select, groups, plan, now)
+    fresh = not by_depth  # whether `smaller` is still the dense model
     for number, request in enumerate(asked, start=1):
         step = f" {number} of {len(asked)}" if len(asked) > 1 else ""
         if number > 1:
@@ -160,18 +179,20 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             cut = select(now, scores, **request, allocation_scores=shares)
         if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
             with stages("compensate" + step, bar=False):
-                if copy and number == 1:
+                if copy and number == 1 and fresh:
                     smaller = deepcopy(smaller)
                 made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score.token_weights))
         with stages("prune" + step):
-            smaller = apply(smaller, cut, copy=copy and number == 1 and not made)
-            plan = cut if number == 1 else compose(groups, plan, cut)
-            if dense.mine and number == 1:
+            smaller = apply(smaller, cut, copy=copy and number == 1 and fresh and not made)
+            plan = cut if number == 1 and fresh else compose(groups, plan, cut)
+            if dense.mine and number == 1 and fresh:
                 _leave_file(smaller)
-        first = first or scores
+        first = scores if number == 1 else first
     assert first is not None
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
+    if by_depth:
+        plan.details["removed_layers"] = removed
 
     after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
     report = Report(
@@ -184,6 +205,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         stages=stages.to_list(),
         plan=plan.details,
         scores={"criterion": first.criterion, **first.details},
+        depth=depth,
         compensation=[c.to_dict() for c in made] or None,
         recipe=recipe.to_dict(),
         versions=versions(),
@@ -276,7 +298,9 @@ def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     """Whether any stage reads calibration; ``scored``: criterion included."""
     second = recipe.select.allocation_criterion
     asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
-    return recipe.compensate.compensation != "none" or any(preflight.needs_batches(c) for c in asked)
+    if recipe.depth.remove_layers is not None or recipe.compensate.compensation != "none":
+        return True
+    return any(preflight.needs_batches(c) for c in asked)
 
 
 def _score(

@@ -32,9 +32,19 @@ def check_request(recipe: PruneConfig) -> None:
     from pyprune.checkpoint.atomic import check_target
     from pyprune.selection.select import ALLOCATIONS
 
+    from pyprune.layer_removal import check, cuts_widths
+
     asked = recipe.select
-    if asked.ratio is None and asked.target_params is None and asked.widths is None:
-        raise PyPruneError("ratio", None, "nothing says how much to remove", "Give ratio, target_params or widths.")
+    sized, by_depth = cuts_widths(asked), recipe.depth.remove_layers is not None
+    if not sized and not by_depth:
+        hint = "Give ratio, target_params, widths or remove_layers."
+        raise PyPruneError("ratio", None, "nothing says how much to remove", hint)
+    if by_depth:
+        check(recipe)
+        if recipe.calibration.calibration is None:
+            problem = "is missing, and layers are chosen on text"
+            raise PyPruneError("calibration", None, problem, "Give a text.")
+        check_source("calibration", recipe.calibration.calibration)
     if asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
     if recipe.save.profile is not None:
@@ -42,9 +52,9 @@ def check_request(recipe: PruneConfig) -> None:
     if recipe.save.output_dir is not None:
         with renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
-    if asked.scores_file is None:
+    if asked.scores_file is None and sized:
         check_scoring(recipe.score, recipe.calibration.calibration)
-    elif asked.iterative_steps > 1:
+    elif asked.scores_file is not None and asked.iterative_steps > 1:
         problem = "scores are made anew in every step, so they cannot come from a file"
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
     if asked.allocation_criterion is not None:

@@ -135,6 +135,22 @@ class ScopeConfig(Stage):
 
 
 @dataclass
+class DepthConfig(Stage):
+    """Whole layers that go before widths are cut."""
+
+    remove_layers: int | float | None = option(
+        None,
+        parsing.removal(),
+        "Whole layers to remove: 3 for three of them, 0.2 for a fifth. With a ratio, widths make up the rest of it.",
+    )
+    layer_criterion: str = option(
+        "block_influence",
+        parsing.choice("block_influence", "perplexity"),
+        "Which go: those that change the stream least, or, one by one, the one whose removal costs least loss.",
+    )
+
+
+@dataclass
 class SelectConfig(ScopeConfig):
     """How much goes, and from where."""
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"bench"},
     {"pipeline", "recover_pipeline", "assess"},
     {"streaming"},
-    {"recover_preflight", "schedule", "preflight"},
+    {"recover_preflight", "schedule", "preflight", "layer_removal"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"compensation"},

@@ -37,6 +37,7 @@ _WITHOUT = {
     "eval_text": "Measure with `pyprune eval` what fits into memory.",
     "prompt": "Measure with `pyprune eval` what fits into memory.",
     "profile": "Use `pyprune export` on the result.",
+    "remove_layers": "Remove layers of a model that fits into memory, or leave it out.",
     "activation_memory": "Leave it out: everything is recomputed.",
 }
 
