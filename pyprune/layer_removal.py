@@ -11,6 +11,7 @@ import torch
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError
+from pyprune.importance.cache import cached
 from pyprune.importance.depth import score_layers
 from pyprune.importance.scores import Scores
 from pyprune.schedule import requests
@@ -88,7 +89,13 @@ def choose(model: Any, groups: Groups, batches: Any, recipe: PruneConfig) -> tup
     assert depth.remove_layers is not None
 
     def scored(group: Group, count: int, protected: tuple[int, ...]) -> Scores:
-        return score_layers(model, group, batches, count, depth.layer_criterion, protected)
+        settings = {
+            "layer_criterion": depth.layer_criterion, "count": count, "protected": protected, "group": group.to_dict()
+        }  # fmt: skip
+        return cached(
+            recipe.score.cache, model, batches, settings,
+            lambda: score_layers(model, group, batches, count, depth.layer_criterion, protected),
+        )  # fmt: skip
 
     plan, scores = plan_layers(groups, depth.remove_layers, scored, asked.layers)
     check_room(recipe, groups, plan)

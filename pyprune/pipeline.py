@@ -28,6 +28,7 @@ from pyprune.evaluation.generation import continuation
 from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.evaluation.stages import Stages
+from pyprune.importance.cache import cached
 from pyprune.importance.calibration import Calibration, load_calibration
 from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
@@ -308,11 +309,16 @@ def _score(
     config: ScoreConfig | None = None,
 ) -> Scores:  # fmt: skip
     config = config or recipe.score
-    return score(
-        model, groups, batches, config.criterion, config.aggregation, roles, layers,
-        route=config.route, seed=recipe.calibration.seed, activation_memory=config.activation_memory,
-        token_weights=config.token_weights,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "criterion": config.criterion, "aggregation": config.aggregation, "route": config.route,
+        "seed": recipe.calibration.seed, "activation_memory": config.activation_memory,
+        "token_weights": config.token_weights,
+    }  # fmt: skip
+    read = batches if preflight.needs_batches(config) else None
+    asked = {**options, "groups": [g.to_dict() for g in groups.prunable(roles, layers)]}
+    return cached(
+        config.cache, model, read, asked, lambda: score(model, groups, read, roles=roles, layers=layers, **options)
+    )
 
 
 def _compensate(model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, weighting: str) -> Compensation:

@@ -32,6 +32,7 @@ def check_request(recipe: PruneConfig) -> None:
     from pyprune.checkpoint.atomic import check_target
     from pyprune.selection.select import ALLOCATIONS
 
+    from pyprune.importance.cache import check_folder
     from pyprune.layer_removal import check, cuts_widths
 
     asked = recipe.select
@@ -45,6 +46,8 @@ def check_request(recipe: PruneConfig) -> None:
             problem = "is missing, and layers are chosen on text"
             raise PyPruneError("calibration", None, problem, "Give a text.")
         check_source("calibration", recipe.calibration.calibration)
+        if recipe.score.cache is not None:
+            check_folder(recipe.score.cache)
     if asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
     if recipe.save.profile is not None:
@@ -118,8 +121,11 @@ def _hold_rounding(asked: SelectConfig, profile: str, role: str, step: int) -> N
 def check_scoring(config: ScoreConfig, calibration: Any) -> None:
     """Criterion, aggregation and route exist, and there is calibration where the criterion reads it."""
     from pyprune.importance.aggregation import check_aggregation
+    from pyprune.importance.cache import check_folder
     from pyprune.importance.scoring import check_route, get_criterion
 
+    if config.cache is not None:
+        check_folder(config.cache)
     check_aggregation(config.aggregation)
     check_route(config.route, get_criterion(config.criterion))
     if needs_batches(config):

@@ -106,6 +106,9 @@ class ScoreConfig(Stage):
         parsing.choice("inverse", "equal"),
         "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
     )
+    cache: str | None = option(
+        None, parsing.path(), "Folder where scores stay, so that the same model and text are not scored twice."
+    )
 
 
 @dataclass

@@ -20,6 +20,7 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.calibration import Calibration, load_calibration
+from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.scores import Scores
 from pyprune.report.data import Report, versions
 from pyprune.schedule import requests
@@ -28,7 +29,7 @@ from pyprune.selection.select import select
 from pyprune.streaming.disk import DiskModel
 from pyprune.streaming.scores import score_from_disk
 from pyprune.streaming.shards import Slicer, write_shards
-from pyprune.streaming.workspace import Workspace, fingerprint, workspace_path
+from pyprune.streaming.workspace import Workspace, workspace_path
 from pyprune.surgery.apply import notice
 from pyprune.surgery.skeleton import is_stock
 
@@ -38,6 +39,7 @@ _WITHOUT = {
     "prompt": "Measure with `pyprune eval` what fits into memory.",
     "profile": "Use `pyprune export` on the result.",
     "remove_layers": "Remove layers of a model that fits into memory, or leave it out.",
+    "cache": "Finished work is kept beside the output in any case.",
     "activation_memory": "Leave it out: everything is recomputed.",
 }
 
