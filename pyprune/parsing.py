@@ -197,7 +197,7 @@ def removal() -> Parser:
     def convert(value: Any) -> int | float:
         if isinstance(value, str) and re.fullmatch(r"\s*-[0-9]+\s*", value):
             value = int(value)
-        return _requests().parse_removal("remove_layers", _number(value))  # type: ignore[no-any-return]
+        return _requests().parse_removal("remove_layers", _number(value))
 
     return Parser(convert, "a whole number or a fraction", "N|FRACTION", "Write 3, or 0.2 for a fifth of the layers.")
 

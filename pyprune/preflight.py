@@ -30,10 +30,9 @@ def renamed(**options: str) -> Iterator[None]:
 def check_request(recipe: PruneConfig) -> None:
     """Something says how much goes, names are known, texts are there, and the output may be written."""
     from pyprune.checkpoint.atomic import check_target
-    from pyprune.selection.select import ALLOCATIONS
-
     from pyprune.importance.cache import check_folder
     from pyprune.layer_removal import check, cuts_widths
+    from pyprune.selection.select import ALLOCATIONS
 
     asked = recipe.select
     sized, by_depth = cuts_widths(asked), recipe.depth.remove_layers is not None

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from helpers_run import write_model, write_text
 from helpers_run import tiny_llama as saved_llama
+from helpers_run import write_model, write_text
 from helpers_surgery import tiny
 
 import pyprune

@@ -67,11 +67,11 @@ def score_layers(
         progress: False silences the bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:
-        Scores of the one group, float32 [1, layers]: the influence; or the loss without the layer minus the dense
-        model's loss, in the round in which the layer went (of those that stay, in the last round; infinity is never
-        there: layers that were not tried have the largest value). ``details["removed"]`` has the layers in the order in
-        which they go, ``details["calibration"]`` what was read; for ``perplexity`` also ``details["loss"]`` of the whole
-        model and ``details["losses"]`` after each removal.
+        Scores of the one group, float32 [1, layers]: the influence; or the loss without the layer minus the whole
+        model's, in the round in which the layer went (of those that stay, in the last round; protected ones have the
+        largest value). ``details["removed"]`` has the layers in the order in which they go, ``details["calibration"]``
+        what was read; for ``perplexity`` also ``details["loss"]`` of the whole model and ``details["losses"]`` after
+        each removal.
 
     Raises:
         PyPruneError: too many layers, an unfit calibration, NaN or infinity behind a layer (it is named), or layers
@@ -102,7 +102,7 @@ def score_layers(
 
 @contextmanager
 def without_layers(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it these blocks give back the residual stream that enters them (they are run, for the form they return)."""
+    """Within it these blocks give back the residual stream that enters them; they run all the same, for the form."""
 
     def handler(j: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
         return with_new_stream(call(given), given)
@@ -171,7 +171,11 @@ class _Trial:
         base, without = 0.0, dict.fromkeys(candidates, 0.0)
         for step in self.steps:
             streams: dict[int, Tensor] = {}
-            logits = self._streams(step, gone, lambda j, given, out, s=streams: s.update({j: given}))
+
+            def remember(j: int, given: Tensor, out: Tensor, streams: dict[int, Tensor] = streams) -> None:
+                streams[j] = given
+
+            logits = self._streams(step, gone, remember)
             base += self._summed(logits, step, None)
             for i in candidates:
                 without[i] += self._summed(self._from(step, i, gone, streams[i]), step, i)

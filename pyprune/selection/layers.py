@@ -60,11 +60,8 @@ def plan_layers(groups: Groups, remove: Amount, scored: Score, layers: LayerSpec
     group, count, protected = removable(groups, remove, layers)
     scores = scored(group, count, protected)
     plan = without(groups, group, scores.details["removed"])
-    plan.details |= {
-        "criterion": scores.criterion,
-        "layer_scores": scores[group.name][0].tolist(),
-        **{k: scores.details[k] for k in ("loss", "losses") if k in scores.details},
-    }
+    plan.details |= {"criterion": scores.criterion, "layer_scores": scores[group.name][0].tolist()}
+    plan.details |= {k: scores.details[k] for k in ("loss", "losses") if k in scores.details}
     return plan, scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def influence_of(model, batch: dict[str, torch.Tensor]) -> list[float]:
     hook.remove()
     states[-1] = last[0]
     out = []
-    for x, y in zip(states, states[1:], strict=False):
+    for x, y in pairwise(states):
         x, y = x[mask].double(), y[mask].double()
         out.append(1 - float(((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean()))
     return out
@@ -174,7 +175,7 @@ def test_layers_outside_the_range_are_no_choice() -> None:
     model = tiny("llama")
     plan = pyprune.select_layers(model, groups_of(model), ids(), 2, layers="1-2")
     assert plan.details["removed_layers"] == [1, 2]
-    with pytest.raises(PyPruneError, match="2 of them outside layers=. Ask for at most 2"):
+    with pytest.raises(PyPruneError, match=r"2 of them outside layers=\. Ask for at most 2"):
         pyprune.select_layers(model, groups_of(model), ids(), 3, layers="1-2")
 
 
