@@ -88,7 +88,7 @@ class ScoreConfig(Stage):
         "param_first",
         parsing.text(),
         "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
-        "l2, random.",
+        "l2, random; reap for the role experts.",
     )
     route: str | None = option(
         None,

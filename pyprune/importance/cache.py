@@ -47,7 +47,7 @@ def check_folder(folder: str) -> None:
 def fingerprint_of_model(model: nn.Module) -> str:
     """SHA-256 of a model's class, configuration, and every parameter and buffer."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    given = to_dict()
+    given: dict[str, Any] = to_dict()
     config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     device = next(model.parameters()).device.type

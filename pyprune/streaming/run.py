@@ -21,6 +21,7 @@ from pyprune.evaluation.stages import Stages
 from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.calibration import Calibration, load_calibration
 from pyprune.importance.fingerprint import fingerprint
+from pyprune.importance.registry import get_criterion
 from pyprune.importance.scores import Scores
 from pyprune.report.data import Report, versions
 from pyprune.schedule import requests
@@ -171,6 +172,10 @@ def _check(recipe: PruneConfig, model: Any) -> Path:
     if recipe.select.iterative_steps > 1:
         problem = "wants the smaller model of each step in memory"
         raise PyPruneError("iterative_steps", recipe.select.iterative_steps, problem, "Leave it or stream out.")
+    criterion = recipe.score.criterion
+    if recipe.select.scores_file is None and get_criterion(criterion).forward_only:
+        hint = "Choose random, l1, l2 or one of the Taylor and Fisher criteria."
+        raise PyPruneError("criterion", criterion, "does not go with stream", hint)
     given = recipe.to_dict()
     for name, hint in _WITHOUT.items():
         if given[name] is not None:
