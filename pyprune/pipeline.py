@@ -25,6 +25,7 @@ from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation
+from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.evaluation.stages import Stages
@@ -212,6 +213,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         versions=versions(),
         warnings=[
             *groups.warnings,
+            *overlap_notes(recipe.calibration.calibration, batches, recipe.evaluation.eval_text, windows),
             *plan.details["notes"],
             *(n for c in made for n in c.notes),
             *_how_to_open(smaller, recipe.save.profile),
@@ -276,6 +278,7 @@ def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
     found = load_calibration(
         calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
         batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
+        longest=preflight.positions(dense.model),
     )  # fmt: skip
     preflight.check_length("length", found.length, dense.model)
     return found

@@ -167,10 +167,16 @@ def check_object(model: Any, config: ModelConfig) -> None:
 
 def check_length(option: str, length: int, model: Any) -> None:
     """Sequences are no longer than the positions that the model knows."""
+    known = positions(model)
+    if known is not None and known < length:
+        raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
+
+
+def positions(model: Any) -> int | None:
+    """How many positions the model knows, where its configuration says so."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     known = getattr(config, "max_position_embeddings", None)
-    if isinstance(known, int) and 0 < known < length:
-        raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
+    return known if isinstance(known, int) and known > 0 else None
 
 
 def device(name: str) -> str:

@@ -74,8 +74,12 @@ class CalibrationConfig(Stage):
         "A .txt or .jsonl file (.gz too), token ids in .npy or .safetensors, or a dataset as owner/name:config:split.",
     )
     text_field: str = option("text", parsing.text(), "Field of the calibration records that holds the text.")
-    samples: int | None = option(None, parsing.integer(1), "Calibration sequences; 32 of a text, all of token ids.")
-    length: int | None = option(None, parsing.integer(2), "Tokens in each; 128 of a text, all of token ids.")
+    samples: int | None = option(
+        None, parsing.integer(1), "Calibration sequences. Left out: 128 of a text, or what it gives; all of token ids."
+    )
+    length: int | None = option(
+        None, parsing.integer(2), "Tokens in each. Left out: 512 of a text, fewer of a short one; all of token ids."
+    )
     batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
     seed: int = option(0, parsing.integer(0), SEED_HELP)
 

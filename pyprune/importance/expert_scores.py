@@ -18,6 +18,7 @@ from pyprune import progress as bars
 from pyprune.discovery.groups import Group
 from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import Calibration
+from pyprune.importance.inputs import picked_rows
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.walk import walking
 
@@ -103,7 +104,9 @@ class _GateTaps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__:
-            self._picked(args[0], args[1])
+            assert self.step is not None
+            picked = picked_rows(args[0], args[1], self.step.targets.numel())
+            self._rows = self._rows if picked is None else picked
         elif func in _PRODUCTS:
             for operand in (*args, *(kwargs or {}).values()):
                 found = self._expert(operand)
@@ -123,14 +126,6 @@ class _GateTaps(TorchFunctionMode):
                     self._count(out, *known[1:])
                     break
         return out
-
-    def _picked(self, source: Any, index: Any) -> None:
-        """Rows of all tokens, chosen by their numbers."""
-        assert self.step is not None
-        index = index[0] if isinstance(index, tuple) and index else index
-        if isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64 and isinstance(source, Tensor):
-            if source.dim() == 2 and source.shape[0] == self.step.targets.numel():
-                self._rows = index
 
     def _expert(self, weight: Any) -> tuple[str, int] | None:
         """(group, expert) of a matrix that is one slice of a stack, or its transpose."""

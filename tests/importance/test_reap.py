@@ -122,3 +122,16 @@ def test_a_route_means_nothing_to_it() -> None:
     model = mixture("mixtral")
     with pytest.raises(PyPruneError, match="means nothing to criterion 'reap'"):
         score(model, discover(model), ids(), "reap", roles=["experts"], route="gradients")
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "flap", "obs", "reap"])
+def test_padding_that_is_routed_to_experts_counts_nothing(criterion: str) -> None:
+    model = mixture("mixtral")
+    groups, role = discover(model), "experts" if criterion == "reap" else "expert_ffn"
+    found = []
+    for token in (0, 77):
+        batch = padded()
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, token)
+        found.append(score(model, groups, [batch], criterion, roles=[role]))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=0)
