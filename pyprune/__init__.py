@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyprune.recover_pipeline import recover
     from pyprune.report_pipeline import write_report
     from pyprune.runs.pipeline import run_recipe
+    from pyprune.selection.layers import select_layers
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -46,6 +47,7 @@ __all__ = [
     "save",
     "score",
     "select",
+    "select_layers",
     "write_report",
 ]
 
@@ -66,6 +68,7 @@ _HOME = {
     "score": "pyprune.importance",
     "select": "pyprune.selection",
     "write_report": "pyprune.report_pipeline",
+    "select_layers": "pyprune.selection.layers",
 }
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pyprune import preflight
-from pyprune.config import EvaluationConfig
+from pyprune.checkpoint.save import RECIPE
+from pyprune.config import EvaluationConfig, read_yaml
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.evaluation.footprint import footprint
 from pyprune.evaluation.loglikelihood import Likelihood, loglikelihoods
+from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.resume import Store, check_file
 from pyprune.evaluation.speed import speeds
 from pyprune.evaluation.stages import Stages
@@ -213,8 +215,18 @@ def _figures(recipe: EvaluationConfig, one: _Dense, tasks: Sequence[Task | str],
         "tasks": accuracies,
         "speed": None,
         "footprint": size,
+        "warnings": overlap_notes(_pruned_with(one), None, recipe.evaluation.eval_text, None),
         "stages": [],
     }
+
+
+def _pruned_with(one: _Dense) -> str | None:
+    """The calibration text in the recipe that lies in a pruned model's folder; None where there is none."""
+    try:
+        given = read_yaml(Path(one.name) / RECIPE).get("calibration")
+    except PyPruneError:
+        return None
+    return given if isinstance(given, str) else None
 
 
 def _check_prompt(config: SpeedConfig, model: Any) -> None:

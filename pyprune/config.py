@@ -19,6 +19,7 @@ from pyprune.stage_options import (
     CalibrationConfig,
     CompensateConfig,
     DataConfig,
+    DepthConfig,
     DistillConfig,
     EvalConfig,
     ExportConfig,
@@ -107,6 +108,7 @@ class PruneConfig(Recipe):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     compensate: CompensateConfig = field(default_factory=CompensateConfig)

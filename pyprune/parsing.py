@@ -191,6 +191,17 @@ def ratio() -> Parser:
     return Parser(lambda v: _requests().parse_ratio(_number(v)), "a number", "FRACTION")
 
 
+def removal() -> Parser:
+    """How many go, as a whole number or a fraction of all."""
+
+    def convert(value: Any) -> int | float:
+        if isinstance(value, str) and re.fullmatch(r"\s*-[0-9]+\s*", value):
+            value = int(value)
+        return _requests().parse_removal("remove_layers", _number(value))
+
+    return Parser(convert, "a whole number or a fraction", "N|FRACTION", "Write 3, or 0.2 for a fifth of the layers.")
+
+
 def count() -> Parser:
     return Parser(lambda v: _requests().parse_count(v), "a number of parameters", "COUNT")
 

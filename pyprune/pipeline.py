@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune import preflight
+from pyprune import layer_removal, preflight
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
@@ -25,9 +25,11 @@ from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation, continuations, paired_samples, sample_prompts
+from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.evaluation.stages import Stages
+from pyprune.importance.cache import cached
 from pyprune.importance.calibration import Calibration, load_calibration
 from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
@@ -54,7 +56,8 @@ class PruneResult:
         model: the smaller model, of the same class; None with ``stream``, which leaves it on disk.
         tokenizer: as given or opened; None without one.
         groups: what is coupled in the dense model.
-        scores: of the dense model, for the roles and layers that could be cut.
+        scores: of the dense model, for the roles and layers that could be cut; with ``remove_layers`` of the model that
+            it leaves, or, when nothing else goes, what each layer is worth.
         plan: over the dense model's groups, also when it was made in several steps.
         report: what was asked and measured.
         recipe: every option.
@@ -119,6 +122,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             add_page(str(recipe.save.output_dir), streamed.groups, streamed.scores, streamed.plan)
         return streamed
     preflight.check_request(recipe)
+    by_depth = recipe.depth.remove_layers is not None
     stages = Stages()
     dense = _open(recipe.model, stages, model, tokenizer)
     ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
@@ -129,10 +133,14 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
         groups = _groups(dense.model)
-        asked = list(requests(recipe.select, groups))
-        trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
+        asked: list[dict[str, Any]] = []
+        if by_depth:
+            trial = layer_removal.trial(recipe, groups)
+        else:
+            asked = list(requests(recipe.select, groups))
+            trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
         if batches is not None and recipe.compensate.compensation != "none":
-            check_plan(trial, recipe.compensate.compensation)
+            check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
             check_samples(batches, recipe.compensate.compensation)
         smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
         if recipe.save.profile is not None:
@@ -144,6 +152,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before["samples"] = _ask(dense.model, dense.tokenizer, prompts, recipe.evaluation, stages, " before")
 
     first: Scores | None = None
+    depth: dict[str, Any] | None = None
     costs = None
     if recipe.select.allocation_criterion is not None:
         costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None)
@@ -151,6 +160,18 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     made: list[Compensation] = []
     if dense.mine:
         dense.model = None
+    if by_depth:
+        with stages("choose layers", bar=False):
+            plan, first = layer_removal.choose(smaller, groups, batches, recipe)
+        removed = plan.details["removed_layers"]
+        depth = layer_removal.summary(recipe.depth, plan)
+        with stages("remove layers"):
+            smaller = apply(smaller, plan, copy=copy)
+            if dense.mine:
+                _leave_file(smaller)
+            now = _groups(smaller)
+            asked, roles, layers = layer_removal.requests_after(recipe.select, groups, plan, now)
+    fresh = not by_depth  # whether `smaller` is still the dense model
     for number, request in enumerate(asked, start=1):
         step = f" {number} of {len(asked)}" if len(asked) > 1 else ""
         if number > 1:
@@ -166,19 +187,21 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             cut = select(now, scores, **request, allocation_scores=shares)
         if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
             with stages("compensate" + step, bar=False):
-                if copy and number == 1:
+                if copy and number == 1 and fresh:
                     smaller = deepcopy(smaller)
                 made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score.token_weights))
                 cut = made[-1].plan
         with stages("prune" + step):
-            smaller = apply(smaller, cut, copy=copy and number == 1 and not made)
-            plan = cut if number == 1 else compose(groups, plan, cut)
-            if dense.mine and number == 1:
+            smaller = apply(smaller, cut, copy=copy and number == 1 and fresh and not made)
+            plan = cut if number == 1 and fresh else compose(groups, plan, cut)
+            if dense.mine and number == 1 and fresh:
                 _leave_file(smaller)
-        first = first or scores
+        first = scores if number == 1 else first
     assert first is not None
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
+    if by_depth:
+        plan.details["removed_layers"] = removed
 
     after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
     after["samples"] = _ask(smaller, dense.tokenizer, prompts, recipe.evaluation, stages, " after")
@@ -193,11 +216,13 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         stages=stages.to_list(),
         plan=plan.details,
         scores={"criterion": first.criterion, **first.details},
+        depth=depth,
         compensation=[c.to_dict() for c in made] or None,
         recipe=recipe.to_dict(),
         versions=versions(),
         warnings=[
             *groups.warnings,
+            *overlap_notes(recipe.calibration.calibration, batches, recipe.evaluation.eval_text, windows),
             *plan.details["notes"],
             *(n for c in made for n in c.notes),
             *_how_to_open(smaller, recipe.save.profile),
@@ -264,6 +289,7 @@ def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
     found = load_calibration(
         calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
         batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
+        longest=preflight.positions(dense.model),
     )  # fmt: skip
     preflight.check_length("length", found.length, dense.model)
     return found
@@ -287,7 +313,9 @@ def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     """Whether any stage reads calibration; ``scored``: criterion included."""
     second = recipe.select.allocation_criterion
     asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
-    return recipe.compensate.compensation != "none" or any(preflight.needs_batches(c) for c in asked)
+    if recipe.depth.remove_layers is not None or recipe.compensate.compensation != "none":
+        return True
+    return any(preflight.needs_batches(c) for c in asked)
 
 
 def _score(
@@ -295,11 +323,16 @@ def _score(
     config: ScoreConfig | None = None,
 ) -> Scores:  # fmt: skip
     config = config or recipe.score
-    return score(
-        model, groups, batches, config.criterion, config.aggregation, roles, layers,
-        route=config.route, seed=recipe.calibration.seed, activation_memory=config.activation_memory,
-        token_weights=config.token_weights,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "criterion": config.criterion, "aggregation": config.aggregation, "route": config.route,
+        "seed": recipe.calibration.seed, "activation_memory": config.activation_memory,
+        "token_weights": config.token_weights,
+    }  # fmt: skip
+    read = batches if preflight.needs_batches(config) else None
+    asked = {**options, "groups": [g.to_dict() for g in groups.prunable(roles, layers)]}
+    return cached(
+        config.cache, model, read, asked, lambda: score(model, groups, read, roles=roles, layers=layers, **options)
+    )
 
 
 def _compensate(model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, weighting: str) -> Compensation:

@@ -30,11 +30,23 @@ def renamed(**options: str) -> Iterator[None]:
 def check_request(recipe: PruneConfig) -> None:
     """Something says how much goes, names are known, texts are there, and the output may be written."""
     from pyprune.checkpoint.atomic import check_target
+    from pyprune.importance.cache import check_folder
+    from pyprune.layer_removal import check, cuts_widths
     from pyprune.selection.select import ALLOCATIONS
 
     asked = recipe.select
-    if asked.ratio is None and asked.target_params is None and asked.widths is None:
-        raise PyPruneError("ratio", None, "nothing says how much to remove", "Give ratio, target_params or widths.")
+    sized, by_depth = cuts_widths(asked), recipe.depth.remove_layers is not None
+    if not sized and not by_depth:
+        hint = "Give ratio, target_params, widths or remove_layers."
+        raise PyPruneError("ratio", None, "nothing says how much to remove", hint)
+    if by_depth:
+        check(recipe)
+        if recipe.calibration.calibration is None:
+            problem = "is missing, and layers are chosen on text"
+            raise PyPruneError("calibration", None, problem, "Give a text.")
+        check_source("calibration", recipe.calibration.calibration)
+        if recipe.score.cache is not None:
+            check_folder(recipe.score.cache)
     if asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
     if recipe.save.profile is not None:
@@ -42,9 +54,9 @@ def check_request(recipe: PruneConfig) -> None:
     if recipe.save.output_dir is not None:
         with renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
-    if asked.scores_file is None:
+    if asked.scores_file is None and sized:
         check_scoring(recipe.score, recipe.calibration.calibration)
-    elif asked.iterative_steps > 1:
+    elif asked.scores_file is not None and asked.iterative_steps > 1:
         problem = "scores are made anew in every step, so they cannot come from a file"
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
     if asked.allocation_criterion is not None:
@@ -108,8 +120,11 @@ def _hold_rounding(asked: SelectConfig, profile: str, role: str, step: int) -> N
 def check_scoring(config: ScoreConfig, calibration: Any) -> None:
     """Criterion, aggregation and route exist, and there is calibration where the criterion reads it."""
     from pyprune.importance.aggregation import check_aggregation
+    from pyprune.importance.cache import check_folder
     from pyprune.importance.scoring import check_route, get_criterion
 
+    if config.cache is not None:
+        check_folder(config.cache)
     check_aggregation(config.aggregation)
     check_route(config.route, get_criterion(config.criterion))
     if needs_batches(config):
@@ -152,10 +167,16 @@ def check_object(model: Any, config: ModelConfig) -> None:
 
 def check_length(option: str, length: int, model: Any) -> None:
     """Sequences are no longer than the positions that the model knows."""
+    known = positions(model)
+    if known is not None and known < length:
+        raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
+
+
+def positions(model: Any) -> int | None:
+    """How many positions the model knows, where its configuration says so."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     known = getattr(config, "max_position_embeddings", None)
-    if isinstance(known, int) and 0 < known < length:
-        raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
+    return known if isinstance(known, int) and known > 0 else None
 
 
 def device(name: str) -> str:

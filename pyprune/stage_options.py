@@ -83,8 +83,12 @@ class CalibrationConfig(Stage):
         "A .txt or .jsonl file (.gz too), token ids in .npy or .safetensors, or a dataset as owner/name:config:split.",
     )
     text_field: str = option("text", parsing.text(), "Field of the calibration records that holds the text.")
-    samples: int | None = option(None, parsing.integer(1), "Calibration sequences; 32 of a text, all of token ids.")
-    length: int | None = option(None, parsing.integer(2), "Tokens in each; 128 of a text, all of token ids.")
+    samples: int | None = option(
+        None, parsing.integer(1), "Calibration sequences. Left out: 128 of a text, or what it gives; all of token ids."
+    )
+    length: int | None = option(
+        None, parsing.integer(2), "Tokens in each. Left out: 512 of a text, fewer of a short one; all of token ids."
+    )
     batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
     seed: int = option(0, parsing.integer(0), SEED_HELP)
 
@@ -97,7 +101,7 @@ class ScoreConfig(Stage):
         "param_first",
         parsing.text(),
         "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
-        "l2, random.",
+        "l2, random; reap for the role experts.",
     )
     route: str | None = option(
         None,
@@ -114,6 +118,9 @@ class ScoreConfig(Stage):
         "inverse",
         parsing.choice("inverse", "equal"),
         "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
+    )
+    cache: str | None = option(
+        None, parsing.path(), "Folder where scores stay, so that the same model and text are not scored twice."
     )
 
 
@@ -142,6 +149,22 @@ class ScopeConfig(Stage):
         None, parsing.roles(), "Roles, as ffn,kv_heads. Left out: of kv_heads, ffn, expert_ffn those that there are."
     )
     layers: Any = option(None, parsing.layers(), "Decoder layers: 4-27 (27 too), 4:28, 0,2,5-9. Left out: all.")
+
+
+@dataclass
+class DepthConfig(Stage):
+    """Whole layers that go before widths are cut."""
+
+    remove_layers: int | float | None = option(
+        None,
+        parsing.removal(),
+        "Whole layers to remove: 3 for three of them, 0.2 for a fifth. With a ratio, widths make up the rest of it.",
+    )
+    layer_criterion: str = option(
+        "block_influence",
+        parsing.choice("block_influence", "perplexity"),
+        "Which go: those that change the stream least, or, one by one, the one whose removal costs least loss.",
+    )
 
 
 @dataclass

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pyprune.errors import PyPruneError
 from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file
 
-SAMPLES, LENGTH = 32, 128  # what is taken of a text when nothing is said
+SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
+FEW, SHORT = 32, 128  # of a shorter text sequences are shortened down to this, so that there are not fewer
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def load_calibration(
     seed: int = 0,
     field: str = "text",
     option: str = "calibration",
+    longest: int | None = None,
 ) -> Calibration:
     """Calibration batches from whatever ``source`` is.
 
@@ -82,12 +84,14 @@ def load_calibration(
     Args:
         source: see above. A :class:`Calibration` is returned unchanged.
         tokenizer: a Hugging Face tokenizer; needed for text.
-        samples: sequences. None: 32 of a text, all of anything else.
-        length: tokens of each. None: 128 of a text, all of token ids.
+        samples: sequences. None: of a text 128, or as many as it gives; all of anything else.
+        length: tokens of each. None: of a text 512, shorter (down to 128) where it would not give 32 of them; all of
+            token ids.
         batch_size: sequences in a batch.
         seed: what the crops are drawn with.
         field: field of the records that holds the text.
         option: which option the source came from, for errors.
+        longest: the most that ``length`` is when nothing is said, as the positions that the model knows.
 
     Raises:
         PyPruneError: a source that is missing, empty, unreadable or too short for the samples asked.
@@ -98,11 +102,11 @@ def load_calibration(
     if isinstance(source, Calibration):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _from_name(os.fspath(source), tokenizer, samples, length, batch_size, seed, field, option)
+        return _from_name(os.fspath(source), tokenizer, samples, length, batch_size, seed, field, option, longest)
     if isinstance(source, np.ndarray):
         source = torch.from_numpy(source)
     if isinstance(source, Tensor):
-        return _from_tokens(source, "token ids", samples, length, batch_size, seed, option)
+        return _from_tokens(source, "token ids", samples, length, batch_size, seed, option, longest)
     if isinstance(source, Mapping):
         source = [source]
     if not isinstance(source, Iterable):
@@ -135,17 +139,19 @@ def check_vocabulary(calibration: Calibration, model: nn.Module, option: str = "
 
 
 def _from_name(
-    source: str, tokenizer: Any, samples: int | None, length: int | None, size: int, seed: int, field: str, option: str
-) -> Calibration:
+    source: str, tokenizer: Any, samples: int | None, length: int | None, size: int, seed: int, field: str, option: str,
+    longest: int | None,
+) -> Calibration:  # fmt: skip
     kind = kind_of(source, option)
     name = os.path.basename(source) if kind != "dataset" else source
     if kind == "tokens":
-        return _from_tokens(read_token_file(source, option), name, samples, length, size, seed, option)
-    count, long = samples or SAMPLES, length or LENGTH
+        return _from_tokens(read_token_file(source, option), name, samples, length, size, seed, option, longest)
+    count, long = samples or SAMPLES, length or min(LENGTH, longest or LENGTH)
     rng = torch.Generator().manual_seed(seed)
     if kind == "text":
         text = next(read_documents(source, field, None, option))
-        return _pack(_crops(encode(tokenizer, text, source, option), count, long, rng, name, option), name, size, seed)
+        ids = encode(tokenizer, text, source, option)
+        return _pack(_crops(ids, *_sizes(ids, samples, length, longest), rng, name, option), name, size, seed)
     # Shuffled documents, until enough of them are long enough. A dataset may be endless, so not for ever.
     rows, seen = [], []
     documents = read_documents(source, field, seed, option)
@@ -157,9 +163,24 @@ def _from_name(
             rows.append(ids[start : start + long])
         if len(rows) == count:
             return _pack(torch.stack(rows), name, size, seed)
+    if samples is None and len(rows) >= FEW:
+        return _pack(torch.stack(rows), name, size, seed)
     # A JSONL file is there in full, so its own order (paragraphs of one text, say) is kept.
     joined = "\n\n".join(read_documents(source, field, None, option) if kind == "records" else seen)
-    return _pack(_crops(encode(tokenizer, joined, source, option), count, long, rng, name, option), name, size, seed)
+    ids = encode(tokenizer, joined, source, option)
+    return _pack(_crops(ids, *_sizes(ids, samples, length, longest), rng, name, option), name, size, seed)
+
+
+def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int | None) -> tuple[int, int]:
+    """Samples and length for a stream; what was not asked for is what the stream gives."""
+    have = tokens.numel()
+    if length is None:
+        length = min(LENGTH, longest or LENGTH)
+        if have < length * (samples or FEW):  # more of shorter ones are better than few
+            length = max(min(length, SHORT), have // (samples or FEW))
+        if have < length * (samples or 1):
+            length = max(2, have // (samples or 1))
+    return samples or max(1, min(SAMPLES, have // length)), length
 
 
 def _crops(tokens: Tensor, samples: int, length: int, rng: torch.Generator, source: str, option: str) -> Tensor:
@@ -180,12 +201,14 @@ def _crops(tokens: Tensor, samples: int, length: int, rng: torch.Generator, sour
 
 
 def _from_tokens(
-    tokens: Tensor, name: str, samples: int | None, length: int | None, size: int, seed: int, option: str
-) -> Calibration:
+    tokens: Tensor, name: str, samples: int | None, length: int | None, size: int, seed: int, option: str,
+    longest: int | None,
+) -> Calibration:  # fmt: skip
     tokens = check_tokens(tokens.detach().cpu(), name, option)
     if tokens.dim() == 1:
         rng = torch.Generator().manual_seed(seed)
-        return _pack(_crops(tokens, samples or SAMPLES, length or LENGTH, rng, name, option), name, size, seed)
+        sizes = _sizes(tokens, samples, length, longest)
+        return _pack(_crops(tokens, *sizes, rng, name, option), name, size, seed)
     have, long = tokens.shape
     if (samples or 0) > have or (length or 0) > long:
         raise PyPruneError(

@@ -118,7 +118,7 @@ def _statistics(
                 continue
             if use.key not in found:
                 found[use.key] = InputStatistics.empty(use, criterion.inputs == "gram")
-            found[use.key].add(use.x, weights_for(use.x, weights))
+            found[use.key].add(use.x, weights_for(use.x, weights, use.tokens))
         walk.leave(number, stream)
         bar.advance()
     for key, statistics in found.items():

@@ -28,12 +28,15 @@ class Use:
         x: its input, [rows, inputs].
         transposed: the matrix is stored [inputs, outputs], not [outputs, inputs].
         bias: what was added to the product, or None.
+        tokens: int64 [rows], which of the step's tokens the rows are, where they were picked out (an expert's); None
+            where the rows are all of them, or where that cannot be seen.
     """
 
     key: Key
     x: Tensor
     transposed: bool
     bias: Tensor | None
+    tokens: Tensor | None = None
 
     def input_dim(self, ndim: int) -> int:
         """The dimension of the stored tensor (``ndim`` dimensions) along which the inputs lie."""
@@ -45,10 +48,13 @@ class InputTaps(TorchFunctionMode):
 
     Args:
         parameters: name -> parameter, the matrices [a, b], or stacked ones [experts, a, b].
+        tokens: tokens of the step, so that rows which are picked out of them are told.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], tokens: int | None = None) -> None:
         super().__init__()
+        self._tokens = tokens
+        self._picked: Tensor | None = None
         self.uses: list[Use] = []
         self._names = {id(p): name for name, p in parameters.items()}
         # Views of a parameter are told by their storage, where that holds no other watched one.
@@ -65,11 +71,17 @@ class InputTaps(TorchFunctionMode):
         out = func(*args, **kwargs)
         read = _READ.get(func)
         found = None if read is None else read(*args, **kwargs)
+        if func is Tensor.__getitem__ and self._tokens is not None:
+            picked = picked_rows(args[0], args[1], self._tokens)
+            self._picked = self._picked if picked is None else picked
         if found is not None:
             x, weight, bias, transposed = found
             key, turned = self._find(weight)
             if key is not None:
-                self.uses.append(Use(key, x.detach().reshape(-1, x.shape[-1]), transposed != turned, bias))
+                rows = x.detach().reshape(-1, x.shape[-1])
+                chosen = self._picked if self._picked is not None and len(self._picked) == len(rows) else None
+                chosen = None if len(rows) == self._tokens and key.expert is None else chosen
+                self.uses.append(Use(key, rows, transposed != turned, bias, chosen))
         return out
 
     def _find(self, weight: Any) -> tuple[Key | None, bool]:
@@ -89,6 +101,14 @@ class InputTaps(TorchFunctionMode):
             if view.shape == p.shape[-2:] and view.stride() == p.stride()[-2:] and rest == 0:
                 return Key(name, None if p.dim() == 2 else int(place)), turned
         return None, False
+
+
+def picked_rows(source: Any, index: Any, tokens: int) -> Tensor | None:
+    """The numbers of the tokens that an indexing picks out of all of them, or None where it is another one."""
+    index = index[0] if isinstance(index, tuple) and index else index
+    if not isinstance(source, Tensor) or source.dim() != 2 or source.shape[0] != tokens:
+        return None
+    return index if isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64 else None
 
 
 Found = tuple[Tensor, Any, "Tensor | None", bool] | None

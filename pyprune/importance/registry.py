@@ -41,6 +41,7 @@ class Criterion:
         inputs: ``"moments"`` or ``"gram"``: reads these statistics of the inputs of linear layers.
         units: with ``inputs``: (weight float64 [outputs, inputs], its statistics, positions int64 [outer, units, k]) ->
             float64 [outer, units].
+        experts: reads the gated outputs of routed experts, and scores them alone.
         draw: (group, generator) -> float32 [outer, units], for criteria that read no tensor.
     """
 
@@ -55,6 +56,7 @@ class Criterion:
     per_sample: bool = False
     inputs: str | None = None
     units: Callable[[Tensor, InputStatistics, Tensor], Tensor] | None = None
+    experts: bool = False
     draw: Callable[[Group, torch.Generator], Tensor] | None = None
 
     @property
@@ -65,7 +67,12 @@ class Criterion:
     @property
     def calibrated(self) -> bool:
         """Whether calibration batches are needed."""
-        return self.backward or self.inputs is not None
+        return self.backward or self.forward_only
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether it is measured in forward passes alone."""
+        return self.inputs is not None or self.experts
 
     @property
     def separate(self) -> bool:

@@ -21,6 +21,7 @@ from pyprune.importance.aggregation import check_aggregation, group_scores, scor
 from pyprune.importance.blocks import NotSweepable
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.collector import Collector
+from pyprune.importance.expert_scores import score_experts
 from pyprune.importance.input_scores import score_inputs
 from pyprune.importance.losses import NotFinite
 from pyprune.importance.memory import activation_budget, peak_memory
@@ -81,7 +82,7 @@ def score(
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer. Needed by criteria that
             read gradients.
         criterion: a registered name: random, l1, l2, vectorize, param_first (taylor), param_second (fisher), param_mix,
-            group_fisher; wanda, flap, obs (forward passes alone).
+            group_fisher; wanda, flap, obs (forward passes alone), reap (of experts).
         aggregation: sum, mean, max, prod, first or last, over a group's members in their order. ``prod`` is scaled by a
             power of two for each role where float32 could not hold it (``details["prod_shift"]``).
         roles: only groups of these roles; None is all.
@@ -130,14 +131,17 @@ def score(
                 values[group.name] = spec.draw(group, generator)
         else:
             samples = None
-            if spec.inputs is not None:
+            if spec.forward_only:
                 calibration = _calibration(batches, spec)
                 check_vocabulary(calibration, model)
                 details |= {"calibration": calibration.to_dict(), "token_weights": token_weights}
                 _check_weights(parameters)
-                wide = score_inputs(
-                    model, spec, chosen, parameters, calibration, aggregation, token_weights, details
-                )  # fmt: skip
+                if spec.experts:
+                    wide = score_experts(model, chosen, parameters, calibration, spec.name, details)
+                else:
+                    wide = score_inputs(
+                        model, spec, chosen, parameters, calibration, aggregation, token_weights, details
+                    )  # fmt: skip
             elif not spec.backward:
                 sums = _from_weights(spec, parameters)
             else:
@@ -146,7 +150,7 @@ def score(
                 details["calibration"] = calibration.to_dict()
                 sums = _from_calibration(model, spec, parameters, calibration, route, activation_memory, details)
                 samples = calibration.samples if spec.per_sample else None
-            if spec.inputs is None:
+            if not spec.forward_only:
                 wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed, samples) for g in chosen}
             values, shifts = to_float32(wide, {g.name: g.role for g in chosen}, aggregation)
             if shifts:
@@ -226,7 +230,7 @@ def check_route(route: str | None, spec: Criterion) -> None:
     """Raises PyPruneError when there is no such route, or the criterion cannot take it."""
     if route is not None and route not in ROUTES:
         raise unknown_name("route", route, ROUTES)
-    if route is not None and spec.inputs is not None:
+    if route is not None and spec.forward_only:
         raise PyPruneError(
             "route", route, f"means nothing to criterion {spec.name!r}, which takes no gradient", "Leave it out."
         )

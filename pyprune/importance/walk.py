@@ -66,7 +66,7 @@ class Walk:
         The stream [batch, length, hidden] is None where the model counts as one block.
         """
         for number, step in enumerate(self.steps):
-            with InputTaps(parameters) as taps:
+            with InputTaps(parameters, step.targets.numel()) as taps:
                 out = self._through(i, number, step)
             yield number, taps.uses, out
 
@@ -178,6 +178,14 @@ def token_weights(step: Step, stream: Tensor | None, how: str) -> Tensor:
     return weights.reshape(-1)
 
 
-def weights_for(x: Tensor, weights: Tensor) -> Tensor:
-    """``weights`` where the rows of ``x`` are the step's tokens; ones where they are others (an expert's)."""
+def weights_for(x: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """``weights`` where the rows of ``x`` are the step's tokens; ones where they are others (an expert's).
+
+    Args:
+        x: [rows, inputs].
+        weights: of the step's tokens, 0 for padding.
+        tokens: int64 [rows], which tokens the rows are, where that is known: then padding counts nothing here either.
+    """
+    if tokens is not None:
+        return (weights[tokens] != 0).to(weights.dtype)
     return weights if x.shape[0] == weights.shape[0] else weights.new_ones(x.shape[0])

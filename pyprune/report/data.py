@@ -49,6 +49,7 @@ class Report:
         stages: {"name", "seconds", "peak_memory", "peak_gpu_memory"} in order, bytes.
         plan: details of the plan (what was asked, widths, allocation).
         scores: criterion and details of the scores; None when nothing was scored.
+        depth: which layers went, by which criterion, and what each was worth; None when no whole layer was to go.
         compensation: one entry a step, as ``Compensation.to_dict()``; None when nothing was compensated.
         recipe: every option's value.
         output_dir: where the result lies, or None.
@@ -66,6 +67,7 @@ class Report:
     stages: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] | None = None
+    depth: dict[str, Any] | None = None
     compensation: list[dict[str, Any]] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None

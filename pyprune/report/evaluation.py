@@ -26,6 +26,8 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     if said is not None:
         table.add_row("prompt", Text(said["prompt"]))
         table.add_row("continuation", Text(said["text"]))
+    for note in result.get("warnings", ()):
+        table.add_row("note", Text(note))
     for stage in result["stages"]:
         table.add_row(Text(stage["name"]), f"{seconds(stage['seconds'])}, peak memory {size(stage['peak_memory'])}")
     return table
@@ -45,7 +47,9 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     if result["continuation"] is not None:
         texts = [Text(one["continuation"]["text"], justify="left") for one in (other, result)]
         table.add_row(Text(f"after {result['continuation']['prompt']!r}"), *texts, "")
-    table.caption = Text("\n".join(f"{label}: {protocol}" for label, protocol in _protocols(result)))
+    lines = [f"{label}: {protocol}" for label, protocol in _protocols(result)]
+    notes = {note for one in (other, result) for note in one.get("warnings", ())}
+    table.caption = Text("\n".join([*lines, *(f"note: {note}" for note in sorted(notes))]))
     return table
 
 

@@ -157,6 +157,24 @@ def parse_amount(option: str, amount: Any, where: str = "") -> Amount:
     return float(amount)
 
 
+def parse_removal(option: str, amount: Any) -> Amount:
+    """How many units go: a number (int, at least 1) or a fraction of them (float, above 0 and below 1).
+
+    Raises:
+        PyPruneError: neither.
+    """
+    hint = "Give a whole number, as 3, or a fraction of all, as 0.2."
+    if not _is_number(amount) or amount != amount:
+        raise PyPruneError(option, amount, "is not a number", hint)
+    if isinstance(amount, Integral):
+        if amount < 1:
+            raise PyPruneError(option, amount, "must be at least 1", hint)
+        return int(amount)
+    if not 0 < amount < 1:
+        raise PyPruneError(option, amount, "must be a whole number, or a fraction above 0 and below 1", hint)
+    return float(amount)
+
+
 def units_of(amount: Amount, units: int) -> int:
     """An amount in units: integers as they are, fractions rounded (half up), at least 1."""
     return amount if isinstance(amount, int) else max(1, math.floor(amount * units + 0.5))

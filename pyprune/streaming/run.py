@@ -20,6 +20,8 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.calibration import Calibration, load_calibration
+from pyprune.importance.fingerprint import fingerprint
+from pyprune.importance.registry import get_criterion
 from pyprune.importance.scores import Scores
 from pyprune.report.data import Report, versions
 from pyprune.schedule import requests
@@ -28,7 +30,7 @@ from pyprune.selection.select import select
 from pyprune.streaming.disk import DiskModel
 from pyprune.streaming.scores import score_from_disk
 from pyprune.streaming.shards import Slicer, write_shards
-from pyprune.streaming.workspace import Workspace, fingerprint, workspace_path
+from pyprune.streaming.workspace import Workspace, workspace_path
 from pyprune.surgery.apply import notice
 from pyprune.surgery.skeleton import is_stock
 
@@ -40,6 +42,8 @@ _WITHOUT = {
     "generations": "Use `pyprune report --generations` on the result.",
     "prompts": "Use `pyprune report --prompts` on the result.",
     "profile": "Use `pyprune export` on the result.",
+    "remove_layers": "Remove layers of a model that fits into memory, or leave it out.",
+    "cache": "Finished work is kept beside the output in any case.",
     "activation_memory": "Leave it out: everything is recomputed.",
 }
 
@@ -171,6 +175,10 @@ def _check(recipe: PruneConfig, model: Any) -> Path:
     if recipe.select.iterative_steps > 1:
         problem = "wants the smaller model of each step in memory"
         raise PyPruneError("iterative_steps", recipe.select.iterative_steps, problem, "Leave it or stream out.")
+    criterion = recipe.score.criterion
+    if recipe.select.scores_file is None and get_criterion(criterion).forward_only:
+        hint = "Choose random, l1, l2 or one of the Taylor and Fisher criteria."
+        raise PyPruneError("criterion", criterion, "does not go with stream", hint)
     given = recipe.to_dict()
     for name, hint in _WITHOUT.items():
         if given[name] is not None:
@@ -192,7 +200,7 @@ def _calibration(recipe: PruneConfig, tokenizer: Any, model: Any) -> Calibration
     asked = recipe.calibration
     found = load_calibration(
         asked.calibration, tokenizer, samples=asked.samples, length=asked.length, batch_size=asked.batch_size,
-        seed=asked.seed, field=asked.text_field,
+        seed=asked.seed, field=asked.text_field, longest=preflight.positions(model),
     )  # fmt: skip
     preflight.check_length("length", found.length, model)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -150,30 +148,6 @@ def put(work: Path, target: Path) -> None:
     finally:
         os.close(descriptor)
     os.replace(work, target)
-
-
-def fingerprint(values: Any) -> str:
-    """SHA-256 of nested mappings, sequences, tensors and plain values, in hexadecimal."""
-    digest = hashlib.sha256()
-    _feed(digest, values)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous()
-        digest.update(f"{flat.dtype}{list(flat.shape)}".encode())
-        digest.update(flat.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, Mapping):
-        for key in sorted(value):
-            digest.update(f"{key}=".encode())
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(repr(value).encode())
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,6 @@
-"""The last word on a cut: the smaller model computes what the old one computes with the removed weights set to zero."""
+"""The last word on a cut: the smaller model computes what the old one computes with the removed weights set to zero.
+
+Removed layers hand on the stream that enters them."""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.blocks import NotSweepable
+from pyprune.importance.depth import without_layers
 from pyprune.selection.plan import Plan
 from pyprune.surgery.decoder import text_config
 
@@ -24,12 +28,14 @@ COARSE = 0.1
 
 def checkable(model: Any, plan: Plan) -> bool:
     """Whether masking and slicing are the same thing for this plan, and the model's weights are here."""
-    exact = all(c.group.exact and c.group.role != "layers" for c in plan.cuts)
+    exact = all(c.group.exact or c.group.role == "layers" for c in plan.cuts)
     return exact and hasattr(text_config(model.config), "vocab_size") and not any(p.is_meta for p in model.parameters())
 
 
-def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor:
+def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
     """Logits of ``model`` with the removed positions of every parameter set to zero: float32 [1, TOKENS, vocabulary].
+
+    Layers that the plan removes are passed by. None where that cannot be done from outside the model.
 
     Args:
         restore: put the removed weights back afterwards (they are kept aside meanwhile).
@@ -46,8 +52,12 @@ def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor:
                 if restore:
                     aside.append((weight, dim, index, weight.index_select(dim, index)))
                 weight.index_fill_(dim, index, 0)
+        removed = [model.get_submodule(path) for path in plan.removed_modules()]
         try:
-            return logits(model)
+            with without_layers(removed):
+                return logits(model)
+        except NotSweepable:
+            return None
         finally:
             for weight, dim, index, values in reversed(aside):
                 weight.index_copy_(dim, index, values)

@@ -204,3 +204,12 @@ def test_half_precision_models_are_pruned_in_their_own_type(call, place, dtype: 
     model = AutoModelForCausalLM.from_pretrained(place / "out", dtype="auto")
     assert str(model.dtype) == f"torch.{dtype}"
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_whole_layers_go_from_the_command_line_and_the_report_names_them(call, place) -> None:
+    ended = call(*PRUNE, "--remove_layers", "0.25", "--layer_criterion", "perplexity", "--output_dir", "out")
+    assert ended.status == 0, ended.err
+    report = json.loads((place / "out" / "pyprune_report.json").read_text())
+    (gone,) = report["depth"]["removed_layers"]
+    assert f"layers removed: {gone} (1, by perplexity)" in ended.out
+    assert AutoModelForCausalLM.from_pretrained(place / "out").config.num_hidden_layers == 3

@@ -73,7 +73,7 @@ def test_a_text_that_is_too_short_says_what_it_has_and_what_is_needed(text: Path
     with pytest.raises(
         PyPruneError, match=r"train\.txt.*has 500 tokens, and 32 samples of 128 need 4096.*at most samples=3"
     ):
-        load_calibration(text, tokenizer)
+        load_calibration(text, tokenizer, samples=32, length=128)
     with pytest.raises(PyPruneError, match="smaller length"):
         load_calibration(text, tokenizer, samples=1, length=501)
 
@@ -315,3 +315,32 @@ def test_a_sample_with_nothing_to_predict_is_refused() -> None:
     mask[1, 1:] = 0
     with pytest.raises(PyPruneError, match="'sample 1 of a batch': has no token to predict"):
         score(model, llama_groups(model.config, model), [{"input_ids": ids, "attention_mask": mask}])
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "samples", "length"),
+    [
+        (200_000, {}, 128, 512),
+        (65_536, {}, 128, 512),
+        (30_000, {}, 58, 512),
+        (10_000, {}, 32, 312),
+        (1_000, {}, 7, 128),
+        (100, {}, 1, 100),
+        (200_000, {"longest": 256}, 128, 256),
+        (1_000, {"samples": 20}, 20, 50),
+        (1_000, {"length": 100}, 10, 100),
+        (200_000, {"samples": 4}, 4, 512),
+        (2_000, {"longest": 64}, 31, 64),
+    ],
+)
+def test_what_is_not_asked_for_is_128_of_512_tokens_or_what_the_text_gives(have, asked, samples, length) -> None:
+    made = load_calibration(torch.arange(have), **asked)
+    assert (made.samples, made.length) == (samples, length)
+
+
+def test_records_give_as_many_as_are_long_enough_when_no_number_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    short, long = {"text": " ".join(["1"] * 20)}, {"text": " ".join(["2"] * 40)}
+    path.write_text("".join(json.dumps(r) + "\n" for r in [long, short] * 40))
+    made = load_calibration(path, tokenizer, length=30)
+    assert (made.samples, made.length) == (40, 30)

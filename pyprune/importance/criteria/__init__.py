@@ -10,6 +10,7 @@ from pyprune.importance.criteria import (
     param_mix,
     param_second,
     random,
+    reap,
     vectorize,
     wanda,
 )
@@ -26,3 +27,4 @@ register(group_fisher.CRITERION)
 register(wanda.CRITERION)
 register(flap.CRITERION)
 register(obs.CRITERION)
+register(reap.CRITERION)

@@ -1,0 +1,126 @@
+"""Scores on the disk: what was measured once is not measured again.
+
+A file's name is a fingerprint of all that its scores depend on: the weights, the configuration, the calibration's token
+ids, the groups, the criterion and its options, and the versions that computed them. Another ratio, allocation or
+rounding changes none of these.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyprune.errors import PyPruneError
+from pyprune.importance.fingerprint import fingerprint
+from pyprune.importance.scores import Scores
+
+log = logging.getLogger(__name__)
+
+_NAMES = ("_name_or_path", "name_or_path", "_commit_hash", "dtype")  # of a configuration: they say nothing of results
+
+
+def check_folder(folder: str) -> None:
+    """The folder is there or can be made, and can be written to. Nothing is made yet.
+
+    Raises:
+        PyPruneError: it cannot.
+    """
+    path = Path(folder).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir():
+        raise PyPruneError("cache", folder, f"cannot be a folder: {path} is a file", "Name another folder.")
+    if not os.access(path, os.W_OK):
+        raise PyPruneError("cache", folder, f"cannot be written: {path} is read-only", "Name another folder.")
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """SHA-256 of a model's class, configuration, and every parameter and buffer."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    given: dict[str, Any] = to_dict()
+    config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    device = next(model.parameters()).device.type
+    return fingerprint([type(model).__name__, device, config, tensors])
+
+
+def cached(
+    folder: str | None, model: nn.Module, batches: Any, settings: Mapping[str, Any], compute: Callable[[], Scores]
+) -> Scores:
+    """What ``compute`` gives, read from ``folder`` when it is there, and kept there otherwise.
+
+    A file that is damaged is named in a warning and made anew. Files appear complete or not at all, so that several
+    runs may share a folder.
+
+    Args:
+        folder: None computes and keeps nothing.
+        model: that is scored.
+        batches: the calibration, or None.
+        settings: all else that the scores depend on.
+
+    Returns:
+        The scores; ``details["cached"]`` is the file that they were read from, and absent where they were computed.
+    """
+    if folder is None:
+        return compute()
+    calibration = None if batches is None else list(batches)
+    versions = {"torch": str(torch.__version__), "pyprune": _version()}
+    key = fingerprint([fingerprint_of_model(model), calibration, dict(settings), versions])
+    path = Path(folder) / f"scores-{key[:40]}.safetensors"
+    found = _read(path)
+    if found is not None:
+        log.info("scores read from %s", path)
+        found.details["cached"] = str(path)
+        return found
+    scores = compute()
+    _write(scores, path)
+    return scores
+
+
+def _read(path: Path) -> Scores | None:
+    from safetensors import SafetensorError
+
+    try:
+        scores = Scores.load(path)
+        if scores.details.pop("sum", None) == fingerprint(scores.by_group):
+            return scores
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+        pass
+    warnings.warn(f"{path} is damaged; the scores are computed again.", stacklevel=4)
+    return None
+
+
+def _write(scores: Scores, path: Path) -> None:
+    """A full or vanished disk costs the cache and not the run."""
+    work = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    kept = Scores(scores.by_group, scores.criterion, {**scores.details, "sum": fingerprint(scores.by_group)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept.save(work)
+        os.replace(work, path)
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        warnings.warn(f"{path} cannot be written ({error}); the scores are not kept.", stacklevel=4)
+    finally:
+        with suppress(OSError):
+            work.unlink()
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pyprune")
+    except PackageNotFoundError:
+        return "source"

@@ -1,0 +1,34 @@
+"""A number that stands for what a result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(values: Any) -> str:
+    """SHA-256 of nested mappings, sequences, tensors and plain values, in hexadecimal."""
+    digest = hashlib.sha256()
+    _feed(digest, values)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous()
+        digest.update(f"{flat.dtype}{list(flat.shape)}".encode())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            digest.update(f"{key}=".encode())
+            _feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(repr(value).encode())
