@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyprune.importance.scores import Scores
     from pyprune.pipeline import prune
     from pyprune.recover_pipeline import recover
+    from pyprune.search import search_plan
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
@@ -42,6 +43,7 @@ __all__ = [
     "recover",
     "save",
     "score",
+    "search_plan",
     "select",
 ]
 
@@ -59,6 +61,7 @@ _HOME = {
     "recover": "pyprune.recover_pipeline",
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
+    "search_plan": "pyprune.search",
     "select": "pyprune.selection",
 }
 

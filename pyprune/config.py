@@ -29,6 +29,7 @@ from pyprune.stage_options import (
     ScopeConfig,
     ScoreConfig,
     ScoreFileConfig,
+    SearchConfig,
     SelectConfig,
     SourceConfig,
     SpeedConfig,
@@ -107,6 +108,7 @@ class PruneConfig(Recipe):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)

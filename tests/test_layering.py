@@ -19,6 +19,7 @@ LAYERS = [
     {"recover_preflight", "schedule", "preflight"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
+    {"search"},
     {"compensation"},
     {"surgery"},
     {"families"},

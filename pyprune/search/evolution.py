@@ -1,8 +1,8 @@
 """The search: one parent, children that differ from it by a few moves, and the best of them the next parent.
 
 After EvoPress (Sieberling et al., ICML 2025, arXiv 2410.14649): level switching that keeps the size, several
-fidelities, elitism. Where that draws children blindly, a child here is the best of some random moves in the eyes of a linear model
-of what was evaluated before (:mod:`pyprune.search.surrogate`).
+fidelities, elitism. Where that draws children blindly, a child here is the best of some random moves in the eyes of a
+linear model of what was evaluated before (:mod:`pyprune.search.surrogate`).
 """
 
 from __future__ import annotations

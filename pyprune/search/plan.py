@@ -191,9 +191,9 @@ class _Searcher:
             [g.name for g in groups], dict(budget.kept), budget.target, seeds, list(self.calibration.batches),
             self.mode, self.weighting, self.seed,
         ]  # fmt: skip
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         state = load_state(file, fingerprint(self.model, settings), self.overwrite)
-        if self.model.training:
-            raise PyPruneError("model", None, "is in training mode", "Call model.eval() first.")
         fit, held = split(self.calibration, next(self.model.parameters()).device)
         walk = Walk(self.model, fit[:1])
         sites = find_sites(self.model, walk.blocks, [*groups, *before], orders, held[0])
