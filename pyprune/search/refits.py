@@ -39,6 +39,7 @@ class Refits:
         self.model = model
         self.sites, self.mode, self.cache_bytes = sites, mode, cache_bytes
         self.grams: dict[Key, Sums] = {}
+        self._whole: set[str] = set()  # sites that are not masked yet, while inputs are collected
         self._cache: OrderedDict[tuple[Key, tuple[int, ...]], Exchanged] = OrderedDict()
         self._bytes = 0
 
@@ -67,6 +68,7 @@ class Refits:
         self.grams.clear()
         self._cache.clear()
         self._bytes = 0
+        self._whole = set(self.sites.read) if self.mode != "none" else set()
         if self.mode == "none":
             return
         walk = Walk(self.model, steps)  # its trial run needs gradients, which masked products do not give
@@ -95,14 +97,12 @@ class Refits:
                 raise PyPruneError("model", key.name, "is given inputs with NaN or infinity", hint)
             # Scale changes nothing in a refit, and mean values keep float32 from running over.
             sums.gram /= max(1, sums.rows)
-        self._forget(found)
         self.grams.update(found)
-
-    def _forget(self, keys: Mapping[Key, Sums]) -> None:
-        for entry in [e for e in self._cache if e[0] in keys]:
-            self._bytes -= _bytes(self._cache.pop(entry))
+        self._whole.discard(name)
 
     def _matrix(self, key: Key, weight: Tensor, bias: Tensor | None, widths: Mapping[str, int]) -> Exchanged:
+        if key.name in self._whole:
+            return Exchanged(weight)
         site = self.sites.read[key.name]
         entry = (key, self.sites.key(site, widths))
         if entry in self._cache:
