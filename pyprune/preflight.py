@@ -49,6 +49,7 @@ def check_request(recipe: PruneConfig) -> None:
             check_folder(recipe.score.cache)
     if asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
+    check_search(recipe)
     if recipe.save.profile is not None:
         hold_to_profile(asked, recipe.save.profile)
     if recipe.save.output_dir is not None:
@@ -69,6 +70,53 @@ def check_request(recipe: PruneConfig) -> None:
             raise PyPruneError("calibration", None, problem, "Give a text, or use compensation none.")
         check_source("calibration", recipe.calibration.calibration)
     check_source("eval_text", recipe.evaluation.eval_text)
+
+
+def check_search(recipe: PruneConfig) -> None:
+    """Allocation search has text to measure on and goes with the other options; its own are for no other allocation."""
+    options = recipe.search
+    if recipe.select.allocation != "search":
+        for name, value in vars(options).items():
+            if value is not None:
+                problem = f"is for allocation search, and allocation {recipe.select.allocation} is asked"
+                raise PyPruneError(name, value, problem, "Use allocation search, or leave it out.")
+        return
+    if recipe.streaming.stream:
+        problem = "runs the whole model many times, and stream has one layer of it in memory"
+        raise PyPruneError("allocation", "search", problem, "Leave stream out, or use knapsack or log_depth.")
+    if recipe.select.iterative_steps > 1:
+        problem = "does not go with allocation search, which measures the whole cut"
+        raise PyPruneError("iterative_steps", recipe.select.iterative_steps, problem, "Leave one of them out.")
+    if recipe.calibration.calibration is None:
+        problem = "is missing, and allocation search measures candidates on text"
+        raise PyPruneError("calibration", None, problem, "Give a text, or use another allocation.")
+    check_source("calibration", recipe.calibration.calibration)
+    file = search_file(recipe)
+    if file is not None and (file.is_dir() or not os.access(_existing_parent(file), os.W_OK)):
+        raise PyPruneError("search_file", str(file), "cannot be written", "Name a file in a folder that is there.")
+
+
+def search_file(recipe: PruneConfig) -> Path | None:
+    """Where a search keeps its state: as asked, else beside the output, else nowhere."""
+    if recipe.search.search_file is not None:
+        return Path(recipe.search.search_file)
+    if recipe.save.output_dir is None:
+        return None
+    target = Path(recipe.save.output_dir).expanduser().absolute()
+    return target.parent / f".{target.name}.search.json"
+
+
+def forget_search(recipe: PruneConfig) -> None:
+    """Remove the state of a search that lies beside an output which is complete now."""
+    file = search_file(recipe)
+    if file is not None and recipe.search.search_file is None:
+        for path in file.parent.glob(f"{file.name}*"):
+            path.unlink(missing_ok=True)
+
+
+def _existing_parent(file: Path) -> Path:
+    """The folder of ``file``; where it will be made, the nearest one that is there."""
+    return next(p for p in file.absolute().parents if p.exists())
 
 
 def hold_to_profile(asked: SelectConfig, profile: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
+from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.selection.requests import units_of
@@ -64,6 +65,24 @@ def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
                 for units in [_units("widths", role, dense)]
             }
         yield out
+
+
+def without_search(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request to try: that of a search with an allocation that it may start from."""
+    return {**request, "allocation": "log_depth"} if request["allocation"] == "search" else dict(request)
+
+
+def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`pyprune.search.search_plan` for a request."""
+    return {
+        **{name: value for name, value in request.items() if name != "allocation"},
+        "compensation": recipe.compensate.compensation,
+        "token_weighting": recipe.score.token_weights,
+        "steps": recipe.search.search_steps,
+        "minutes": recipe.search.search_minutes,
+        "seed": recipe.calibration.seed,
+        "overwrite": recipe.save.overwrite,
+    }
 
 
 def _in_units(option: str, amount: Any, groups: Groups) -> Any:

@@ -180,7 +180,7 @@ class SelectConfig(ScopeConfig):
         "uniform",
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth (more in "
-        "later layers).",
+        "later layers), search (tried out on the model, as the options of Search say).",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."
@@ -197,6 +197,21 @@ class SelectConfig(ScopeConfig):
         super().__post_init__()
         if self.ratio is not None and self.target_params is not None:
             raise PyPruneError("target_params", self.target_params, f"contradicts ratio {self.ratio}", "Give one.")
+
+
+@dataclass
+class SearchConfig(Stage):
+    """Allocation search: how long, and where it is kept."""
+
+    search_steps: int | None = option(
+        None, parsing.integer(1), "Generations of 8 candidates. Left out: as many as fit into search_minutes, or 40."
+    )
+    search_minutes: float | None = option(None, parsing.positive(), "Stop after this time, of all runs together.")
+    search_file: str | None = option(
+        None,
+        parsing.path(),
+        "JSON file with the state: a killed search goes on from it. Left out: beside output_dir until that is written.",
+    )
 
 
 @dataclass

@@ -20,6 +20,7 @@ LAYERS = [
     {"repeat"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
+    {"search"},
     {"compensation"},
     {"surgery"},
     {"families"},

@@ -51,12 +51,14 @@ class Budget:
             falls).
         limits: group name -> widths it may take.
         cost: group name -> parameters that leave with one unit (of each copy) when nothing else is cut.
+        kept: widths that were decided before, of other groups.
     """
 
     target: int
     count: Callable[[Mapping[str, int]], int]
     limits: Mapping[str, Limits]
     cost: Mapping[str, int]
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 Allocate: TypeAlias = Callable[[Sequence[Group], Mapping[str, np.ndarray], Budget], dict[str, int]]

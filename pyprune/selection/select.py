@@ -9,9 +9,15 @@ from typing import Any
 
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
-from pyprune.selection import global_ranking, knapsack, log_depth, uniform  # noqa: F401 (each registers its allocation)
+from pyprune.selection import (  # noqa: F401 (each registers its allocation)
+    global_ranking,
+    knapsack,
+    log_depth,
+    searched,
+    uniform,
+)
 from pyprune.selection.accounting import Accounting
-from pyprune.selection.allocation import ALLOCATIONS, Budget
+from pyprune.selection.allocation import ALLOCATIONS, Allocation, Budget
 from pyprune.selection.details import measure, widths_by_role
 from pyprune.selection.limits import fixed_widths, group_limits, least_by_role, rounding_steps
 from pyprune.selection.plan import Plan
@@ -27,7 +33,7 @@ def select(
     *,
     target_params: int | str | None = None,
     widths: Mapping[str, Amount] | None = None,
-    allocation: str = "uniform",
+    allocation: str | Allocation = "uniform",
     roles: str | Iterable[str] | None = None,
     layers: LayerSpec | None = None,
     round_to: int | Mapping[str, int] | None = None,
@@ -48,7 +54,8 @@ def select(
         target_params: parameters left afterwards: an integer, ``"108M"``, ``"5.4B"``.
         widths: role -> what each layer keeps, as a number of units (int) or a fraction of them (float). An allocation
             that gives layers different widths takes it as the mean over the layers.
-        allocation: how the cut is spread over roles and layers; a name in ``ALLOCATIONS``.
+        allocation: how the cut is spread over roles and layers; a name in ``ALLOCATIONS``, or one that is not
+            registered.
         roles: what ``ratio`` and ``target_params`` cut. None: of ``kv_heads``, ``ffn`` and ``expert_ffn`` those that
             the model has. Roles in ``widths`` are not repeated here.
         layers: decoder layers that may be cut: ``"3-27"`` (27 included), ``"3:28"``, ``[3, 4, 5]``. None: all.
@@ -68,9 +75,9 @@ def select(
         PyPruneError: a request that is malformed, contradictory or out of reach; a role, layer or allocation that does
             not exist; scores that are missing or not finite.
     """
-    if allocation not in ALLOCATIONS:
+    if not isinstance(allocation, Allocation) and allocation not in ALLOCATIONS:
         raise unknown_name("allocation", str(allocation), ALLOCATIONS)
-    chosen = ALLOCATIONS[allocation]
+    chosen = allocation if isinstance(allocation, Allocation) else ALLOCATIONS[allocation]
     if ratio is not None and target_params is not None:
         raise PyPruneError("target_params", target_params, f"contradicts ratio {ratio}", "Give one of the two.")
     sized = ratio is not None or target_params is not None
@@ -99,7 +106,7 @@ def select(
 
     def budget(target: int) -> Budget:
         before = dict(kept)
-        return Budget(target, lambda more: counts.parameters({**before, **more}), limits, cost)
+        return Budget(target, lambda more: counts.parameters({**before, **more}), limits, cost, before)
 
     for role, amount in asked.items():
         wanted, limits = fixed_widths(members[role], amount, limits, least.get(role))

@@ -1,0 +1,205 @@
+"""How far a cut model is from the dense one: the Kullback-Leibler divergence of next-token distributions.
+
+    KL(p || q) = sum_i p_i log(p_i / q_i),   p: dense, q: cut
+
+over the dense model's ``TOP`` most likely tokens and one class for all others together, which is a lower bound of the
+divergence over the whole vocabulary (data-processing inequality), and nats per token. Of the dense model only these
+``TOP`` numbers a token are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.errors import PyPruneError
+from pyprune.importance.blocks import Call, intercepted, like, stream_of
+from pyprune.importance.steps import Forward, Step
+from pyprune.search.masking import Masking
+from pyprune.search.refits import Refits
+
+TOP = 256
+STREAM_BYTES = 512 << 20  # of residual streams at the borders of blocks
+PIECE_BYTES = 32 << 20  # of wide logits at a time
+
+
+class Fitness:
+    """Divergence of candidates from the dense model.
+
+    A candidate that equals the base (:meth:`rebase`) in the first blocks is computed behind them only, from the base's
+    residual streams, with the same result.
+
+    Args:
+        model: in evaluation mode, its weights as they are.
+        blocks: its decoder blocks; None where it cannot be run block by block.
+        refits: what matrices are exchanged for.
+        masking: exchanges them.
+        steps: held-out text.
+        stream_bytes: memory for the base's streams; with less, fewer borders are kept.
+
+    Raises:
+        PyPruneError: the dense model gives NaN or infinity.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module] | None, refits: Refits, masking: Masking,
+        steps: Sequence[Step], stream_bytes: int = STREAM_BYTES,
+    ) -> None:  # fmt: skip
+        self._forward, self._refits, self._masking = Forward(model), refits, masking
+        self._blocks = [] if blocks is None else list(blocks)
+        self.steps = list(steps)
+        self._bound = stream_bytes
+        self._forms: dict[int, Any] = {}
+        self._base: dict[str, int] | None = None
+        self._streams: list[dict[int, Tensor]] = [{} for _ in self.steps]
+        self._dense: list[tuple[Tensor, Tensor]] = []
+        self._real = [_real(step) for step in self.steps]
+        refits.at({}, masking)
+        for number in range(len(self.steps)):
+            logits = self._logits(number, 0, None, learn=True)
+            if not bool(logits.isfinite().all()):
+                hint = "Load the model in float32 or bfloat16, and look at the calibration text."
+                raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
+            self._dense.append(_summary(logits[self._real[number]]))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that count, by step."""
+        return [int(mask.sum()) for mask in self._real]
+
+    @torch.no_grad()
+    def total(self, widths: Mapping[str, int], first: int, last: int) -> float:
+        """Sum of the divergence, in nats, over the tokens of steps ``first`` to ``last - 1``; infinite where the model
+        gives NaN."""
+        self._refits.at(widths, self._masking)
+        changed = self._first_changed(widths)
+        total = 0.0
+        for number in range(first, last):
+            start = max((j for j in self._streams[number] if j <= changed), default=0)
+            logits = self._logits(number, start, self._streams[number].get(start))
+            total += _divergence(logits[self._real[number]], *self._dense[number])
+        return total if math.isfinite(total) else math.inf
+
+    def of(self, widths: Mapping[str, int]) -> float:
+        """Mean divergence over all steps, nats a token."""
+        return self.total(widths, 0, len(self.steps)) / sum(self.tokens)
+
+    @torch.no_grad()
+    def rebase(self, widths: Mapping[str, int]) -> None:
+        """Keep the streams of the model with ``widths``."""
+        if not self._blocks or widths == self._base:
+            return
+        self._refits.at(widths, self._masking)
+        first = self._first_changed(widths)
+        for number, streams in enumerate(self._streams):
+            start = max((j for j in streams if j <= first), default=0)
+            saved = {j: x for j, x in streams.items() if j <= start}
+            self._logits(number, start, streams.get(start), saved)
+            self._streams[number] = saved
+        self._base = dict(widths)
+
+    def forget(self) -> None:
+        """Drop the base's streams: matrices are exchanged for others now."""
+        self._base, self._streams = None, [{} for _ in self.steps]
+
+    def _first_changed(self, widths: Mapping[str, int]) -> int:
+        """The first block in which ``widths`` differ from the base's."""
+        if self._base is None:
+            return 0
+        last = len(self._blocks)
+        changed = (b for g, b in self._refits.sites.block_of.items() if widths.get(g) != self._base.get(g))
+        return min(changed, default=last - 1)
+
+    def _kept_borders(self, stream: Tensor) -> set[int]:
+        """In front of which blocks streams are kept, so that all of them stay below the bound."""
+        size = stream.element_size() * stream.shape[-1] * sum(s.targets.numel() for s in self.steps)
+        count = min(len(self._blocks) - 1, self._bound // max(1, size))
+        return {round((k + 1) * len(self._blocks) / (count + 1)) for k in range(count)}
+
+    def _logits(
+        self, number: int, start: int, stream: Tensor | None, save: dict[int, Tensor] | None = None, learn: bool = False
+    ) -> Tensor:
+        """Logits of one step, blocks before ``start`` left out; ends behind the last kept border with ``save``."""
+        if not self._blocks:
+            return self._run(number)
+        borders: set[int] = set()
+
+        def handler(j: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
+            nonlocal borders
+            if j < start:
+                return self._forms[j](given)
+            x = stream if j == start and stream is not None else given
+            if save is not None:
+                borders = borders or self._kept_borders(x)
+                if j in borders:
+                    save[j] = x
+                if j >= max(borders, default=0):
+                    raise _Behind
+            out = call(x)
+            if learn:
+                stream_of(out)
+                self._forms[j] = like(out)
+            return out
+
+        with intercepted(self._blocks, handler):
+            try:
+                return self._run(number)
+            except _Behind:
+                return torch.empty(0)
+
+    def _run(self, number: int) -> Tensor:
+        with torch.no_grad(), self._masking:
+            return self._forward(self.steps[number])
+
+
+class _Behind(Exception):
+    """Ends a forward pass of which no more is needed."""
+
+
+def _real(step: Step) -> Tensor:
+    """Which positions are text and not padding, bool [batch, length]."""
+    mask = step.inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == step.targets.shape:
+        return mask != 0
+    return torch.ones_like(step.targets, dtype=torch.bool)
+
+
+def _pieces(logits: Tensor) -> Sequence[Tensor]:
+    return logits.split(max(1, PIECE_BYTES // (4 * logits.shape[-1])))
+
+
+def _summary(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [tokens, vocabulary]: the most likely tokens, int32 [tokens, top]; their log-probabilities and that of
+    all others together, float32 [tokens, top + 1]."""
+    top = min(TOP, logits.shape[-1] - 1)
+    places, values = [], []
+    for piece in _pieces(logits):
+        wide = piece.float()
+        best = wide.topk(top, dim=-1)
+        places.append(best.indices.to(torch.int32))
+        values.append(_with_rest(best.values.double() - wide.logsumexp(-1, keepdim=True).double()).float())
+    return torch.cat(places), torch.cat(values)
+
+
+def _with_rest(logs: Tensor) -> Tensor:
+    """Log-probabilities [tokens, top], float64, and that of what is left; at least e^-30, for what rounding hides."""
+    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(math.exp(-30)).log()
+    return torch.cat([logs, rest], dim=-1)
+
+
+def _divergence(logits: Tensor, places: Tensor, values: Tensor) -> float:
+    """Sum over the tokens of KL(dense || logits), nats."""
+    total, row = 0.0, 0
+    for piece in _pieces(logits):
+        rows = slice(row, row + len(piece))
+        row += len(piece)
+        wide = piece.float()
+        chosen = wide.gather(1, places[rows].long()).double()
+        q = _with_rest(chosen - wide.logsumexp(-1, keepdim=True).double())
+        p = values[rows].double()
+        total += float((p.exp() * (p - q)).sum())
+    return total

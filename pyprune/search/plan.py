@@ -1,0 +1,272 @@
+"""From a request to a plan whose widths were searched for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pyprune import progress as bars
+from pyprune.compensation.stage import MODES
+from pyprune.discovery.groups import Group, Groups
+from pyprune.errors import PyPruneError, unknown_name
+from pyprune.importance.calibration import (
+    Calibration,
+    batch_rows,
+    batch_tokens,
+    check_vocabulary,
+    load_calibration,
+    take,
+)
+from pyprune.importance.steps import Step, make_steps
+from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
+from pyprune.search.evolution import Evolution, Limit
+from pyprune.search.fitness import Fitness
+from pyprune.search.masking import Masking
+from pyprune.search.moves import Moves, Widths
+from pyprune.search.refits import PENALTY, Refits
+from pyprune.search.sites import Sites, find_sites
+from pyprune.search.state import State, fingerprint, load_state
+from pyprune.selection.allocation import ALLOCATIONS, Allocation, Budget
+from pyprune.selection.plan import Plan
+from pyprune.selection.requests import Amount, LayerSpec
+from pyprune.selection.select import select
+from pyprune.selection.units import checked_scores, removal_order
+
+log = logging.getLogger(__name__)
+
+STEPS = 40  # generations when no limit is given
+HELD_OUT = 4  # at most one in so many samples measures candidates
+HELD_TOKENS = 4096  # and at most so many tokens
+FIT_TOKENS = 16384  # at most so many of the others make the refits of candidates
+STEP_TOKENS = 512
+LEAST_SAMPLES = 4
+CANNOT = {  # role -> why its units cannot be masked
+    "experts": "a masked expert would still be chosen by its router",
+    "hidden": "a normalisation runs over them",
+    "layers": "whole layers are no widths",
+    "vocab": "they are not read inside layers",
+}
+
+
+def search_plan(
+    model: nn.Module,
+    groups: Groups,
+    scores: Mapping[str, Any],
+    batches: Any,
+    ratio: float | None = None,
+    *,
+    target_params: int | str | None = None,
+    widths: Mapping[str, Amount] | None = None,
+    roles: Any = None,
+    layers: LayerSpec | None = None,
+    round_to: int | Mapping[str, int] | None = None,
+    count_embeddings: bool = True,
+    min_keep: Amount | Mapping[str, Amount] | None = None,
+    allocation_scores: Mapping[str, Any] | None = None,
+    compensation: str = "least-squares",
+    token_weighting: str = "inverse",
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    file: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Plan:
+    """A plan in which how many units each group keeps was searched for; which units, ``scores`` say.
+
+    Candidates are measured by the Kullback-Leibler divergence of the dense model's next-token distributions from
+    theirs, on calibration samples that nothing is fitted on. The weights of ``model`` are never changed.
+
+    Args:
+        model: a causal LM, dense.
+        groups: its groups.
+        scores: group name -> [outer, units]; higher stays longer.
+        batches: calibration, as :func:`pyprune.importance.calibration.load_calibration` takes it; 4 samples or more.
+            A quarter of the samples, at most 4,096 tokens, measures candidates.
+        ratio, target_params, widths, roles, layers, round_to, count_embeddings, min_keep: as in
+            :func:`pyprune.select`.
+        allocation_scores: what the score-driven first candidates read in place of ``scores``.
+        compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``bias`` or
+            ``none``.
+        token_weighting: of the refits, as in :func:`pyprune.compensation.compensate`.
+        steps: generations; of 8 children each. None: no limit but ``minutes``, and 40 without any.
+        minutes: time, of all runs of the same search together.
+        seed: of the moves. With a limit in steps alone the plan is the same whenever the seed is.
+        file: JSON file that keeps the search's state; where it holds one of the same search, that goes on.
+        overwrite: begin anew where ``file`` holds something else.
+        progress: False silences the progress bar.
+
+    Returns:
+        The plan; ``plan.details["search"]`` says what was tried and found.
+
+    Raises:
+        PyPruneError: what :func:`pyprune.select` refuses; roles whose units cannot be masked; too little calibration;
+            limits that are none; a ``file`` with another search.
+    """
+    check_limits(steps, minutes)
+    for option, value, known in (
+        ("compensation", compensation, MODES),
+        ("token_weights", token_weighting, TOKEN_WEIGHTS),
+    ):
+        if value not in known:
+            raise unknown_name(option, value, known)
+    calibration = load_calibration(batches)
+    check_samples(calibration)
+    check_vocabulary(calibration, model)
+    searcher = _Searcher(
+        model, groups, scores, calibration, compensation, token_weighting, Limit(steps, minutes), seed,
+        None if file is None else Path(file), overwrite,
+    )  # fmt: skip
+    chosen = Allocation("search", searcher.allocate, by_layer=True, min_keep=ALLOCATIONS["search"].min_keep)
+    with bars.shown(progress is not False):
+        plan = select(
+            groups, scores, ratio, target_params=target_params, widths=widths, allocation=chosen, roles=roles,
+            layers=layers, round_to=round_to, count_embeddings=count_embeddings, min_keep=min_keep,
+            allocation_scores=allocation_scores,
+        )  # fmt: skip
+    plan.details["search"] = searcher.reports[0] if len(searcher.reports) == 1 else searcher.reports
+    return plan
+
+
+def check_limits(steps: Any, minutes: Any) -> None:
+    """Raises PyPruneError unless each is None or a number above zero (``steps``: a whole one, or zero)."""
+    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 0):
+        raise PyPruneError("search_steps", steps, "is no number of generations", "Give a whole number, as 40.")
+    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 < minutes < math.inf
+    if minutes is not None and not number:
+        raise PyPruneError("search_minutes", minutes, "must be a number above 0", "Give minutes, as 30.")
+
+
+def check_samples(calibration: Calibration) -> None:
+    """Raises PyPruneError when too few samples are there to measure candidates on some of them."""
+    if calibration.samples < LEAST_SAMPLES:
+        problem = "are too few for allocation search, which measures on samples that nothing is fitted on"
+        raise PyPruneError("samples", calibration.samples, problem, f"Give at least {LEAST_SAMPLES}.")
+
+
+def check_roles(roles: Sequence[str]) -> None:
+    """Raises PyPruneError for roles whose units cannot be masked in a dense model."""
+    for role in roles:
+        if role in CANNOT:
+            hint = "Search over kv_heads, query_heads, ffn and expert_ffn, or choose another allocation."
+            raise PyPruneError("roles", role, f"cannot be searched over: {CANNOT[role]}", hint)
+
+
+class _Searcher:
+    """An allocation with a model in its hands."""
+
+    def __init__(
+        self, model: nn.Module, groups: Groups, scores: Mapping[str, Any], calibration: Calibration, mode: str,
+        weighting: str, limit: Limit, seed: int, file: Path | None, overwrite: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.groups, self.scores, self.calibration = model, groups, scores, calibration
+        self.mode, self.weighting, self.seed = mode, weighting, seed
+        self.limit = limit if (limit.steps, limit.minutes) != (None, None) else Limit(STEPS, None)
+        self.file, self.overwrite = file, overwrite
+        self.reports: list[dict[str, Any]] = []
+
+    def allocate(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
+        """Widths of ``groups``; see :data:`pyprune.selection.allocation.Allocate`."""
+        started = time.monotonic()
+        before = [self.groups[name] for name in budget.kept]
+        check_roles([g.role for g in (*groups, *before)])
+        which = checked_scores([*groups, *before], self.scores)
+        orders = {name: removal_order(values) for name, values in which.items()}
+        moves = Moves(groups, budget)
+        seeds = moves.seeds(costs)
+        file = self.file
+        if file is not None and self.reports:  # a second search, when widths name several roles
+            file = file.with_name(f"{file.name}.{len(self.reports) + 1}")
+        settings = [
+            {n: torch.from_numpy(o.copy()) for n, o in orders.items()}, {n: vars(v) for n, v in budget.limits.items()},
+            [g.name for g in groups], dict(budget.kept), budget.target, seeds, list(self.calibration.batches),
+            self.mode, self.weighting, self.seed,
+        ]  # fmt: skip
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        state = load_state(file, fingerprint(self.model, settings), self.overwrite)
+        fit, held = split(self.calibration, next(self.model.parameters()).device)
+        walk = Walk(self.model, fit[:1])
+        sites = find_sites(self.model, walk.blocks, [*groups, *before], orders, held[0])
+        parameters = dict(self.model.named_parameters())
+        masking = Masking({n: parameters[n] for n in {**sites.read, **sites.made}})
+        refits = Refits(self.model, sites, self.mode)
+        with walking(self.model, masking.watched):
+            fitness = Fitness(self.model, walk.blocks if walk.whole is None else None, refits, masking, held)
+            measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
+            search = Evolution(moves, measure, state, self.seed, file, started)
+            search.start(seeds, _anchor(seeds))
+            search.run(self.limit)
+        best = dict(zip([g.name for g in groups], state.best, strict=True))
+        self.reports.append(self._report(state, fitness, sites, fit))
+        log.info("search: divergence %.4f after %d generations", state.kl, state.generation)
+        return best
+
+    def _report(self, state: State, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:
+        return {
+            "divergence": state.kl,
+            "seeds": state.seeds,
+            "generations": state.generation,
+            "evaluations": state.evaluations,
+            "seconds": round(state.seconds, 1),
+            "seed": self.seed,
+            "compensation": self.mode,
+            "penalty": PENALTY if self.mode == "least-squares" else None,
+            "held_out_tokens": sum(fitness.tokens),
+            "screening_tokens": sum(fitness.tokens[: (len(fitness.tokens) + 1) // 2]),
+            "fitted_tokens": sum(s.targets.numel() for s in fit) if self.mode != "none" else 0,
+            "masked_matrices": len(sites.read) + len(sites.made),
+            "history": state.history,
+        }
+
+
+class _Measure:
+    """Fitness of some groups' widths beside those of others (``kept``), which stay."""
+
+    def __init__(
+        self, fitness: Fitness, refits: Refits, masking: Masking, fit: Sequence[Step], weighting: str,
+        kept: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self._fitness, self._refits, self._masking = fitness, refits, masking
+        self._fit, self._weighting, self._kept = fit, weighting, dict(kept)
+        self.steps, self.tokens = fitness.steps, fitness.tokens
+
+    def total(self, widths: Mapping[str, int], first: int, last: int) -> float:
+        return self._fitness.total({**self._kept, **widths}, first, last)
+
+    def rebase(self, widths: Mapping[str, int]) -> None:
+        self._fitness.rebase({**self._kept, **widths})
+
+    def anchor(self, widths: Mapping[str, int]) -> bool:
+        if self._refits.mode == "none":
+            return False
+        self._refits.collect(self._fit, self._masking, self._weighting, {**self._kept, **widths})
+        self._fitness.forget()
+        return True
+
+
+def split(calibration: Calibration, device: torch.device) -> tuple[list[Step], list[Step]]:
+    """Steps to fit on, and steps to measure on: evenly over the calibration, one sample in :data:`HELD_OUT` as long
+    as these have no more than :data:`HELD_TOKENS` tokens together, at least two samples; the rest, up to
+    :data:`FIT_TOKENS`, to fit on."""
+    rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
+    longest = max(batch_tokens(r) for r in rows)
+    count = max(2, min(len(rows) // HELD_OUT, HELD_TOKENS // longest))
+    chosen = {len(rows) * (2 * k + 1) // (2 * count) for k in range(count)}
+    fit = [r for k, r in enumerate(rows) if k not in chosen][: max(1, FIT_TOKENS // longest)]
+    held = [r for k, r in enumerate(rows) if k in chosen]
+    return make_steps(fit, device, tokens=8 * STEP_TOKENS), make_steps(held, device, tokens=STEP_TOKENS)
+
+
+def _anchor(seeds: Mapping[str, Widths]) -> Widths:
+    """The widths that the refits' inputs are collected at: the first of the seeds that falls with depth."""
+    return next((seeds[n] for n in ("log_depth", "linear_depth") if n in seeds), next(iter(seeds.values())))

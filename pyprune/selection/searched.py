@@ -1,0 +1,19 @@
+"""Allocation ``search``: its name. What it does needs a model and text, and stands in :mod:`pyprune.search`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pyprune.discovery.groups import Group
+from pyprune.errors import PyPruneError
+from pyprune.selection.allocation import Budget, register
+from pyprune.selection.global_ranking import FLOORS
+
+
+@register("search", min_keep=FLOORS)
+def search(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
+    """Refuses: scores alone do not say how far a candidate is from the dense model."""
+    hint = "Call pyprune.search_plan(model, groups, scores, batches, ratio), or prune with allocation search."
+    raise PyPruneError("allocation", "search", "measures candidates, which needs a model and text", hint)
