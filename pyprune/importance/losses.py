@@ -66,9 +66,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 @torch.no_grad()
-def loss_and_seed(
-    logits: Tensor, targets: Tensor, factor: float, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
+def loss_and_seed(logits: Tensor, targets: Tensor, factor: float, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Each sample's loss, and the gradient of ``factor`` times their sum with respect to the logits.
 
     Wide (float32, or float64 for float64 logits) copies exist for a few rows at a time only.

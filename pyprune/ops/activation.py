@@ -67,7 +67,7 @@ def activation_salience(
 
 
 def _fused(device: torch.device) -> bool:
-    """Whether one compiled kernel does it all: on a CPU without fused multiply-add PyTorch's matrix product is faster."""
+    """Whether one compiled kernel does it all. Without fused multiply-add PyTorch's matrix product is faster."""
     if not _native.runs_on(device):
         return False
     return device.type == "cuda" or _native.cpu_isa() != "baseline"
