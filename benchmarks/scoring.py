@@ -3,19 +3,21 @@
     python benchmarks/scoring.py MODEL --tokens calibration.npy [--threads 1] [--rounds 3]
 
 ``calibration.npy`` holds int64 token ids [samples, length]. The bare pass keeps no gradient longer than one batch of
-one sample. LLM-Pruner's procedure is in stock PyTorch (``pyprune.bench.whole.llm_pruner``): for ``param_second`` a
-backward pass for each sample with every squared gradient kept, and one over the whole batch. Times are CPU seconds of
-one process, in turn, medians; peak memory is that of a fresh process that only loads the model and scores.
+one sample. LLM-Pruner's procedure is in stock PyTorch (``pyprune.bench.whole.llm_pruner``). For ``param_second`` it is
+measured twice: by its description, a backward pass for each sample with every squared gradient kept, and as its code
+runs it, with one more backward pass over the whole batch. Times are CPU seconds of one process (user and system), in
+turn, medians; a ratio is the median of the rounds' ratios. Peak memory is that of a fresh process that only loads the
+model and scores.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,9 +47,12 @@ def bare(model: torch.nn.Module, ids: torch.Tensor) -> None:
 def contenders(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
     groups, batches = discover(model), load_calibration(ids, samples=len(ids), length=ids.shape[1])
     roles = ["kv_heads", "ffn"]
-    out: dict[str, Callable[[], object]] = {"bare": lambda: bare(model, ids)}
-    for name in THEIRS:
-        out[f"LLM-Pruner {name}"] = lambda name=name: llm_pruner(model, ids, name)
+    out: dict[str, Callable[[], object]] = {
+        "bare": lambda: bare(model, ids),
+        "LLM-Pruner param_first": lambda: llm_pruner(model, ids, "param_first"),
+        "LLM-Pruner param_second": lambda: llm_pruner(model, ids, "param_second", batch_pass=False),
+        "LLM-Pruner param_second, as its code runs": lambda: llm_pruner(model, ids, "param_second"),
+    }
     for name in CRITERIA:
         for route in ("activations", "gradients") if name in THEIRS else ("activations",):
             out[f"{name}, {route}"] = lambda n=name, r=route: score(model, groups, batches, n, roles=roles, route=r)
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--match", default="", help="only contenders whose name holds this")
     parser.add_argument("--only", help="run this contender once and print the peak memory in MiB")
     args = parser.parse_args()
 
@@ -76,26 +82,32 @@ def main() -> None:
         runs[args.only]()
         print(own_peak())
         return
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    chosen = {name: run for name, run in runs.items() if args.match in name}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for _ in range(args.rounds):
-        for name, run in runs.items():
-            start = time.process_time()
+        for name, run in chosen.items():
+            start = os.times()
             run()
-            seconds[name].append(time.process_time() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+            end = os.times()
+            seconds[name].append((end.user - start.user, end.system - start.system))
     peak = {}
-    for name in runs:
+    for name in chosen:
         command = [sys.executable, __file__, args.model, "--tokens", args.tokens, "--only", name]
         out = subprocess.run([*command, "--threads", str(args.threads)], check=True, capture_output=True, text=True)
         peak[name] = int(out.stdout)
     print(f"# Scoring {list(ids.shape)} tokens, float32, {args.threads} thread(s), median of {args.rounds} rounds\n")
-    print("| what | CPU seconds | of a bare pass | LLM-Pruner / this | peak memory, MiB | of LLM-Pruner's |")
-    print("|---|---|---|---|---|---|")
-    for name, taken in median.items():
-        rival = f"LLM-Pruner {name.split(',')[0]}"
-        beside = f"{median[rival] / taken:.2f} | {peak[name]} | {peak[name] / peak[rival]:.0%}" if rival in peak else (
-            f"- | {peak[name]} | -")  # fmt: skip
-        print(f"| {name} | {taken:.2f} | {taken / median['bare']:.2f} | {beside} |", flush=True)
+    print("| what | CPU seconds | user | system | peak memory, MiB | beside | its time / this | this memory / its |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, taken in seconds.items():
+        own = f"{statistics.median(map(sum, taken)):.2f}"
+        user, system = (statistics.median(column) for column in zip(*taken, strict=True))
+        rivals = [r for r in chosen if r.startswith(f"LLM-Pruner {name.split(',')[0]}")]
+        for rival in rivals or ["-"]:
+            beside = "- | - | -"
+            if rival in peak:
+                ratio = statistics.median(sum(a) / sum(b) for a, b in zip(seconds[rival], taken, strict=True))
+                beside = f"{rival} | {ratio:.2f} | {peak[name] / peak[rival]:.0%}"
+            print(f"| {name} | {own} | {user:.2f} | {system:.2f} | {peak[name]} | {beside} |", flush=True)
     print(f"\n{datetime.date.today()}, CPU, torch {torch.__version__}, transformers {transformers.__version__}.")
 
 

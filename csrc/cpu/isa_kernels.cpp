@@ -1,58 +1,14 @@
 // The inner loops. This file is compiled once for each instruction set, with PYPRUNE_ISA naming the set.
 
+#include "activation_isa.h"
 #include "channels_isa.h"
+#include "formulas_isa.h"
 #include "kernels.h"
 #include "pack.h"
 #include "simd.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
-
-// Per-element salience; what a formula does not read is never loaded.
-struct Abs {
-  static constexpr bool grad = false, curvature = false;
-  template <class V>
-  static PYPRUNE_INLINE V at(V w, V, V) {
-    return abs(w);
-  }
-};
-struct Square {
-  static constexpr bool grad = false, curvature = false;
-  template <class V>
-  static PYPRUNE_INLINE V at(V w, V, V) {
-    return w * w;
-  }
-};
-struct TaylorSigned {
-  static constexpr bool grad = true, curvature = false;
-  template <class V>
-  static PYPRUNE_INLINE V at(V w, V g, V) {
-    return w * g;
-  }
-};
-struct TaylorAbs {
-  static constexpr bool grad = true, curvature = false;
-  template <class V>
-  static PYPRUNE_INLINE V at(V w, V g, V) {
-    return abs(w * g);
-  }
-};
-struct Fisher {
-  static constexpr bool grad = false, curvature = true;
-  template <class V>
-  static PYPRUNE_INLINE V at(V w, V, V h) {
-    return w * w * h;
-  }
-};
-struct Mixed {
-  static constexpr bool grad = true, curvature = true;
-  template <class V>
-  static PYPRUNE_INLINE V at(V w, V g, V h) {
-    return abs(w * g - (w * w * h) * half(w));
-  }
-  static PYPRUNE_INLINE Vec<float> half(Vec<float>) { return Vec<float>::splat(0.5f); }
-  static PYPRUNE_INLINE Vec<double> half(Vec<double>) { return Vec<double>::splat(0.5); }
-};
 
 // A tile, one row after the other: each element is read once, in the order of memory, and added to its row's sixteen
 // lanes and to its column, whose sums stay in the nearest caches. Taking several rows together would save traffic with
@@ -179,6 +135,8 @@ extern const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA);
 const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA) = {
     PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile, PYPRUNE_ISA::accumulate,
     PYPRUNE_ISA::channel_tile, PYPRUNE_ISA::copy_runs,     PYPRUNE_ISA::kWordBytes,
-    PYPRUNE_ISA::permute_row,  PYPRUNE_ISA::stream,        PYPRUNE_ISA::drain};
+    PYPRUNE_ISA::permute_row,  PYPRUNE_ISA::stream,        PYPRUNE_ISA::drain,
+    PYPRUNE_ISA::kPanelRows,   PYPRUNE_ISA::kPanelCols,    PYPRUNE_ISA::pack_panel,
+    PYPRUNE_ISA::activation_rows};
 
 }  // namespace pyprune

@@ -72,6 +72,25 @@ struct ChannelTile {
   void* squares;  // [cols], written when b is null
 };
 
+// Most rows of a weight that one task scores from activations: a multiple of every panel_rows.
+constexpr int64_t kActivationRows = 96;
+
+// Up to kActivationRows rows of a weight, scored from activations. Panels hold neighbouring channels of all tokens,
+// float32, zero beyond the last channel: [samples, panels, tokens, panel_rows or panel_cols].
+struct ActivationRows {
+  Formula formula;
+  Dtype dtype;  // of the weight
+  const float* row_panels;
+  const float* col_panels;
+  int64_t row_sample, col_sample;  // elements from one sample's panels to the next one's
+  const void* weight;              // its first row here
+  int64_t weight_stride;
+  int64_t samples, tokens, rows, cols;
+  float gradient_scale, curvature_scale;
+  float* row_sums;  // [rows], written
+  float* col_sums;  // [cols], written: sums over these rows
+};
+
 struct CpuKernels {
   const char* name;
   void (*salience_tile)(Formula formula, Dtype dtype, Dtype grad_dtype, const SalienceTile& tile);
@@ -87,6 +106,11 @@ struct CpuKernels {
   void (*stream)(const char* source, char* dest, int64_t count);
   // What was written past the caches is seen by others after this.
   void (*drain)();
+  int64_t panel_rows, panel_cols;
+  // One panel of `width` channels (panel_rows or panel_cols), of which `channels` exist; stride in elements.
+  void (*pack_panel)(Dtype dtype, const void* from, int64_t stride, int64_t tokens, int64_t channels, int64_t width,
+                     float* to);
+  void (*activation_rows)(const ActivationRows& job);
 };
 
 // The table for this processor: the widest set that it has, or the one named by PYPRUNE_CPU_ISA (baseline, avx2,

@@ -69,12 +69,15 @@ def ours(model: nn.Module, groups: Any, ids: Tensor, criterion: str) -> Any:
     return score(model, groups, [{"input_ids": ids}], criterion, roles=ROLES, route="activations")
 
 
-def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple[Tensor, Tensor]]:
+def llm_pruner(
+    model: nn.Module, ids: Tensor, criterion: str, batch_pass: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The procedure of Ma et al. 2023 (arXiv 2305.11627) in stock PyTorch: row and column sums of every matrix.
 
     Second order: a backward pass for each sample, the square of every parameter's gradient added to a buffer of the
     parameter's size. Either order: one backward pass over all samples, whose gradients stay (their code makes it for
-    the second order too). Then the importance, layer by layer.
+    the second order too, where nothing needs it; without ``batch_pass`` it is left out there). Then the importance,
+    layer by layer.
     """
     model.requires_grad_(True)
     squares: dict[str, Tensor] = {}
@@ -86,7 +89,8 @@ def llm_pruner(model: nn.Module, ids: Tensor, criterion: str) -> dict[str, tuple
                 square = p.grad * p.grad / len(ids)
                 squares[name] = squares[name] + square if name in squares else square
                 p.grad = None
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    if batch_pass or not squares:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     out = {}
     with torch.no_grad():
         for name, p in model.named_parameters():

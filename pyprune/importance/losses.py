@@ -11,7 +11,7 @@ from torch import Tensor
 from pyprune.errors import PyPruneError
 
 IGNORED = -100  # label of a position that predicts nothing, as in transformers
-PIECE_BYTES = 16 << 20  # of wide logits at a time
+PIECE_BYTES = 4 << 20  # of wide logits at a time: few enough for the caches
 
 
 def targets_of(batch: Mapping[str, Any], option: str = "calibration") -> Tensor:
@@ -66,7 +66,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 @torch.no_grad()
-def loss_and_seed(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def loss_and_seed(logits: Tensor, targets: Tensor, factor: float, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Each sample's loss, and the gradient of ``factor`` times their sum with respect to the logits.
 
     Wide (float32, or float64 for float64 logits) copies exist for a few rows at a time only.
@@ -75,6 +75,8 @@ def loss_and_seed(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tenso
         logits: [batch, length, vocabulary].
         targets: int64 [batch, length], from :func:`targets_of`.
         factor: applied before rounding to the logits' type.
+        overwrite: nobody reads the logits any more. The gradient takes their place, if they come straight from a matrix
+            product, whose backward pass has no need of them.
 
     Returns:
         (losses [batch] float32 or wider, seed [batch, length, vocabulary] in the logits' type).
@@ -90,7 +92,8 @@ def loss_and_seed(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tenso
     counts = (targets != IGNORED).sum(1, keepdim=True)
     wide_type = torch.promote_types(flat.dtype, torch.float32)
     weight = (factor / counts.to(wide_type)).expand_as(targets).reshape(-1)
-    seed = torch.empty_like(flat)
+    in_place = overwrite and logits.is_contiguous() and _result_of_product(logits)
+    seed = flat.detach() if in_place else torch.empty_like(flat)
     nll = torch.empty_like(weight)
     step = max(1, PIECE_BYTES // (4 * vocabulary))
     for start in range(0, flat.shape[0], step):
@@ -102,3 +105,8 @@ def loss_and_seed(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tenso
         p.exp_().scatter_add_(1, column, p.new_full((), -1.0).expand_as(column))
         torch.mul(p, (weight[rows] * real)[:, None], out=seed[rows])
     return nll.view(targets.shape).sum(1) / counts[:, 0], seed.view(logits.shape)
+
+
+def _result_of_product(logits: Tensor) -> bool:
+    """Whether the node that made it keeps nothing of its result."""
+    return type(logits.grad_fn).__name__ in ("_LinearBackward", "UnsafeViewBackward0", "MmBackward0", "AddmmBackward0")

@@ -24,7 +24,7 @@ from pyprune.importance.collector import Collector
 from pyprune.importance.expert_scores import score_experts
 from pyprune.importance.input_scores import score_inputs
 from pyprune.importance.losses import NotFinite
-from pyprune.importance.memory import activation_budget, peak_memory
+from pyprune.importance.memory import activation_budget, peak_memory, trim_heap
 from pyprune.importance.plain import accumulate
 from pyprune.importance.registry import Criterion, get_criterion
 from pyprune.importance.rehearsal import plan_sweep, plan_whole
@@ -331,6 +331,8 @@ def _sweep(
         sweep = Sweep(forward, layout, collector, passed, budget)
         losses.append(sweep.run(part, bar, finish=collector.criterion.additive or i == len(parts) - 1))
         recomputed = max(recomputed, sweep.recomputed)
+    # Once and not after each run: a run needs the same memory as the one before, and new pages take time.
+    trim_heap(steps[0].targets.device)
     kept = len(parts) > 1 and not collector.criterion.additive
     details["engine"] = "block sweep, gradients kept" if kept else "block sweep"
     details["recomputed_blocks"] = recomputed

@@ -203,7 +203,6 @@ class Sweep:
         finally:
             for handle in handles:
                 handle.remove()
-        trim_heap(leaving[0].device)
         return all_losses
 
     def _record(self, step: Step) -> Tensor:
@@ -286,9 +285,10 @@ class Sweep:
         for here, piece in self._pieces(step):
             part = stream[here].clone().requires_grad_()
             logits, _ = bypass(self.forward, self.layout, self._forms, piece, part)
-            loss, seed = loss_and_seed(logits, piece.targets, self.collector.factor)
-            torch.autograd.backward(logits, seed)
-            self._rows = max(1, LOGIT_BYTES // (4 * logits[0].numel()))
+            node = get_gradient_edge(logits)  # taken first: the logits may be overwritten
+            loss, seed = loss_and_seed(logits, piece.targets, self.collector.factor, overwrite=True)
+            self._rows = max(1, LOGIT_BYTES // (4 * seed[0].numel()))
+            torch.autograd.backward(node, seed)
             del logits, seed
             up[here] = part.grad  # type: ignore[assignment]
             losses.append(loss)

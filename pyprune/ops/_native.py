@@ -58,6 +58,13 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and found.cuda_compiled
 
 
+@lru_cache(maxsize=1)
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels were chosen for; None without them."""
+    module = native().module
+    return None if module is None else str(module.cpu_isa())
+
+
 def backend_info() -> dict[str, Any]:
     """Which kernels serve the ops here.
 

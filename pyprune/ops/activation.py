@@ -30,8 +30,8 @@ def activation_salience(
     With ``G_b = dy_b^T x_b`` the gradient of sample b (``x_b^T dy_b`` where ``transposed``),
     ``g = gradient_scale * sum_b G_b`` and ``h = curvature_scale * sum_b G_b^2``, the sums are those of
     :func:`pyprune.ops.salience` for this w, g and h. No gradient is ever whole: on CUDA one kernel forms its tiles on
-    the tensor cores and spends them in registers; elsewhere rows are taken in blocks of about
-    :data:`BLOCK_BYTES`.
+    the tensor cores and spends them in registers, on CPUs with AVX2 or AVX-512 one forms blocks of them within the
+    caches; elsewhere rows are taken in blocks of about :data:`BLOCK_BYTES`.
 
     Samples of unequal length are padded: a token whose ``dy`` is zero adds nothing.
 
@@ -57,13 +57,20 @@ def activation_salience(
     _check_shapes(x, dy, weight, transposed)
     with torch.no_grad():
         x, dy, weight = x.detach(), dy.detach(), weight.detach()
-        if weight.is_cuda and weight.dtype != torch.float64 and _native.runs_on(weight.device):
+        if weight.dtype != torch.float64 and _fused(weight.device):
             code = reference.FORMULAS[formula].code
             return torch.ops.pyprune.activation_salience(
                 x, dy, weight, code, transposed, float(gradient_scale), float(curvature_scale)
             )
         rows_input, cols_input = (x, dy) if transposed else (dy, x)
         return _by_blocks(rows_input, cols_input, weight, formula, gradient_scale, curvature_scale)
+
+
+def _fused(device: torch.device) -> bool:
+    """Whether one compiled kernel does it all. Without fused multiply-add PyTorch's matrix product is faster."""
+    if not _native.runs_on(device):
+        return False
+    return device.type == "cuda" or _native.cpu_isa() != "baseline"
 
 
 def _check_shapes(x: Tensor, dy: Tensor, weight: Tensor, transposed: bool) -> None:

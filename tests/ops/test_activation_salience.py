@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -167,6 +170,7 @@ def test_the_size_of_the_blocks_changes_the_sums_by_rounding_only(
         return ops.salience(formula, weights, grads, curvatures)
 
     monkeypatch.setattr(activation, "salience", counted)
+    monkeypatch.setattr(activation, "_fused", lambda device: False)
     whole = ops.activation_salience(*args, formula)
     assert widths == [40]
     widths.clear()
@@ -174,6 +178,61 @@ def test_the_size_of_the_blocks_changes_the_sums_by_rounding_only(
     for a, b in zip(ops.activation_salience(*args, formula), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(whole[0].abs().max()))
     assert widths == [7, 7, 7, 7, 7, 5]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_the_kernel_of_the_cpu_agrees_with_blocks_of_gradients(
+    formula: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens than are multiplied at a time, more rows than one task takes, panels that are partly filled."""
+    for size in [(3, 600, 50, 200), (2, 256, 48, 96), (5, 3, 97, 7)]:
+        args = layer(size, dtype)
+        fused = torch.ops.pyprune.activation_salience(*args, reference.FORMULAS[formula].code, False, 0.5, 0.25)
+        with monkeypatch.context() as patched:
+            patched.setattr(activation, "_fused", lambda device: False)
+            blocks = ops.activation_salience(*args, formula, gradient_scale=0.5, curvature_scale=0.25)
+        for a, b in zip(fused, blocks, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+@compiled
+def test_the_number_of_threads_changes_no_bit() -> None:
+    args = layer((2, 40, 130, 500), torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ops.activation_salience(*args, "mixed"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@compiled
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_narrower_instruction_sets_agree_within_rounding(isa: str) -> None:
+    if isa not in ops.backend_info()["build"]["cpu_isas"]:
+        pytest.skip("not compiled for this processor family")
+    code = (
+        "import torch; from pyprune import ops; torch.manual_seed(0);"
+        "x, dy, w = torch.randn(2, 20, 60), torch.randn(2, 20, 110), torch.randn(110, 60);"
+        "ops.backend_info();"
+        "r, c = torch.ops.pyprune.activation_salience(x, dy, w, 5, False, 1.0, 1.0);"
+        "print(ops.backend_info()['cpu_isa'], *torch.cat([r, c]).tolist())"
+    )
+    env = {**os.environ, "PYPRUNE_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    chosen, *values = done.stdout.split()
+    if chosen != isa:
+        pytest.skip("the processor does not have it")
+    torch.manual_seed(0)
+    x, dy, w = torch.randn(2, 20, 60), torch.randn(2, 20, 110), torch.randn(110, 60)
+    expected = torch.cat(reference.activation_salience(x.double(), dy.double(), w.double(), "mixed"))
+    torch.testing.assert_close(torch.tensor([float(v) for v in values]).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +269,9 @@ def test_the_compiled_op_tells_its_shapes_without_data() -> None:
     assert rows.dtype == cols.dtype == torch.float32
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 @compiled
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_opcheck_activation_salience(dtype: torch.dtype) -> None:
-    args = layer((2, 5, 7, 3), dtype, "cuda")
+def test_opcheck_activation_salience(dtype: torch.dtype, device: str) -> None:
+    args = layer((2, 5, 7, 3), dtype, device)
     torch.library.opcheck(torch.ops.pyprune.activation_salience.default, (*args, 5, False, 0.5, 0.25))
