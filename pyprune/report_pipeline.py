@@ -197,10 +197,10 @@ class _Columns:
         )  # fmt: skip
 
     def of(self, name: str, fallback: str | None = None) -> str:
-        """The column of a model that goes by ``name``: the same path or name, else the same last part of the path, else
-        ``fallback``, else a column of its own."""
+        """The column of a model that goes by ``name``: the same path or name, else the end of one that is known or the
+        other way round, else ``fallback``, else a column of its own."""
         same = [key for key, names in self.names.items() if any(_place(n) == _place(name) for n in names)]
-        alike = [key for key, names in self.names.items() if any(Path(n).name == Path(name).name for n in names)]
+        alike = [key for key, names in self.names.items() if any(_ends_alike(n, name) for n in names)]
         for found in (same, alike):
             if len(found) == 1:
                 return found[0]
@@ -212,6 +212,13 @@ class _Columns:
 def _place(name: str) -> str:
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name.rstrip("/")
+
+
+def _ends_alike(one: str, other: str) -> bool:
+    """Whether the shorter of two paths, seen from another folder, may be the longer one."""
+    a, b = (Path(n).parts for n in (one, other))
+    shared = min(len(a), len(b))
+    return shared > 0 and a[-shared:] == b[-shared:]
 
 
 def _target(home: _Home, output: str | Path | None, overwrite: bool) -> Path:

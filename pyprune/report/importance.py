@@ -15,6 +15,7 @@ BINS = 40
 MOST_UNITS = 128  # of a role in a layer that are kept one by one
 LONGEST_SCALE = 12.0  # decades of scores that a logarithmic scale spans
 NO_WIDTH = ("vocab",)
+INSIDE_HEADS = ("qk_dim", "vo_dim")  # counted within one head
 FORMAT = {"format": "pyprune-importance", "version": 1}
 
 
@@ -27,9 +28,10 @@ def importance_summary(groups: Groups, scores: Scores, plan: Plan) -> dict[str, 
         plan: over the dense model's groups.
 
     Returns:
-        ``widths``: {"role", "layer", "before", "after"} in units; whole layers one entry each. ``roles``: a mapping for
-        each scored role, with ``mode`` "units" (``scores`` and ``kept`` of at most 128 units a layer) or "bins"
-        (``kept`` and ``removed``: numbers of units in the 40 bins that lie between ``edges``).
+        ``widths``: {"role", "layer", "before", "after"} in units, for dimensions of heads those of one head; whole
+        layers one entry each. ``roles``: a mapping for each scored role, with ``mode`` "units" (``scores`` and ``kept``
+        of at most 128 units a layer) or "bins" (``kept`` and ``removed``: numbers of units in the 40 bins that lie
+        between ``edges``).
     """
     kept = _masks(groups, plan)
     return {
@@ -85,6 +87,9 @@ def _widths(found: Iterable[tuple[Group, np.ndarray]]) -> list[dict[str, Any]]:
                 sums[group.role, i] = [1, int(stays)]
             continue
         entry = sums.setdefault((group.role, group.layer), [0, 0])
+        if group.role in INSIDE_HEADS:
+            entry[:] = group.units, int(mask.sum(axis=1).max())
+            continue
         entry[0] += mask.size
         entry[1] += int(mask.sum())
     return [{"role": r, "layer": i, "before": b, "after": a} for (r, i), (b, a) in sums.items()]

@@ -40,7 +40,8 @@ def test_gguf_gives_a_folder_with_one_file_and_the_records(tmp_path) -> None:
         tiny_llama(), ratio=0.3, criterion="l2", allocation="global", profile="gguf", output_dir=tmp_path / "out"
     )
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"model.gguf", "README.md", "pyprune_plan.json", "pyprune_report.json", "pyprune_recipe.yaml"}
+    records = {"pyprune_plan.json", "pyprune_report.json", "pyprune_recipe.yaml", "pyprune_importance.json"}
+    assert names == {"model.gguf", "README.md", "report.html", *records}
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
     for i, layer in enumerate(out.model.model.layers):
         assert list(tensors[f"blk.{i}.ffn_up.weight"].shape)[::-1] == list(layer.mlp.up_proj.weight.shape)

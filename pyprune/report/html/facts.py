@@ -27,7 +27,7 @@ def done(report: Record) -> list[tuple[str, str]]:
         ("compensation", _compensation(report.get("compensation") or ())),
         ("type and device", _pair(recipe.get("dtype"), recipe.get("device"))),
         ("form", recipe.get("profile")),
-        ("time", seconds(report["seconds"]) if report.get("seconds") else None),
+        ("time until saving", seconds(report["seconds"]) if report.get("seconds") else None),
         ("peak memory", size(report["peak_memory"]) if report.get("peak_memory") else None),
     ]
     return [(label, text) for label, text in rows if text]
@@ -79,8 +79,12 @@ def _amounts(asked: Record) -> Iterator[str]:
     if asked.get("target_params"):
         yield f"{asked['target_params']:,} parameters left"
     for role, amount in (asked.get("widths") or {}).items():
-        shown = f"{100 * amount:g} %" if isinstance(amount, float) else f"{amount:,}"
-        yield f"{shown} of the {NAMES.get(role, role)} left"
+        yield f"{_amount(amount)} of the {NAMES.get(role, role)} left"
+
+
+def _amount(amount: Any) -> str:
+    """Units, or a fraction of them."""
+    return f"{100 * amount:g} %" if isinstance(amount, float) else f"{amount:,}"
 
 
 def _reached(parameters: Record) -> str | None:
@@ -118,9 +122,9 @@ def _limits(plan: Record) -> str | None:
         values = plan.get(key)
         if isinstance(values, Mapping):
             told = {r: v for r, v in values.items() if v not in (None, 1)}
-            parts += [f"{NAMES.get(r, r)}: {label} {v}" for r, v in told.items()]
+            parts += [f"{NAMES.get(r, r)}: {label} {_amount(v)}" for r, v in told.items()]
         elif values:
-            parts.append(f"{label} {values}")
+            parts.append(f"{label} {_amount(values)}")
     return "; ".join(parts) or None
 
 

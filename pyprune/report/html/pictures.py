@@ -13,13 +13,14 @@ from typing import Any
 from pyprune.report.units import spans
 
 NAMES = {
-    "kv_heads": "KV heads", "query_heads": "query heads", "qk_dim": "query and key dimensions",
-    "vo_dim": "value dimensions", "ffn": "FFN channels", "experts": "experts", "expert_ffn": "FFN channels of experts",
-    "latent": "latent dimensions", "state": "state channels", "hidden": "hidden channels", "layers": "layers",
-    "channels": "channels",
+    "kv_heads": "KV heads", "query_heads": "query heads", "qk_dim": "query and key dimensions of a head",
+    "vo_dim": "value dimensions of a head", "ffn": "FFN channels", "experts": "experts",
+    "expert_ffn": "FFN channels of experts", "latent": "latent dimensions", "state": "state channels",
+    "hidden": "hidden channels", "layers": "layers", "channels": "channels",
 }  # fmt: skip
 ALWAYS = ("kv_heads", "query_heads", "ffn", "experts", "expert_ffn")  # drawn also where nothing was cut
 FAINTEST = 0.18  # opacity of the least that is drawn
+FAINTEST_UNIT = 0.3  # where a cell is one unit, and may carry a cross
 Record = Mapping[str, Any]
 
 
@@ -96,7 +97,7 @@ def _units(role: Record) -> dict[str, Any]:
     drawn = []
     for row in rows:
         cells = [
-            {"x": i, "width": 1, "kind": "kept" if kept else "removed", "strength": _strength(shades(v)), "score": v}
+            {"x": i, "width": 1, "kind": "kept" if kept else "removed", "strength": _strength(shades(v), FAINTEST_UNIT)}
             for i, (v, kept) in enumerate(zip(row["scores"], row["kept"], strict=True))
         ]
         drawn.append(_row(row, cells, sum(row["kept"]), len(row["kept"]) - sum(row["kept"])))
@@ -114,7 +115,7 @@ def _frame(role: Record, rows: list[dict[str, Any]], columns: int) -> dict[str, 
     if rows[0]["layer"] is None:
         words = f"{name}: {removed:,} of {kept + removed:,} units removed."
     return {"role": role["role"], "name": name, "rows": rows, "columns": columns, "words": words,
-            "unit_by_unit": role["mode"] == "units", "crosses": role["mode"] == "units"}  # fmt: skip
+            "crosses": role["mode"] == "units"}  # fmt: skip
 
 
 def _row(row: Record, cells: list[dict[str, Any]], kept: int, removed: int) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def _shades(values: Sequence[float], scale: str) -> Any:
     return lambda v: (v - least) / (greatest - least) if greatest > least else 1.0
 
 
-def _strength(value: float) -> float:
-    return round(FAINTEST + (1 - FAINTEST) * value, 2)
+def _strength(value: float, faintest: float = FAINTEST) -> float:
+    return round(faintest + (1 - faintest) * value, 2)
 
 
 def _ticks(entries: Sequence[Record]) -> list[str]:
