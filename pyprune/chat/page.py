@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -50,7 +51,9 @@ def serve(
         say("Whoever reaches this machine can use the page: there is no password.")
     if wait:
         try:
-            page.block_thread()
+            _forever()
+        except KeyboardInterrupt:  # the way to end it, so no mistake
+            say("ended")
         finally:
             page.close(verbose=False)
     return page
@@ -109,3 +112,7 @@ def build(talk: Conversation) -> Any:
         clear.click(reset, None, [*chats, *times, histories], api_name="reset")
     page.queue(default_concurrency_limit=1)  # one answer at a time, whoever asks
     return page
+
+
+def _forever() -> None:
+    threading.Event().wait()

@@ -82,7 +82,7 @@ def typed(console: Console) -> Iterator[str]:
         import readline  # noqa: F401 (input() then edits lines and remembers them)
     while True:
         try:
-            yield console.input("[bold]> [/bold]")
+            yield input("> ")
         except EOFError:
             console.print()
             return

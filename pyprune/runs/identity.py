@@ -11,10 +11,12 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from pyprune import progress
 from pyprune.runs.record import write_json
 
 Identity = dict[str, str]
@@ -25,6 +27,7 @@ NOTES = ("README.md", "LICENSE", "LICENSE.txt", "USE_POLICY.md", "report.html", 
 """For people, or laid there by them: no stage reads these."""
 _SETTLED = 2_000_000_000  # ns after which a file that changes has another time for sure
 _BLOCK = 1 << 22
+_LARGE = 1 << 27  # bytes of a file that takes a while
 
 
 class Hashes:
@@ -47,7 +50,8 @@ class Hashes:
         if found is not None and found[:4] == key:
             return str(found[4])
         self.read += 1
-        value = _sha256(path)
+        with progress.bar(f"fingerprint {path.name}") if stat.st_size >= _LARGE else nullcontext():
+            value = _sha256(path)
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED:
             self._known[absolute] = [*key, value]
             self._changed = True

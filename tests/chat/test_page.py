@@ -61,6 +61,31 @@ def test_answers_stream_to_the_browser(served) -> None:
     assert len(job.outputs()) >= 9
 
 
+def test_control_c_ends_the_page_without_a_mistake(monkeypatch) -> None:
+    from pyprune.chat import page
+
+    said: list[str] = []
+
+    class Quiet:
+        """A page that needs no server."""
+
+        def launch(self, **options):
+            said.append(options["server_name"])
+            return None, "http://there/", None
+
+        def close(self, verbose: bool) -> None:
+            said.append("closed")
+
+    def pressed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "build", lambda talk: Quiet())
+    monkeypatch.setattr(page, "_forever", pressed)
+    page.serve(None, "0.0.0.0", say=said.append)
+    password = "Whoever reaches this machine can use the page: there is no password."
+    assert said == ["0.0.0.0", "http://there/ (Ctrl-C ends)", password, "ended", "closed"]
+
+
 def test_a_port_in_use_is_refused(served) -> None:
     from pyprune.chat.page import serve
     from pyprune.errors import PyPruneError

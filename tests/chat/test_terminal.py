@@ -56,6 +56,41 @@ def test_prompts_come_through_a_pipe_a_line_each(place) -> None:
     assert ended.stdout.count("tokens/s") == 2 and ended.stderr == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_at_a_keyboard_it_asks_answers_and_ends_with_control_d(place) -> None:
+    import os
+    import pty
+    import select
+
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyprune", "chat", "--compare", "dense", "other", *SHORT],
+        cwd=place, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+
+    def until(mark: bytes, count: int = 1) -> None:
+        nonlocal seen
+        while seen.count(mark) < count:
+            assert select.select([ours], [], [], 120)[0], seen
+            seen += os.read(ours, 4096)
+
+    try:
+        until(b"> ")
+        assert b"dense: " in seen and b"parameters" in seen and b"/reset" in seen
+        os.write(ours, b"Hello\n")
+        until(b"> ", 2)
+        assert seen.count(b"tokens/s, first after") >= 2
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
 def test_a_prompt_given_as_an_option_leaves_the_pipe_alone(call, place, monkeypatch) -> None:
     class Untouched:
         def isatty(self) -> bool:

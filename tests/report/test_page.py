@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers_report import Page, evaluation, figure, sources
+from helpers_run import ROOT
 
 from pyprune.report.html import Sources, page, pictures
 from pyprune.report.html.figures import of_evaluation, of_pair, rows
@@ -179,3 +180,12 @@ def test_a_perplexity_that_overflows_is_named() -> None:
     found = list(of_pair({"before": figure(20.0), "after": figure(None)}, ("dense", "pruned")))
     cells = rows(found, "quality", ["dense", "pruned"])[0]["cells"]
     assert cells[1]["shown"] == "overflow" and cells[1]["change"] == ""
+
+
+def test_the_templates_are_installed_with_the_package() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pyprune"]
+    installed = {file for pattern in declared for file in (ROOT / "pyprune").glob(pattern)}
+    templates = set((ROOT / "pyprune/report/html/templates").iterdir())
+    assert {f.name for f in templates} == {"report.html", "pictures.html", "style.css"}
+    assert templates <= installed
