@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune import layer_removal, preflight
+from pyprune import defaults, layer_removal, preflight
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
@@ -30,7 +30,7 @@ from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.cache import cached
-from pyprune.importance.calibration import Calibration, load_calibration
+from pyprune.importance.calibration import Calibration, first_tokens, load_calibration
 from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
 from pyprune.report.data import Report, versions
@@ -118,6 +118,7 @@ def prune(
 
 def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
     """:func:`prune` with its options gathered in a recipe."""
+    recipe, automatic = defaults.filled(recipe)
     if recipe.streaming.stream:
         streamed = PruneResult(None, *prune_from_disk(recipe, model, tokenizer), recipe)
         if recipe.page.report:
@@ -135,6 +136,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
         groups = _groups(dense.model)
+        recipe = defaults.for_groups(recipe, groups) if automatic else recipe
         asked: list[dict[str, Any]] = []
         if by_depth:
             trial = layer_removal.trial(recipe, groups)
@@ -263,6 +265,7 @@ def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
 
 def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None) -> tuple[Groups, Scores]:
     """Groups and scores of a model; the scores are saved too when ``output_file`` is given."""
+    recipe = replace(recipe, score=defaults.scoring(recipe.score))
     preflight.check_scoring(recipe.score, recipe.calibration.calibration)
     preflight.check_file(recipe.save)
     stages = Stages()
@@ -349,6 +352,8 @@ def _score(
         "token_weights": config.token_weights,
     }  # fmt: skip
     read = batches if preflight.needs_batches(config) else None
+    if read is not None and config.score_tokens is not None:
+        read = first_tokens(read, config.score_tokens)
     asked = {**options, "groups": [g.to_dict() for g in groups.prunable(roles, layers)]}
     return cached(
         config.cache, model, read, asked, lambda: score(model, groups, read, roles=roles, layers=layers, **options)

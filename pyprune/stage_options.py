@@ -98,10 +98,10 @@ class ScoreConfig(Stage):
     """What a unit is worth."""
 
     criterion: str = option(
-        "param_first",
+        None,
         parsing.text(),
         "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
-        "l2, random; reap for the role experts.",
+        "l2, random; reap for the role experts. Left out: what measured best at this ratio.",
     )
     route: str | None = option(
         None,
@@ -119,6 +119,9 @@ class ScoreConfig(Stage):
         parsing.choice("inverse", "equal"),
         "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
     )
+    score_tokens: int | None = option(
+        None, parsing.tokens(), "Score on the first N tokens of the calibration only; compensation reads all."
+    )
     cache: str | None = option(
         None, parsing.path(), "Folder where scores stay, so that the same model and text are not scored twice."
     )
@@ -129,10 +132,11 @@ class CompensateConfig(Stage):
     """How what stays takes over for what goes."""
 
     compensation: str = option(
-        "none",
+        None,
         parsing.choice("none", "bias", "least-squares", "obs"),
         "least-squares refits the output projections on the calibration text; obs also chooses anew which units go, "
-        "by what the refit cannot make up for; bias moves lost means into their biases.",
+        "by what the refit cannot make up for; bias moves lost means into their biases. Left out: what measured best, "
+        "or none where another option says how to prune.",
     )
     compensation_target: str = option(
         "own",
@@ -177,10 +181,11 @@ class SelectConfig(ScopeConfig):
         None, parsing.amounts("widths", alone=False), "Units left in each layer: kv_heads=0.5,ffn=5504."
     )
     allocation: str = option(
-        "uniform",
+        None,
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth (more in "
-        "later layers), search (tried out on the model, as the options of Search say).",
+        "later layers), search (tried out on the model, as the options of Search say). Left out: what measured best, "
+        "or uniform where another option says how to prune.",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."

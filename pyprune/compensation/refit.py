@@ -8,7 +8,8 @@ t on the calibration tokens without leaving the original columns for nothing:
 
 With the layer's own output as target, C = W A, so A is all that is needed (the refit of SparseGPT, arXiv 2301.00774,
 equation 2, and OSSCAR, arXiv 2403.12983, with a ridge towards the original weights). Few tokens fit any target, so
-``lam`` is chosen by the error on tokens that the fit has not seen, and no refit is always among the choices.
+``lam`` is chosen by the error on tokens that the fit has not seen, and no refit is always among the choices. Once it is
+chosen, those tokens join the fit.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Refit:
         penalty: the lam that was chosen; None where the original columns were better or nothing could be fitted.
         blend: share of the separate targets in what was fitted (0: the layer's own output).
         before: squared error of the cut without a refit on the held-out tokens, as a fraction of the targets' power.
-        after: the same with the refit; never above ``before``.
+        after: the same with the refit on the other tokens; never above ``before``.
     """
 
     weight: Tensor
@@ -103,7 +104,7 @@ def refit(
     weight: Tensor, kept: Tensor, train: Sums, held: Sums, penalties: Sequence[float] = PENALTIES,
     blends: Sequence[float] = BLENDS,
 ) -> Refit:  # fmt: skip
-    """Fit on ``train``, choose on ``held``.
+    """Fit on ``train``, choose on ``held``, and with what was chosen fit on both.
 
     Args:
         weight: float64 [outputs, inputs].
@@ -129,6 +130,13 @@ def refit(
             error = squared_error(gram_held, goal_held, power, trial, kept)
             if error < least:
                 best, least, penalty, blend = trial, error, lam, share
+    if penalty is not None:
+        goals = [own + own_held]
+        if train.cross is not None and held.cross is not None:
+            goals.append(train.cross.double() + held.cross.double())
+        ends = [solve(gram + gram_held, goal, weight, kept, penalty) for goal in goals]
+        if all(f is not None and bool(f.isfinite().all()) for f in ends):
+            best = torch.lerp(ends[0], ends[-1], blend)
     out = torch.zeros_like(weight)
     out[:, kept] = best
     scale = power if power > 0 else 1.0

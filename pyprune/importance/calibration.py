@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -235,11 +235,8 @@ def _from_batches(source: Iterable[Any], samples: int | None, option: str) -> Ca
             batch, rows = take(batch, slice(0, samples - total)), samples - total
         batches.append(batch)
         total += rows
-        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-        sized = next(t for t in (ids, *batch.values()) if isinstance(t, Tensor) and t.dim() > 1)
-        length = max(length, sized.shape[1])
-        full = isinstance(mask, Tensor) and mask.dim() == 2
-        tokens += int((mask != 0).sum()) if full else rows * sized.shape[1]  # type: ignore[union-attr]
+        length = max(length, _sized(batch).shape[1])
+        tokens += _real_tokens(batch)
         if total == samples:
             break
     if not batches:
@@ -283,6 +280,32 @@ def batch_tokens(batch: Mapping[str, Any]) -> int:
 
 def _sequences(batch: Mapping[str, Any]) -> Tensor:
     return batch["input_ids"] if "input_ids" in batch else batch["labels"]
+
+
+def _sized(batch: Mapping[str, Any]) -> Tensor:
+    """A tensor of the batch that has its sequences and their length."""
+    return next(t for t in (batch.get("input_ids"), *batch.values()) if isinstance(t, Tensor) and t.dim() > 1)
+
+
+def _real_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens in a batch, padding excluded."""
+    mask = batch.get("attention_mask")
+    full = isinstance(mask, Tensor) and mask.dim() == 2
+    return int((mask != 0).sum()) if full else batch_rows(batch) * _sized(batch).shape[1]  # type: ignore[union-attr]
+
+
+def first_tokens(calibration: Calibration, tokens: int) -> Calibration:
+    """The first sequences that together have ``tokens`` tokens, padding included; all when there are fewer."""
+    batches: list[dict[str, Any]] = []
+    for batch in calibration:
+        if tokens <= 0:
+            break
+        rows = batch_rows(batch)
+        wanted = min(rows, -(-tokens * rows // batch_tokens(batch)))
+        batches.append(take(batch, slice(0, wanted)))
+        tokens -= batch_tokens(batches[-1])
+    samples, real = sum(batch_rows(b) for b in batches), sum(_real_tokens(b) for b in batches)
+    return replace(calibration, batches=tuple(batches), samples=samples, tokens=real)
 
 
 def take(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
