@@ -134,8 +134,9 @@ def refit(
         goals = [own + own_held]
         if train.cross is not None and held.cross is not None:
             goals.append(train.cross.double() + held.cross.double())
-        ends = [solve(gram + gram_held, goal, weight, kept, penalty) for goal in goals]
-        if all(f is not None and bool(f.isfinite().all()) for f in ends):
+        both = [solve(gram + gram_held, goal, weight, kept, penalty) for goal in goals]
+        ends = [f for f in both if f is not None and bool(f.isfinite().all())]
+        if len(ends) == len(goals):
             best = torch.lerp(ends[0], ends[-1], blend)
     out = torch.zeros_like(weight)
     out[:, kept] = best
