@@ -70,13 +70,13 @@ def continuations(
     """:func:`continuation` of every prompt, in order, under a progress bar called ``label``.
 
     Args:
-        patience: seconds after which no further prompt is begun; there are fewer answers then.
+        patience: seconds after which no further prompt is begun; there are fewer answers then, but one at least.
     """
     out: list[str] = []
     start = time.monotonic()
     with progress.bar(label, len(prompts)) as bar:
         for prompt in prompts:
-            if time.monotonic() - start > patience:
+            if out and time.monotonic() - start > patience:
                 break
             out.append(continuation(model, tokenizer, prompt, tokens))
             bar.advance()
