@@ -24,7 +24,7 @@ from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
-from pyprune.evaluation.generation import continuation, continuations, paired_samples, sample_prompts
+from pyprune.evaluation.generation import continuation, paired_samples
 from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
@@ -34,7 +34,7 @@ from pyprune.importance.calibration import Calibration, first_tokens, load_calib
 from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
 from pyprune.report.data import Report, versions
-from pyprune.report_pipeline import add_page
+from pyprune.report_pipeline import add_page, ask
 from pyprune.schedule import requests, search_options, without_search
 from pyprune.search.plan import check_roles, search_plan
 from pyprune.search.plan import check_samples as check_search_samples
@@ -153,10 +153,11 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
-    prompts = _prompts(recipe, dense.tokenizer)
+    prompts = preflight.prompts(recipe, dense.tokenizer)
     roles, layers = trial.details["roles"], trial.details["layers"]
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
-    before["samples"] = _ask(dense.model, dense.tokenizer, prompts, recipe.evaluation, stages, " before")
+    before["samples"] = ask(dense.model, dense.tokenizer, prompts, recipe, stages, " before")
+    prompts = prompts[: len(before["samples"])]
 
     first: Scores | None = None
     depth: dict[str, Any] | None = None
@@ -224,7 +225,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         plan.details["removed_layers"] = removed
 
     after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
-    after["samples"] = _ask(smaller, dense.tokenizer, prompts, recipe.evaluation, stages, " after")
+    after["samples"] = ask(smaller, dense.tokenizer, prompts, recipe, stages, " after")
     report = Report(
         model=dense.name,
         model_class=type(smaller).__name__,
@@ -387,27 +388,6 @@ def _measure(
         with stages("generate" + when):
             out["continuation"] = continuation(model, dense.tokenizer, config.prompt, config.prompt_tokens)
     return out
-
-
-def _prompts(recipe: PruneConfig, tokenizer: Any) -> list[str]:
-    """What both models are asked for the page: as told, else a few where they run anyway and there is a page."""
-    page, measured = recipe.page, recipe.evaluation
-    if page.generations is None and page.prompts is None:
-        runs = measured.eval_text is not None or measured.prompt is not None
-        return sample_prompts(None, None) if runs and page.report and recipe.save.output_dir and tokenizer else []
-    found = sample_prompts(page.prompts, page.generations)
-    if found and tokenizer is None:
-        raise PyPruneError("generations", len(found), "there is no tokenizer to read prompts with", "Give tokenizer=.")
-    return found
-
-
-def _ask(
-    model: Any, tokenizer: Any, prompts: list[str], config: EvalConfig, stages: Stages, when: str
-) -> list[str]:  # fmt: skip
-    if not prompts:
-        return []
-    with stages("samples" + when, bar=False):
-        return continuations(model, tokenizer, prompts, config.prompt_tokens, "samples" + when)
 
 
 def _paired(before: dict[str, Any], after: dict[str, Any], key: str, **more: Any) -> dict[str, Any] | None:

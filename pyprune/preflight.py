@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -300,3 +300,28 @@ def write_scores(scores: Any, file: str) -> None:
     finally:
         with suppress(OSError):
             work.unlink()
+
+
+def prompts(recipe: Any, tokenizer: Any, stored: Sequence[Mapping[str, str]] = ()) -> list[str]:
+    """What the models are asked for the page: as told, else what ``stored`` samples asked, else a few where models run
+    on text anyway; nothing unless there is a page to show it.
+
+    Args:
+        recipe: of prune or recover.
+        stored: {"prompt", ...} that are in the report already.
+
+    Raises:
+        PyPruneError: prompts cannot be read, or there are fewer than asked for, or no tokenizer to read them with.
+    """
+    from pyprune.evaluation.generation import sample_prompts
+
+    page, measured = recipe.page, recipe.evaluation
+    if page.generations is None and page.prompts is None:
+        if not page.report or recipe.save.output_dir is None or tokenizer is None:
+            return []
+        runs = measured.eval_text is not None or measured.prompt is not None
+        return [one["prompt"] for one in stored] or (sample_prompts(None, None) if runs else [])
+    found = sample_prompts(page.prompts, page.generations)
+    if found and tokenizer is None:
+        raise PyPruneError("generations", len(found), "there is no tokenizer to read prompts with", "Give tokenizer=.")
+    return found

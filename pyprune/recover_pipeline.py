@@ -20,7 +20,7 @@ from pyprune import preflight
 from pyprune.checkpoint.save import IMPORTANCE, save
 from pyprune.config import RecoverConfig
 from pyprune.errors import PyPruneError
-from pyprune.evaluation.generation import continuation, continuations, paired_samples, sample_prompts
+from pyprune.evaluation.generation import continuation, paired_samples
 from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.stages import Stages
 from pyprune.recover_preflight import Ready, Start, check, check_room, open_start, prepare, work_folder
@@ -29,7 +29,7 @@ from pyprune.recovery.processes import Processes
 from pyprune.recovery.train import Trainer
 from pyprune.recovery.unfinished import History
 from pyprune.report.data import versions
-from pyprune.report_pipeline import RECOVERY_RECIPE, add_page
+from pyprune.report_pipeline import RECOVERY_RECIPE, add_page, ask
 
 ADAPTER = "adapter"
 
@@ -91,11 +91,12 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     start = open_start(recipe, stages, processes, wanted, model, tokenizer)
     check_room(recipe, start)
     windows, text_name = _windows(recipe, start)
-    prompts = _prompts(recipe, start)
+    prompts = preflight.prompts(recipe, start.tokenizer, start.report.get("samples") or ())
     merging = recipe.adapter.adapter is not None
     ready = None if merging else prepare(recipe, start, stages, processes)
     figures = [_measure(start, recipe, windows, text_name, stages, " before")]
-    said = [_ask(start, recipe, prompts, stages, " before")]
+    said = [ask(start.model, start.tokenizer, prompts, recipe, stages, " before")]
+    prompts = prompts[: len(said[0])]
     facts: dict[str, Any] = {}
     history = None
     kept: dict[str, bytes] | None = None
@@ -106,7 +107,7 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     else:
         history, facts, kept = _train(recipe, start, ready, stages, processes)
     figures.append(_measure(start, recipe, windows, text_name, stages, " after"))
-    said.append(_ask(start, recipe, prompts, stages, " after"))
+    said.append(ask(start.model, start.tokenizer, prompts, recipe, stages, " after"))
     report = {
         **facts,
         "perplexity": _paired(figures, "perplexity"),
@@ -224,30 +225,6 @@ def _measure(start: Start, recipe: RecoverConfig, windows: Any, text: str, stage
         with stages("generate" + when):
             out["continuation"] = continuation(start.model, start.tokenizer, config.prompt, config.prompt_tokens)
     return out
-
-
-def _prompts(recipe: RecoverConfig, start: Start) -> list[str]:
-    """What the model is asked for the page, before and after: as told, else what pruning asked, else a few where the
-    model runs on text anyway; nothing without a page."""
-    page, measured = recipe.page, recipe.evaluation
-    if page.generations is None and page.prompts is None:
-        if not page.report or recipe.save.output_dir is None or start.tokenizer is None:
-            return []
-        stored = [one["prompt"] for one in start.report.get("samples") or ()]
-        runs = measured.eval_text is not None or measured.prompt is not None
-        return stored or (sample_prompts(None, None) if runs else [])
-    found = sample_prompts(page.prompts, page.generations)
-    if found and start.tokenizer is None:
-        raise PyPruneError("generations", len(found), "there is no tokenizer to read prompts with", "Give tokenizer=.")
-    return found
-
-
-def _ask(start: Start, recipe: RecoverConfig, prompts: list[str], stages: Stages, when: str) -> list[str]:
-    if not prompts:
-        return []
-    with stages("samples" + when, bar=False):
-        tokens = recipe.evaluation.prompt_tokens
-        return continuations(start.model, start.tokenizer, prompts, tokens, "samples" + when)
 
 
 def _paired(figures: list[dict[str, Any]], key: str) -> dict[str, Any] | None:

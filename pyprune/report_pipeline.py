@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from pyprune.checkpoint.atomic import write_file
 from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
 from pyprune.config import EvaluationConfig, PruneConfig, Recipe, RecoverConfig, ReportingConfig
 from pyprune.errors import PyPruneError
-from pyprune.evaluation.generation import continuations, sample_prompts
+from pyprune.evaluation.generation import PATIENCE, continuations, sample_prompts
+from pyprune.evaluation.stages import Stages
 from pyprune.repeat import command
 from pyprune.report.html import Sources, page
 from pyprune.report.html.page import DENSE, PRUNED, RECOVERED
@@ -63,6 +65,8 @@ def write_report(
     after = None if recovered is None else _Home.read(recovered, "recovered")
     if after is not None and after.recovery is None:
         raise PyPruneError("recovered", str(recovered), "is no result of `pyprune recover`", "Leave it out.")
+    if after is not None and home.recovery is not None:
+        raise PyPruneError("recovered", str(recovered), f"goes with a pruned folder, and {folder} is recovered itself")
     target = _target(home, output, overwrite)
     asked = [] if not generations and prompts is None else sample_prompts(prompts, generations)
     columns = _Columns(home, after, None if dense is None else str(dense))
@@ -109,6 +113,20 @@ def add_page(folder: str | Path, groups: Any = None, scores: Any = None, plan: P
         warnings.warn(f"{PAGE} could not be written ({error}). {again}", stacklevel=2)
 
 
+def ask(model: Any, tokenizer: Any, prompts: list[str], recipe: Any, stages: Stages, when: str) -> list[str]:
+    """The answers of a model in a run of prune or recover, in order, under a stage of its own.
+
+    Those " before" are fewer where they take long and nobody asked for them.
+    """
+    if not prompts:
+        return []
+    asked = recipe.page.generations is not None or recipe.page.prompts is not None
+    patience = PATIENCE if when == " before" and not asked else math.inf
+    with stages("samples" + when, bar=False):
+        tokens = recipe.evaluation.prompt_tokens
+        return continuations(model, tokenizer, prompts, tokens, "samples" + when, patience)
+
+
 @dataclass
 class _Home:
     """A checkpoint folder and what lies beside its weights."""
@@ -126,10 +144,10 @@ class _Home:
         if not path.is_dir():
             raise PyPruneError(option, str(folder), "is not a folder", "Name what `pyprune prune` wrote.")
         report = _json(path / REPORT)
-        if report is None:
+        if not isinstance(report, dict):
             raise PyPruneError(option, str(folder), f"has no {REPORT}", "Name what `pyprune prune` or recover wrote.")
         importance = _json(path / IMPORTANCE)
-        if importance is not None and any(importance.get(k) != v for k, v in FORMAT.items()):
+        if not isinstance(importance, dict) or any(importance.get(k) != v for k, v in FORMAT.items()):
             importance = None
         home = cls(path, report, importance)
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from pyprune.errors import PyPruneError
 
 USUAL = 3
 """Prompts that are asked when nobody says how many."""
+PATIENCE = 60.0
+"""Seconds that prompts which nobody asked for may take; the one that is begun then is finished."""
 DEFAULT_PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a village by the sea, there lived",
@@ -60,11 +64,20 @@ def paired_samples(prompts: Sequence[str], before: Sequence[str], after: Sequenc
     return [{"prompt": p, "before": b, "after": a} for p, b, a in found] or None
 
 
-def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, label: str) -> list[str]:
-    """:func:`continuation` of every prompt, in order, under a progress bar called ``label``."""
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, label: str, patience: float = math.inf
+) -> list[str]:
+    """:func:`continuation` of every prompt, in order, under a progress bar called ``label``.
+
+    Args:
+        patience: seconds after which no further prompt is begun; there are fewer answers then, but one at least.
+    """
+    out: list[str] = []
+    start = time.monotonic()
     with progress.bar(label, len(prompts)) as bar:
-        out = []
         for prompt in prompts:
+            if out and time.monotonic() - start > patience:
+                break
             out.append(continuation(model, tokenizer, prompt, tokens))
             bar.advance()
     return out

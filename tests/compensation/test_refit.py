@@ -65,13 +65,25 @@ def test_the_error_from_sums_is_the_error_over_the_tokens() -> None:
 
 
 def test_the_refit_lowers_the_error_on_tokens_it_has_not_seen() -> None:
-    found = refit(WEIGHT, KEPT, sums(correlated(300, 12)), sums(correlated(100, 12, seed=1)))
-    assert found.after < 0.2 * found.before
-    gone = [i for i in range(12) if i not in KEPT.tolist()]
-    assert (found.weight[:, gone] == 0).all()
+    train, held = sums(correlated(300, 12)), sums(correlated(100, 12, seed=1))
+    found = refit(WEIGHT, KEPT, train, held)
+    assert found.after < 0.2 * found.before and found.penalty is not None
+    alone = solve(train.gram, train.gram @ WEIGHT.t(), WEIGHT, KEPT, found.penalty)
+    assert alone is not None
     x = correlated(100, 12, seed=1)
-    off = (x @ (WEIGHT - found.weight).t()).square().sum() / (x @ WEIGHT.t()).square().sum()
+    off = (x @ WEIGHT.t() - x[:, KEPT] @ alone.t()).square().sum() / (x @ WEIGHT.t()).square().sum()
     assert found.after == pytest.approx(float(off), rel=1e-9)
+
+
+def test_the_tokens_that_chose_the_penalty_join_the_fit() -> None:
+    train, held = sums(correlated(300, 12)), sums(correlated(100, 12, seed=1))
+    found = refit(WEIGHT, KEPT, train, held)
+    gone = [i for i in range(12) if i not in KEPT.tolist()]
+    assert (found.weight[:, gone] == 0).all() and found.penalty is not None
+    gram = train.gram + held.gram
+    want = solve(gram, gram @ WEIGHT.t(), WEIGHT, KEPT, found.penalty)
+    assert want is not None
+    torch.testing.assert_close(found.weight[:, KEPT], want, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_samples_come_by_themselves_only_where_both_models_run_anyway(tmp_path: 
     assert len(samples(prompt="Once") or ()) == 3
     assert samples(prompt="Once", generations=0) is None
     assert [s["prompt"] for s in samples(prompts=["One", "Two"]) or ()] == ["One", "Two"]
+
+
+def test_prompts_that_nobody_asked_for_stop_after_a_while(monkeypatch) -> None:
+    monkeypatch.setattr(report_pipeline, "PATIENCE", 0.0)
+    options = {"ratio": 0.2, "criterion": "l2", "prompt_tokens": 2, "prompt": "Once", "tokenizer": byte_tokenizer()}
+    for asked, samples in ({}, 1), ({"generations": 2}, 2):
+        with TemporaryDirectory() as folder:
+            out = pyprune.prune(tiny_llama(), **options, **asked, output_dir=Path(folder) / "out")
+        assert len(out.report.samples or ()) == samples
 
 
 def test_prompts_come_from_a_file_one_a_line(tmp_path: Path) -> None:
