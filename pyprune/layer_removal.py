@@ -68,14 +68,15 @@ def trial(recipe: PruneConfig, groups: Groups) -> Plan:
     sizes = {i: sum(groups.numel(p) for p in _counted(groups, asked) if p.startswith(f"{group.modules[i]}."))
              for i in numbers}  # fmt: skip
     smallest = sorted(numbers, key=lambda i: (sizes[i], -i))[:count]
-    first = without(groups, group, smallest)
-    check_room(recipe, groups, first)
+    check_room(recipe, groups, without(groups, group, smallest))
+    gone = numbers[-count:]  # the first layers are the ones that configurations tell apart from the rest
+    first = without(groups, group, gone)
     if not cuts_widths(asked):
         return first
     left = remaining(asked, groups, first)
     list(requests(left, groups))  # for its errors
     equal = {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
-    equal[group.name] = torch.tensor([[0.0 if i in smallest else 1.0 for i in range(group.units)]])
+    equal[group.name] = torch.tensor([[0.0 if i in gone else 1.0 for i in range(group.units)]])
     return select(
         groups, equal, target_params=left.target_params, roles=left.roles, round_to=left.round_to,
         widths={**(left.widths or {}), "layers": group.units - count}, count_embeddings=left.count_embeddings,

@@ -222,7 +222,17 @@ def test_nothing_is_left_behind_when_a_layer_gives_nan(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_stream_refuses_whole_layers_by_influence(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"remove_layers": 1}, "remove_layers 1: does not go with stream"),
+        ({"ratio": 0.2, "cache": "scores"}, "cache 'scores': does not go with stream"),
+        ({"ratio": 0.2, "criterion": "wanda"}, "criterion 'wanda': does not go with stream"),
+    ],
+)
+def test_stream_refuses_what_needs_the_model_in_memory(options, line: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     folder, text = write_model(tmp_path / "m"), write_text(tmp_path / "t.txt")
-    with pytest.raises(PyPruneError, match="remove_layers 1: does not go with stream"):
-        pyprune.prune(folder, remove_layers=1, calibration=text, stream=True, output_dir=tmp_path / "out")
+    with pytest.raises(PyPruneError, match=line):
+        pyprune.prune(folder, calibration=text, stream=True, output_dir=tmp_path / "out", **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "t.txt"]

@@ -12,8 +12,9 @@ from pyprune.config import PruneConfig
 
 HELP = """Make MODEL smaller, measure it, save it.
 
-MODEL is a Hugging Face folder or hub name. Say how much goes with --ratio, --target_params or --widths. The output
-folder opens with AutoModelForCausalLM.from_pretrained; beside the weights lie the kept indices, report and recipe.
+MODEL is a Hugging Face folder or hub name. Say how much goes with --ratio, --target_params, --widths or
+--remove_layers; a ratio counts the layers too. The output folder opens with AutoModelForCausalLM.from_pretrained;
+beside the weights lie the kept indices, report and recipe.
 With --profile (see `pyprune export --help`) the cut keeps to widths that other programs hold.
 """
 
@@ -30,6 +31,15 @@ Examples:
 
   Units by Wanda, and what stays of each layer refitted by least squares on the same text:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --criterion wanda --compensation least-squares
+
+  Three whole layers, those that change the residual stream least, and nothing else:
+    pyprune prune MODEL --remove_layers 3 --calibration train.txt --output_dir shorter
+
+  A tenth of the layers, one by one where the loss rises least, then widths up to 25% in all:
+    pyprune prune MODEL --remove_layers 0.1 --layer_criterion perplexity --ratio 0.25 --calibration train.txt
+
+  Scores kept on the disk, so that a second ratio takes no scoring:
+    pyprune prune MODEL --ratio 0.3 --calibration train.txt --cache scores --output_dir smaller30
 
   For llama.cpp: only widths that a GGUF file holds, and smaller/model.gguf at the end:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --profile gguf --output_dir smaller

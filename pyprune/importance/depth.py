@@ -54,7 +54,7 @@ def score_layers(
     Men et al. 2024, "ShortGPT" (arXiv 2403.03853), equation 1. One forward pass.
 
     ``perplexity`` removes one layer after the other, each time the one without which the calibration loss (nats per
-    token; the mean over samples) is least: Song et al. 2024, "SLEB" (arXiv 2402.09025), algorithm 1. ``count`` rounds
+    token; the mean over samples) is least: Song et al. 2024, "SLEB" (arXiv 2402.09025). ``count`` rounds
     of one forward pass for each layer still there, from that layer on.
 
     Args:

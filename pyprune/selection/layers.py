@@ -75,14 +75,26 @@ def removable(groups: Groups, remove: Amount, layers: LayerSpec | None = None) -
     members = members_of(groups, "layers", None, "remove_layers")
     group = max(members, key=lambda g: g.units)
     only = None if layers is None else parse_layers(layers, layer_count(groups))
-    protected = protected_units(group, only)
+    protected = tuple(sorted({*protected_units(group, only), *_lenders(groups, group)}))
     count = remove if isinstance(remove, int) else max(1, int(remove * group.units + 0.5))
     most = min(group.units - 1, group.units - len(protected))
     if count > most:
-        where = f"{len(protected)} of them outside layers=" if protected else "one has to stay"
+        where = f"{len(protected)} of them outside layers= or sharing weights" if protected else "one has to stay"
         problem = f"is too many: the model has {group.units} layers, {where}"
         raise PyPruneError("remove_layers", remove, problem, f"Ask for at most {most}.")
     return group, count, protected
+
+
+def _lenders(groups: Groups, group: Group) -> set[int]:
+    """Layers that hold weights which others use too; they cannot go alone."""
+    home = {module: unit for unit, module in enumerate(group.modules)}
+
+    def layer(name: str) -> int | None:
+        parts = name.split(".")
+        return next((home[m] for end in range(1, len(parts)) if (m := ".".join(parts[:end])) in home), None)
+
+    pairs = ((layer(first), layer(other)) for other, first in groups.tied.items())
+    return {first for first, other in pairs if first is not None and first != other}
 
 
 def without(groups: Groups, group: Group, removed: list[int]) -> Plan:

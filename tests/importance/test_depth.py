@@ -175,7 +175,7 @@ def test_layers_outside_the_range_are_no_choice() -> None:
     model = tiny("llama")
     plan = pyprune.select_layers(model, groups_of(model), ids(), 2, layers="1-2")
     assert plan.details["removed_layers"] == [1, 2]
-    with pytest.raises(PyPruneError, match=r"2 of them outside layers=\. Ask for at most 2"):
+    with pytest.raises(PyPruneError, match=r"2 of them outside layers= or sharing weights\. Ask for at most 2"):
         pyprune.select_layers(model, groups_of(model), ids(), 3, layers="1-2")
 
 
@@ -202,3 +202,14 @@ def test_layers_that_are_not_called_in_a_row_are_refused() -> None:
     model.model.forward = twice
     with pytest.raises(PyPruneError, match="cannot be tried on this model: its layers are not called once each"):
         score_layers(model, layers_of(model), ids(), 1)
+
+
+def test_layers_that_lend_weights_to_others_stay() -> None:
+    from pyprune.selection.layers import removable
+
+    model = tiny("llama")
+    groups = groups_of(model)
+    groups.tied["model.layers.3.mlp.up_proj.weight"] = "model.layers.1.mlp.up_proj.weight"
+    assert removable(groups, 1)[2] == (1,)
+    groups.tied["lm_head.weight"] = "model.embed_tokens.weight"
+    assert removable(groups, 1, "0-2")[2] == (1, 3)
