@@ -208,4 +208,3 @@ def test_a_candidate_that_gives_nan_is_the_worst() -> None:
 
 def _nan(weight: Tensor) -> Exchanged:
     return Exchanged(torch.full_like(weight, float("nan")))
-
