@@ -6,7 +6,6 @@ from random import Random
 
 import numpy as np
 import pytest
-import torch
 from helpers_selection import random_scores, smollm2_groups
 
 from pyprune.errors import PyPruneError

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_search import ids, make
 from helpers_families import build
 from helpers_llama import tiny_llama
 from helpers_mixtures import mixture
+from helpers_search import ids, make
 
 from pyprune import apply, select
 from pyprune.compensation import compensate
