@@ -31,6 +31,9 @@ Examples:
   Units by Wanda, and what stays of each layer refitted by least squares on the same text:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --criterion wanda --compensation least-squares
 
+  How much each layer loses searched for during an hour, on the model itself; a killed search goes on:
+    pyprune prune MODEL --ratio 0.3 --calibration train.txt --allocation search --search_minutes 60 --output_dir smaller
+
   For llama.cpp: only widths that a GGUF file holds, and smaller/model.gguf at the end:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --profile gguf --output_dir smaller
 

@@ -23,14 +23,13 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.parametrize("after", [2, 7, 16, 33, 60])
-@pytest.mark.parametrize("compensation", ["none", "least-squares"])
+@pytest.mark.parametrize(("compensation", "after"), [("none", 2), ("none", 33), ("least-squares", 16)])
 def test_a_killed_search_finds_what_an_uninterrupted_one_finds(
-    case, tmp_path: Path, monkeypatch, after: int, compensation: str
+    case, tmp_path: Path, monkeypatch, compensation: str, after: int
 ) -> None:
     """Killed while a seed is tried, while seeds are confirmed, and in several generations."""
     monkeypatch.setattr(evolution, "VERIFIED", 3)
-    file, options = tmp_path / "state.json", {"compensation": compensation, "steps": 8}
+    file, options = tmp_path / "state.json", {"compensation": compensation, "steps": 5}
     whole = case.search(**options)
     real, calls = Fitness.total, []
 
