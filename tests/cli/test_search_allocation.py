@@ -90,5 +90,5 @@ def test_scores_by_weights_are_searched_with_too(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_text(tmp_path / "train.txt")
     out = pyprune.prune(tmp_path / "model", ratio=0.2, criterion="l2", allocation="search", samples=6, length=32,
-                        calibration=tmp_path / "train.txt", search_steps=1, profile="gguf")  # fmt: skip
+                        calibration=tmp_path / "train.txt", search_steps=1, profile="hetero-hf")  # fmt: skip
     assert out.report.to_dict()["plan"]["search"]["compensation"] == "none"
