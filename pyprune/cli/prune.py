@@ -41,6 +41,9 @@ Examples:
   Scores kept on the disk, so that a second ratio takes no scoring:
     pyprune prune MODEL --ratio 0.3 --calibration train.txt --cache scores --output_dir smaller30
 
+  How much each layer loses searched for during an hour, on the model itself; a killed search goes on:
+    pyprune prune MODEL --ratio 0.3 --calibration train.txt --allocation search --search_minutes 60 --output_dir smaller
+
   For llama.cpp: only widths that a GGUF file holds, and smaller/model.gguf at the end:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --profile gguf --output_dir smaller
 

@@ -36,6 +36,9 @@ class Moves:
         self._quantum = sum(budget.cost[g.name] * g.units for g in groups) / len(self.groups) / PARTS
         self._finest_first = sorted(self.groups, key=lambda g: self.step[g.name])
 
+    def _cost(self, group: Group) -> int:
+        return max(1, self.budget.cost[group.name])
+
     def miss(self, widths: Mapping[str, int]) -> int:
         """Parameters above the target."""
         return self.budget.count(widths) - self.budget.target
@@ -57,7 +60,7 @@ class Moves:
         for group in order:
             if abs(miss) <= self.tolerance:
                 break
-            trial = {**out, group.name: self.moved(group, out[group.name] - miss / self.budget.cost[group.name])}
+            trial = {**out, group.name: self.moved(group, out[group.name] - miss / self._cost(group))}
             left = self.miss(trial)
             if abs(left) < abs(miss):
                 out, miss = trial, left
@@ -76,7 +79,7 @@ class Moves:
                 continue
             amount = self._quantum * scale * 2 ** rng.uniform(-1, 1)
             amount = max(amount, self.step[donor.name], self.step[taker.name])
-            out[donor.name] = self.moved(donor, out[donor.name] - amount / self.budget.cost[donor.name])
+            out[donor.name] = self.moved(donor, out[donor.name] - amount / self._cost(donor))
             out = self.mended(out, [taker])
         if not self.fits(out):
             others = list(self._finest_first)

@@ -138,8 +138,8 @@ def search_plan(
 
 
 def check_limits(steps: Any, minutes: Any) -> None:
-    """Raises PyPruneError unless each is None or a number above zero (``steps``: a whole one, or zero)."""
-    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 0):
+    """Raises PyPruneError unless each is None or a number above zero, a whole one for ``steps``."""
+    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
         raise PyPruneError("search_steps", steps, "is no number of generations", "Give a whole number, as 40.")
     number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 < minutes < math.inf
     if minutes is not None and not number:

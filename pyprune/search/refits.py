@@ -138,7 +138,7 @@ class Refits:
         kept = stays.nonzero()[:, 0]
         rows = sums.gram[kept].double()
         here = torch.arange(len(kept), device=kept.device)
-        fitted = solve(rows[:, kept], rows @ wide.t(), wide[:, kept], here, PENALTY)
+        fitted = solve(rows[:, kept], rows @ wide.t(), wide[:, kept], here, penalty(len(kept), sums.rows))
         if fitted is None or not bool(fitted.isfinite().all()):
             return plain
         out = torch.zeros_like(wide)
@@ -146,6 +146,12 @@ class Refits:
         columns = weight.shape[1]
         new_bias = None if bias is None else out[:, columns].to(bias.dtype)
         return Exchanged(out[:, :columns].to(weight.dtype).contiguous(), new_bias)
+
+
+def penalty(kept: int, rows: int) -> float:
+    """lam of a refit of ``kept`` inputs on ``rows`` tokens: with few tokens (an expert's) columns stay near what they
+    were, as fitting noise would do harm."""
+    return PENALTY * max(1.0, 4 * kept / rows)
 
 
 def _bytes(found: Exchanged) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.selection import (  # noqa: F401 (each registers its allocation)
+    depth_schedules,
     global_ranking,
     knapsack,
-    log_depth,
     searched,
     uniform,
 )

@@ -20,7 +20,7 @@ from pyprune.importance.steps import make_steps
 from pyprune.importance.walk import Walk, walking
 from pyprune.search.fitness import Fitness
 from pyprune.search.masking import Exchanged, Masking
-from pyprune.search.refits import PENALTY, Refits
+from pyprune.search.refits import PENALTY, Refits, penalty
 from pyprune.search.sites import find_sites
 from pyprune.selection.units import removal_order
 
@@ -208,3 +208,8 @@ def test_a_candidate_that_gives_nan_is_the_worst() -> None:
 
 def _nan(weight: Tensor) -> Exchanged:
     return Exchanged(torch.full_like(weight, float("nan")))
+
+
+def test_few_tokens_leave_columns_near_what_they_were() -> None:
+    assert penalty(100, 400) == penalty(100, 10_000) == PENALTY
+    assert penalty(100, 40) == pytest.approx(10 * PENALTY)

@@ -1,4 +1,4 @@
-"""Allocations that give layers different widths: ``knapsack`` and ``log_depth``."""
+"""Allocations that give layers different widths: ``knapsack``, ``log_depth`` and ``linear_depth``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_knapsack_takes_from_layers_whose_units_cost_less() -> None:
     assert found[0] < found[10] < found[-1]
 
 
-@pytest.mark.parametrize("allocation", ["knapsack", "log_depth"])
+@pytest.mark.parametrize("allocation", ["knapsack", "log_depth", "linear_depth"])
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
 def test_the_size_is_met(allocation: str, ratio: float) -> None:
     plan = select(SMOLLM2, SMOLLM2_SCORES, ratio, allocation=allocation, count_embeddings=False)
@@ -65,8 +65,31 @@ def test_the_size_is_met(allocation: str, ratio: float) -> None:
 
 def test_log_depth_removes_in_proportion_to_the_logarithm_of_the_layer() -> None:
     found = widths(select(SMOLLM2, SMOLLM2_SCORES, 0.2, roles="ffn", allocation="log_depth"), SMOLLM2)
-    shares = [(1536 - w) / log(2 + i) for i, w in enumerate(found)]
+    shares = [(1536 - w) / (0.37 + 0.63 * log(1 + i) / log(30)) for i, w in enumerate(found)]
     assert max(shares) == pytest.approx(min(shares), rel=0.02)
+
+
+def test_linear_depth_removes_in_proportion_to_the_layer() -> None:
+    found = widths(select(SMOLLM2, SMOLLM2_SCORES, 0.2, roles="ffn", allocation="linear_depth"), SMOLLM2)
+    shares = [(1536 - w) / (0.37 + 0.63 * i / 29) for i, w in enumerate(found)]
+    assert max(shares) == pytest.approx(min(shares), rel=0.02)
+
+
+@pytest.mark.parametrize("allocation", ["log_depth", "linear_depth"])
+def test_heads_go_late_and_neither_in_the_first_quarter_nor_in_the_last_layers(allocation: str) -> None:
+    found = {}
+    for ratio in (0.2, 0.5, 0.7):
+        plan = select(SMOLLM2, SMOLLM2_SCORES, ratio, allocation=allocation, count_embeddings=False)
+        found[ratio] = widths(plan, SMOLLM2, "kv_heads")
+    assert found[0.2] == [3] * 30
+    assert found[0.5] == [3] * 8 + [2] * 20 + [3] * 2
+    assert found[0.7][:8] == [3] * 8 and set(found[0.7][8:28]) < {1, 2} and found[0.7][28:] == [3] * 2
+
+
+def test_heads_alone_are_spread_by_the_schedule() -> None:
+    plan = select(SMOLLM2, SMOLLM2_SCORES, 0.1, roles="kv_heads", allocation="log_depth", count_embeddings=False)
+    heads = widths(plan, SMOLLM2, "kv_heads")
+    assert heads == sorted(heads, reverse=True) and heads[0] > heads[-1]
 
 
 def test_layers_that_cannot_lose_more_leave_it_to_the_others() -> None:
