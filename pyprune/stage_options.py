@@ -184,8 +184,8 @@ class SelectConfig(ScopeConfig):
         None,
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth and "
-        "linear_depth (more in later layers), search (tried out on the model, as the options of Search say). Left out: what measured best, "
-        "or uniform where another option says how to prune.",
+        "linear_depth (more in later layers), search (tried out on the model, as the options of Search say). "
+        "Left out: what measured best, or uniform where another option says how to prune.",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."

@@ -54,7 +54,9 @@ def _scheduled(groups: Sequence[Group], budget: Budget, rise: Callable[[int, int
         i = count - 1 if g.layer is None else g.layer
         if g.role not in WHOLE or finest in WHOLE:
             return min(1.0, n / GRID * shares[i] / FIRST)
-        return min(1.0, HEADS * n / GRID * mean / FIRST) if first <= i < last else 0.0
+        if first <= i < last:
+            return min(1.0, HEADS * n / GRID * mean / FIRST)
+        return max(0.0, 10 * n / GRID - 9)  # once everything else has gone as far as it may
 
     def coarse(n: int) -> dict[str, int]:
         return {
@@ -78,7 +80,8 @@ def _scheduled(groups: Sequence[Group], budget: Budget, rise: Callable[[int, int
         fixed = coarse(n)
         finer = partial(_joined, fixed, fine)
         tried.append(finer(nearest(GRID, lambda m, finer=finer: budget.count(finer(m)), budget.target)))  # type: ignore[misc]
-    return min(tried, key=lambda w: abs(budget.count(w) - budget.target))
+    missed = [abs(budget.count(w) - budget.target) for w in tried]
+    return tried[0] if missed[0] <= max(missed[1], step[finest]) else tried[1]
 
 
 def _joined(fixed: dict[str, int], fine: Callable[[int], dict[str, int]], n: int) -> dict[str, int]:
