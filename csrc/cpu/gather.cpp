@@ -27,11 +27,8 @@ constexpr int64_t kTaskBytes = 1 << 18;
 // Results beyond this leave no room in the caches for anything else, so they are written past them.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-// Results that lie side by side and take this much together are given large pages.
+// Results from this size on are given large pages.
 constexpr int64_t kLargeBytes = 4 << 20;
-
-// Between results that lie side by side: an allocator's header, and what rounds a result up to whole pages.
-constexpr uintptr_t kGapBytes = 2 * 4096;
 
 // Shorter pieces are left to the caches even then: their lines are shared with neighbours.
 constexpr int64_t kStreamPiece = 1024;
@@ -123,30 +120,17 @@ void copy_rows(const CpuKernels& kernels, const GatherTensor& t, const Plan& p, 
   }
 }
 
-// Memory from begin to end.
-struct Range {
-  uintptr_t begin, end;
-};
-
-// Asks for 2 MiB pages under results that are written for the first time. Memory that is new to the process comes page
-// by page, and 4 KiB at a time that takes several times longer than the copy itself. A single result of a layer rarely
-// holds a whole 2 MiB page, but results that are allocated one after the other mostly lie side by side. A hint: where
-// the system does not follow it, or the memory is there already, nothing changes.
-void advise_large_pages(std::vector<Range> results) {
+// Asks for 2 MiB pages under a large result that is written for the first time. Memory that is new to the process comes
+// page by page, and 4 KiB at a time that takes several times longer than the copy itself; smaller results rarely hold a
+// whole 2 MiB page. A hint: where the system does not follow it, or the memory is there already, nothing changes.
+void advise_large_pages(void* dest, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
-  std::sort(results.begin(), results.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 0; i < results.size();) {
-    Range joined = results[i];
-    while (++i < results.size() && results[i].begin <= joined.end + kGapBytes) {
-      joined.end = std::max(joined.end, results[i].end);
-    }
-    if (joined.end - joined.begin < static_cast<uintptr_t>(kLargeBytes)) continue;
-    const uintptr_t begin = (joined.begin + kPage - 1) / kPage * kPage, end = joined.end / kPage * kPage;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(dest) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(dest) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
-  (void)results;
+  (void)dest, (void)bytes;
 #endif
 }
 
@@ -156,19 +140,16 @@ void gather_cpu(const GatherTensor* tensors, int64_t count, const Parallel& para
   const CpuKernels& kernels = cpu_kernels();
   std::vector<Plan> plans;
   std::vector<int64_t> sizes, limits;
-  std::vector<Range> results;
   int64_t written = 0;
   for (int64_t i = 0; i < count; ++i) {
     plans.push_back(plan_of(tensors[i], kernels.word_bytes));
     const int64_t row_bytes = plans.back().row_bytes;
     sizes.push_back(row_bytes == 0 ? 0 : tensors[i].out_batches * tensors[i].out_rows);
     const int64_t bytes = sizes.back() * row_bytes;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensors[i].dest);
-    if (bytes > 0) results.push_back({begin, begin + static_cast<uintptr_t>(bytes)});
+    if (bytes >= kLargeBytes) advise_large_pages(tensors[i].dest, bytes);
     written += bytes;
     limits.push_back(row_bytes == 0 ? 1 : ceil_div(kTaskBytes, row_bytes));
   }
-  if (written >= kLargeBytes) advise_large_pages(std::move(results));
   const bool past_caches = written >= kStreamBytes;
   const std::vector<Chunk> tasks = chunk_plan(sizes.data(), limits.data(), count);
   for_each_task(parallel, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
