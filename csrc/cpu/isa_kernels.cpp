@@ -133,10 +133,9 @@ void accumulate(void* curvature, const void* grad, int64_t count, Dtype grad_dty
 
 extern const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA);
 const CpuKernels PYPRUNE_TABLE(PYPRUNE_ISA) = {
-    PYPRUNE_NAME(PYPRUNE_ISA), PYPRUNE_ISA::salience_tile, PYPRUNE_ISA::accumulate,
-    PYPRUNE_ISA::channel_tile, PYPRUNE_ISA::copy_runs,     PYPRUNE_ISA::kWordBytes,
-    PYPRUNE_ISA::permute_row,  PYPRUNE_ISA::stream,        PYPRUNE_ISA::drain,
-    PYPRUNE_ISA::kPanelRows,   PYPRUNE_ISA::kPanelCols,    PYPRUNE_ISA::pack_panel,
+    PYPRUNE_NAME(PYPRUNE_ISA),   PYPRUNE_ISA::salience_tile, PYPRUNE_ISA::accumulate,  PYPRUNE_ISA::channel_tile,
+    PYPRUNE_ISA::copy_runs,      PYPRUNE_ISA::kWordBytes,    PYPRUNE_ISA::permute_row, PYPRUNE_ISA::stream,
+    PYPRUNE_ISA::drain,          PYPRUNE_ISA::kPanelRows,    PYPRUNE_ISA::kPanelCols,  PYPRUNE_ISA::pack_panel,
     PYPRUNE_ISA::activation_rows};
 
 }  // namespace pyprune
