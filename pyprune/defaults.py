@@ -7,14 +7,17 @@ plain choices for the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pyprune.checkpoint.profiles import get_profile
 from pyprune.compensation.stage import INSIDE
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
+from pyprune.errors import PyPruneError
 from pyprune.selection.global_ranking import FLOORS
 from pyprune.selection.scope import roles_to_share
 from pyprune.stage_options import ScoreConfig
+from pyprune.surgery.skeleton import is_stock
 
 CHANNELS = ("ffn", "expert_ffn")
 FEW_TOKENS = 8192  # that scores are measured on: they only have to rank layers, and gradients cost most
@@ -31,9 +34,9 @@ class Method:
 
 
 PLAIN = Method("param_first", "uniform", None, "none")
-LIGHT = Method("wanda", "knapsack", "group_fisher", "least-squares")  # FFN channels, where the loss is least
+LIGHT = Method("wanda", "knapsack", "group_fisher", "obs")  # FFN channels, where the loss is least
 HEAVY = Method("wanda", "log_depth", None, "obs")  # heads too, and more in later layers
-EVEN = Method("wanda", "uniform", None, "least-squares")  # where every layer must keep the same
+EVEN = Method("wanda", "uniform", None, "obs")  # where every layer must keep the same
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
 
 
@@ -62,8 +65,7 @@ def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
     if asked.allocation != EVEN.allocation and goes > LIGHT_UP_TO:
         heavier = replace(asked, allocation=HEAVY.allocation, allocation_criterion=HEAVY.allocation_criterion)
-        after = replace(recipe.compensate, compensation=HEAVY.compensation)
-        recipe = replace(recipe, select=heavier, compensate=after)
+        recipe = replace(recipe, select=heavier)
     elif asked.allocation != EVEN.allocation and asked.roles is None:
         channels = groups.prunable(CHANNELS)
         room = sum(int(g.units * (1 - FLOORS[g.role])) * g.outer * groups.parameters_per_unit(g) for g in channels)
@@ -74,6 +76,21 @@ def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
     if not all(g.exact for g in groups.prunable(roles_to_share(groups, asked.roles, ()))):
         return replace(recipe, compensate=replace(recipe.compensate, compensation="none"))
     return recipe
+
+
+def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
+    """The form that plain transformers open with ``trust_remote_code``, where a stock class cannot hold the widths.
+
+    Args:
+        smallest: a model of the pruned widths, on the meta device.
+    """
+    if recipe.save.profile is not None or recipe.save.output_dir is None or is_stock(smallest.config):
+        return recipe
+    try:
+        get_profile("hetero-hf").check(smallest)
+    except PyPruneError:
+        return recipe  # as pyprune.load opens it
+    return replace(recipe, save=replace(recipe.save, profile="hetero-hf"))
 
 
 def scoring(config: ScoreConfig) -> ScoreConfig:

@@ -150,6 +150,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
             check_samples(batches, recipe.compensate.compensation)
         smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
+        recipe = defaults.for_saving(recipe, smallest.model) if automatic else recipe
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)

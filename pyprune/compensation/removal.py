@@ -1,12 +1,16 @@
 """Optimal-brain-surgeon removal: which inputs of a matrix go when the others take over for them.
 
-With H = A + lam * m * 1 (A the Gram matrix of the inputs, m its mean diagonal), removing the inputs g and refitting the
-rest raises the squared error by
+With H = A + lam * diag(A) (A the Gram matrix of the inputs), removing the inputs g and refitting the rest raises the
+squared error by
 
     s_g = tr( W_g [ (H^-1)_gg ]^-1 W_g^T )                                     (Hassibi and Stork 1993, equation 5)
 
 after which W <- W - W_g [(H^-1)_gg]^-1 (H^-1)_g: and H^-1 <- H^-1 - (H^-1)_:g [(H^-1)_gg]^-1 (H^-1)_g: speak of what is
 left (SparseGPT and ZipLM, arXiv 2302.04089, section 3). Units are removed a few at a time; scores are exact between.
+
+``lam`` goes from the best refit on these very tokens (0) to no refit at all, where s_g is what Wanda compares: ridge in
+proportion to the diagonal is what independent noise on every input does. On text of another kind than the calibration's
+the middle does best: how the others make up for an input carries over only in part.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PENALTY = 0.01  # lam: the share of the mean diagonal that makes H invertible
+PENALTY = 1.0  # lam
 STEPS = 64  # single columns are removed in about so many rounds; units of several columns one by one
 
 
@@ -54,14 +58,18 @@ def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: in
     return taken
 
 
+def ridge(gram: Tensor) -> Tensor:
+    """What is added to the diagonal, [inputs]: never zero, also where inputs are dead."""
+    own, mean = gram.diagonal(), gram.diagonal().mean()
+    return PENALTY * own + torch.where(mean > 0, 1e-4 * mean, torch.ones_like(mean))
+
+
 class _State:
     """W and H^-1 of the inputs that are left. Removed inputs are zero in both, and one on the diagonal of H^-1."""
 
     def __init__(self, gram: Tensor, weight: Tensor) -> None:
-        mean = gram.diagonal().mean()
-        ridge = PENALTY * mean if bool(mean > 0) else torch.ones_like(mean)
         inner = gram.clone()
-        inner.diagonal().add_(ridge)
+        inner.diagonal().add_(ridge(gram))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
         self.weight = weight.clone()
 

@@ -13,7 +13,7 @@ from helpers_llama import tiny_llama
 import pyprune
 from pyprune import apply
 from pyprune.compensation import compensate
-from pyprune.compensation.removal import PENALTY, removed_units
+from pyprune.compensation.removal import removed_units, ridge
 
 
 def problem(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +26,7 @@ def problem(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.T
 
 def error(gram: torch.Tensor, weight: torch.Tensor, gone: list[int]) -> float:
     """Least squared error, ridge included, of any weight without the inputs ``gone``."""
-    h = gram + PENALTY * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    h = gram + torch.diag(ridge(gram))
     kept = [i for i in range(len(gram)) if i not in gone]
     best = torch.linalg.solve(h[kept][:, kept], (weight @ h)[:, kept].t()).t()
     return float(((weight @ h) * weight).sum() - (best * (weight @ h)[:, kept]).sum())
