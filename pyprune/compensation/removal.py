@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PENALTY = 1.0  # lam
+PENALTY = 1.0  # lam for units of one input
+PENALTY_HEADS = 0.01  # for units of many: which head goes is told best by how well the others make up for it
 STEPS = 64  # single columns are removed in about so many rounds; units of several columns one by one
 
 
@@ -40,7 +41,7 @@ def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: in
     """
     outer, units, k = positions.shape
     taken = np.zeros((outer, units), dtype=bool)
-    state = _State(gram, weight)
+    state = _State(gram, weight, PENALTY if k == 1 else PENALTY_HEADS)
     if len(gone):
         state.remove(torch.from_numpy(gone).to(gram.device))
     lost = np.isin(positions, gone).all(axis=2)
@@ -58,18 +59,18 @@ def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: in
     return taken
 
 
-def ridge(gram: Tensor) -> Tensor:
+def ridge(gram: Tensor, penalty: float) -> Tensor:
     """What is added to the diagonal, [inputs]: never zero, also where inputs are dead."""
     own, mean = gram.diagonal(), gram.diagonal().mean()
-    return PENALTY * own + torch.where(mean > 0, 1e-4 * mean, torch.ones_like(mean))
+    return penalty * own + torch.where(mean > 0, 1e-4 * mean, torch.ones_like(mean))
 
 
 class _State:
     """W and H^-1 of the inputs that are left. Removed inputs are zero in both, and one on the diagonal of H^-1."""
 
-    def __init__(self, gram: Tensor, weight: Tensor) -> None:
+    def __init__(self, gram: Tensor, weight: Tensor, penalty: float) -> None:
         inner = gram.clone()
-        inner.diagonal().add_(ridge(gram))
+        inner.diagonal().add_(ridge(gram, penalty))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
         self.weight = weight.clone()
 

@@ -13,7 +13,7 @@ from helpers_llama import tiny_llama
 import pyprune
 from pyprune import apply
 from pyprune.compensation import compensate
-from pyprune.compensation.removal import removed_units, ridge
+from pyprune.compensation.removal import PENALTY, PENALTY_HEADS, removed_units, ridge
 
 
 def problem(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,9 +24,9 @@ def problem(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.T
     return x.t() @ x, torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
 
 
-def error(gram: torch.Tensor, weight: torch.Tensor, gone: list[int]) -> float:
+def error(gram: torch.Tensor, weight: torch.Tensor, gone: list[int], penalty: float = PENALTY) -> float:
     """Least squared error, ridge included, of any weight without the inputs ``gone``."""
-    h = gram + torch.diag(ridge(gram))
+    h = gram + torch.diag(ridge(gram, penalty))
     kept = [i for i in range(len(gram)) if i not in gone]
     best = torch.linalg.solve(h[kept][:, kept], (weight @ h)[:, kept].t()).t()
     return float(((weight @ h) * weight).sum() - (best * (weight @ h)[:, kept]).sum())
@@ -52,7 +52,7 @@ def test_units_of_several_inputs_go_together_and_every_copy_loses_as_many() -> N
     gram, weight = problem(24, 5, 3)
     positions = np.arange(24).reshape(2, 4, 3)
     found = removed_units(gram, weight, positions, 1, np.empty(0, dtype=np.int64))
-    alone = [[error(gram, weight, positions[o, u].tolist()) for u in range(4)] for o in range(2)]
+    alone = [[error(gram, weight, positions[o, u].tolist(), PENALTY_HEADS) for u in range(4)] for o in range(2)]
     assert found.tolist() == [[u == int(np.argmin(row)) for u in range(4)] for row in alone]
 
 
