@@ -17,6 +17,7 @@ from pyprune import apply, discover, score, select
 from pyprune.compensation import compensate
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.errors import PyPruneError
+from pyprune.importance.walk import Walk
 from pyprune.selection.plan import Plan
 
 
@@ -262,3 +263,21 @@ def test_weights_of_16_bits_are_refitted_and_keep_their_type() -> None:
     done = compensate(model, planned(model, kv_heads=1, ffn=16), ids(120))
     assert all(m.after < m.before for m in done.matrices)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"])
+@pytest.mark.parametrize("target", ["own", "stream"])
+def test_blocks_that_need_not_run_again_give_what_running_them_again_gives(
+    changes: dict[str, bool], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, again = tiny_llama(**changes), tiny_llama(**changes)
+    plan = planned(kept, kv_heads=1, ffn=14)
+    compensate(kept, plan, ids(), target=target)
+    runs = []
+    monkeypatch.setattr("pyprune.compensation.stage.KEPT_BYTES", 0)
+    advance = Walk.advance
+    monkeypatch.setattr(Walk, "advance", lambda walk, i: (runs.append(i), advance(walk, i))[1])
+    compensate(again, plan, ids(), target=target)
+    assert runs == [0, 1, 2]
+    for a, b in zip(kept.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

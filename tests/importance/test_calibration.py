@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from pyprune.errors import PyPruneError
 from pyprune.importance import Calibration, load_calibration, score
+from pyprune.importance.calibration import first_tokens
 from pyprune.importance.sources import read_tokens
 
 
@@ -344,3 +345,15 @@ def test_records_give_as_many_as_are_long_enough_when_no_number_is_asked_for(tmp
     path.write_text("".join(json.dumps(r) + "\n" for r in [long, short] * 40))
     made = load_calibration(path, tokenizer, length=30)
     assert (made.samples, made.length) == (40, 30)
+
+
+def test_the_first_tokens_are_whole_sequences_and_padding_is_no_token() -> None:
+    ids = torch.arange(40).reshape(8, 5)
+    mask = torch.ones(8, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(3), mask.split(3), strict=True)]
+    calibration = load_calibration(batches)
+    few = first_tokens(calibration, 18)
+    assert [b["input_ids"].tolist() for b in few] == [ids[:3].tolist(), ids[3:4].tolist()]
+    assert (few.samples, few.tokens, few.length) == (4, 18, 5)
+    assert first_tokens(calibration, 1000).samples == 8
