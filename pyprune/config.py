@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pyprune.errors import PyPruneError
 from pyprune.stage_options import (
+    METHODS,
     PRESETS,
     AdapterConfig,
     CalibrationConfig,
@@ -81,7 +82,10 @@ class Recipe:
         for names in SYNONYMS:
             if any(name in given for name in names):
                 from_file = {k: v for k, v in from_file.items() if k not in names}
-        merged = {**PRESETS.get(str(given.get("recipe", from_file.get("recipe"))), {}), **from_file, **given}
+        merged = {**from_file, **given}
+        for option, sets in (("recipe", PRESETS), ("method", METHODS)):
+            if option in known:
+                merged = {**sets.get(str(merged.get(option)), {}), **merged}
         merged = {k: v for k, v in merged.items() if k in known}
         try:
             return cls(**{

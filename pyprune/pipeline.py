@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune import defaults, layer_removal, preflight
+from pyprune import layer_removal, method, preflight
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
@@ -118,7 +118,7 @@ def prune(
 
 def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
     """:func:`prune` with its options gathered in a recipe."""
-    recipe, automatic = defaults.filled(recipe)
+    recipe = method.for_profile(recipe)
     if recipe.streaming.stream:
         streamed = PruneResult(None, *prune_from_disk(recipe, model, tokenizer), recipe)
         if recipe.page.report:
@@ -136,7 +136,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
         groups = _groups(dense.model)
-        recipe = defaults.for_groups(recipe, groups) if automatic else recipe
+        recipe = method.for_groups(recipe, groups)
         asked: list[dict[str, Any]] = []
         if by_depth:
             trial = layer_removal.trial(recipe, groups)
@@ -150,7 +150,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
             check_samples(batches, recipe.compensate.compensation)
         smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
-        recipe = defaults.for_saving(recipe, smallest.model) if automatic else recipe
+        recipe = method.for_saving(recipe, smallest.model)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
@@ -267,7 +267,6 @@ def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
 
 def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None) -> tuple[Groups, Scores]:
     """Groups and scores of a model; the scores are saved too when ``output_file`` is given."""
-    recipe = replace(recipe, score=defaults.scoring(recipe.score))
     preflight.check_scoring(recipe.score, recipe.calibration.calibration)
     preflight.check_file(recipe.save)
     stages = Stages()

@@ -37,6 +37,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Recipe name -> options."""
+METHODS: dict[str, dict[str, Any]] = {
+    "best": {
+        "criterion": "wanda", "allocation": "knapsack", "allocation_criterion": "group_fisher", "compensation": "obs",
+        "score_tokens": 8192,
+    },
+}  # fmt: skip
+"""Method of pruning -> options; :mod:`pyprune.method` settles what depends on the model and the size."""
 
 
 def option(default: Any, parse: parsing.Parser, help: str) -> Any:
@@ -98,10 +105,10 @@ class ScoreConfig(Stage):
     """What a unit is worth."""
 
     criterion: str = option(
-        None,
+        "param_first",
         parsing.text(),
         "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
-        "l2, random; reap for the role experts. Left out: what measured best at this ratio.",
+        "l2, random; reap for the role experts.",
     )
     route: str | None = option(
         None,
@@ -132,11 +139,10 @@ class CompensateConfig(Stage):
     """How what stays takes over for what goes."""
 
     compensation: str = option(
-        None,
+        "none",
         parsing.choice("none", "bias", "least-squares", "obs"),
         "least-squares refits the output projections on the calibration text; obs also chooses anew which units go, "
-        "by what the refit cannot make up for; bias moves lost means into their biases. Left out: what measured best, "
-        "or none where another option says how to prune.",
+        "by what the refit cannot make up for; bias moves lost means into their biases.",
     )
     compensation_target: str = option(
         "own",
@@ -176,16 +182,20 @@ class SelectConfig(ScopeConfig):
     """How much goes, and from where."""
 
     ratio: float | None = option(None, parsing.ratio(), "Fraction of the parameters that is gone afterwards.")
+    method: str | None = option(
+        None,
+        parsing.choice(*METHODS),
+        "best: the combination that measured best at this size, for whatever of it no other option says.",
+    )
     target_params: int | None = option(None, parsing.count(), "Parameters left afterwards, as in 5.4B or 110M.")
     widths: dict[str, int | float] | None = option(
         None, parsing.amounts("widths", alone=False), "Units left in each layer: kv_heads=0.5,ffn=5504."
     )
     allocation: str = option(
-        None,
+        "uniform",
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth and "
-        "linear_depth (more in later layers), search (tried out on the model, as the options of Search say). "
-        "Left out: what measured best, or uniform where another option says how to prune.",
+        "linear_depth (more in later layers), search (tried out on the model, as the options of Search say).",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."

@@ -183,5 +183,5 @@ def test_defaults_of_select_are_those_of_the_function() -> None:
 
     parameters = inspect.signature(select).parameters
     for f in fields(PruneConfig().select):
-        if f.name in parameters and f.name != "allocation":  # left out, prune takes what measured best
+        if f.name in parameters:
             assert f.default == parameters[f.name].default, f.name

@@ -16,7 +16,7 @@ LAYERS = [
     {"bench", "runs", "chat"},
     {"pipeline", "recover_pipeline", "report_pipeline", "assess"},
     {"streaming"},
-    {"recover_preflight", "schedule", "preflight", "layer_removal"},
+    {"recover_preflight", "schedule", "preflight", "layer_removal", "method"},
     {"repeat"},
     {"config", "stage_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},

@@ -88,14 +88,14 @@ class Prune(RunStage):
                 "scores_file": own.select.scores_file, "prompts": _file(own.page.prompts)}  # fmt: skip
 
     def check(self) -> None:
-        from pyprune import preflight
+        from pyprune import method, preflight
 
         check_model(self.run.model)
         profile, later = self.recipe.save.profile, [s for s in ("recover", "eval", "export") if s in self.run.sections]
         if profile in ("gguf", "hetero-decilm") and later:
             problem = f"is a form that the stages {', '.join(later)} do not go on from"
             raise PyPruneError("profile", profile, problem, "Put it into section export; prune keeps to its widths.")
-        preflight.check_request(self._verb())
+        preflight.check_request(method.for_profile(self._verb()))
 
     def execute(self, resume: bool) -> str:
         from pyprune import pipeline

@@ -1,0 +1,75 @@
+"""The method ``best``: what measured best at the size that is asked for (docs/results.md), settled for a model.
+
+Up to about a third of the parameters FFN channels go, where their loss is least; beyond that heads go too, and more in
+later layers. Options that the user gives stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pyprune.checkpoint.profiles import get_profile
+from pyprune.compensation.stage import INSIDE
+from pyprune.config import PruneConfig
+from pyprune.discovery.groups import Groups
+from pyprune.errors import PyPruneError
+from pyprune.selection.global_ranking import FLOORS
+from pyprune.selection.scope import roles_to_share
+from pyprune.stage_options import METHODS
+from pyprune.surgery.skeleton import is_stock
+
+CHANNELS = ("ffn", "expert_ffn")
+LIGHT_UP_TO = 0.35  # of the parameters that are counted
+OPEN = METHODS["best"]["allocation"], METHODS["best"]["allocation_criterion"]  # an allocation that nobody named
+
+
+def for_profile(recipe: PruneConfig) -> PruneConfig:
+    """With the same widths in every layer where the profile holds no others."""
+    if recipe.select.method is None or recipe.save.profile is None or not get_profile(recipe.save.profile).EVEN:
+        return recipe
+    return _allocated(recipe, "uniform")
+
+
+def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
+    """Roles, allocation, and whether a refit can help, for a model."""
+    asked = recipe.select
+    if asked.method is None:
+        return recipe
+    total = groups.num_parameters(asked.count_embeddings)
+    goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
+    if goes > LIGHT_UP_TO:
+        recipe = _allocated(recipe, "log_depth")
+    elif asked.roles is None and asked.widths is None and (asked.ratio or asked.target_params) is not None:
+        channels = groups.prunable(CHANNELS)
+        room = sum(int(g.units * (1 - FLOORS[g.role])) * g.outer * groups.parameters_per_unit(g) for g in channels)
+        if room > goes * total:
+            roles = tuple(r for r in CHANNELS if any(g.role == r for g in channels))
+            recipe = replace(recipe, select=replace(recipe.select, roles=roles))
+    cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
+    if all(g.exact and g.role in INSIDE for g in cut):
+        return recipe
+    return replace(recipe, compensate=replace(recipe.compensate, compensation="none"))
+
+
+def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
+    """The form that plain transformers open with ``trust_remote_code``, where a stock class cannot hold the widths.
+
+    Args:
+        smallest: a model of the pruned widths, on the meta device.
+    """
+    save = recipe.save
+    if recipe.select.method is None or save.profile is not None or save.output_dir is None or is_stock(smallest.config):
+        return recipe
+    try:
+        get_profile("hetero-hf").check(smallest)
+    except PyPruneError:
+        return recipe  # as pyprune.load opens it
+    return replace(recipe, save=replace(save, profile="hetero-hf"))
+
+
+def _allocated(recipe: PruneConfig, allocation: str) -> PruneConfig:
+    asked = recipe.select
+    if (asked.allocation, asked.allocation_criterion) != OPEN:
+        return recipe
+    return replace(recipe, select=replace(asked, allocation=allocation, allocation_criterion=None))

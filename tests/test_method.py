@@ -1,0 +1,99 @@
+"""What prune does with ``method="best"``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_compensation import ids
+from helpers_llama import tiny_llama
+from helpers_mixtures import mixture
+
+import pyprune
+from pyprune import discover, method
+from pyprune.config import PruneConfig, ScoringConfig
+
+LIGHT = ("wanda", "knapsack", "group_fisher", "obs")
+HEAVY = ("wanda", "log_depth", None, "obs")
+EVEN = ("wanda", "uniform", None, "obs")
+PLAIN = ("param_first", "uniform", None, "none")
+
+
+def settled(model: Any, **options: Any) -> PruneConfig:
+    recipe = PruneConfig.build({"calibration": "text.txt", "method": "best", **options})
+    return method.for_groups(method.for_profile(recipe), discover(model))
+
+
+def said(recipe: PruneConfig) -> tuple[Any, ...]:
+    asked = recipe.select
+    return recipe.score.criterion, asked.allocation, asked.allocation_criterion, recipe.compensate.compensation
+
+
+def test_without_it_choices_are_plain() -> None:
+    recipe = PruneConfig.build({"ratio": 0.2})
+    assert said(method.for_groups(method.for_profile(recipe), discover(tiny_llama()))) == PLAIN
+
+
+def test_it_says_nothing_to_other_verbs(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: best\n")
+    assert ScoringConfig.build({}, file).score.criterion == "param_first"
+
+
+def test_a_small_ratio_takes_channels_where_their_loss_is_least() -> None:
+    recipe = settled(tiny_llama(), ratio=0.1)
+    assert said(recipe) == LIGHT and recipe.select.roles == ("ffn",) and recipe.score.score_tokens == 8192
+
+
+def test_a_large_ratio_takes_heads_too_and_more_in_later_layers() -> None:
+    recipe = settled(tiny_llama(), ratio=0.5)
+    assert said(recipe) == HEAVY and recipe.select.roles is None
+
+
+def test_a_target_size_counts_as_the_ratio_that_it_comes_to() -> None:
+    total = discover(tiny_llama()).num_parameters()
+    assert said(settled(tiny_llama(), target_params=round(0.9 * total))) == LIGHT
+    assert said(settled(tiny_llama(), target_params=round(0.5 * total))) == HEAVY
+
+
+def test_where_channels_cannot_reach_the_ratio_all_roles_are_cut() -> None:
+    model = tiny_llama(intermediate_size=4)
+    assert settled(model, ratio=0.3).select.roles is None
+
+
+def test_channels_of_experts_are_channels() -> None:
+    assert settled(mixture("mixtral"), ratio=0.1).select.roles == ("expert_ffn",)
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [({"criterion": "flap"}, ("flap", *LIGHT[1:])), ({"allocation": "global"}, (LIGHT[0], "global", *LIGHT[2:])),
+     ({"compensation": "none"}, (*LIGHT[:3], "none")), ({"roles": ["hidden"]}, (*LIGHT[:3], "none"))],
+    ids=["criterion", "allocation", "compensation", "roles"],
+)  # fmt: skip
+def test_what_the_user_says_stays(option: dict[str, Any], wanted: tuple[Any, ...]) -> None:
+    assert said(settled(tiny_llama(), ratio=0.1, **option)) == wanted
+
+
+def test_an_allocation_of_the_users_own_stays_at_a_large_ratio() -> None:
+    assert settled(tiny_llama(), ratio=0.5, allocation="global").select.allocation == "global"
+
+
+def test_a_profile_of_even_widths_gets_even_widths() -> None:
+    assert said(settled(tiny_llama(), ratio=0.2, profile="uniform")) == EVEN
+
+
+def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = pyprune.prune(tiny_llama(), ratio=0.2, method="best", calibration=ids(), output_dir=tmp_path / "out")
+    assert out.report.parameters["with_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.005)
+    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("knapsack", "group_fisher")
+    assert len({c.width for c in out.plan.cuts}) > 1 and out.report.compensation is not None
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    again = pyprune.load(tmp_path / "out")
+    with torch.no_grad():
+        want = out.model(ids(2)).logits
+        assert torch.equal(opened(ids(2)).logits, want) and torch.equal(again(ids(2)).logits, want)
