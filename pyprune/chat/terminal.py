@@ -110,7 +110,7 @@ def timing(answer: Answer) -> str:
         return ""
     parts = [f"{answer.tokens} token{'s' * (answer.tokens != 1)}"]
     if answer.rate is not None:
-        parts.append(f"{answer.rate:.1f} tokens/s")
+        parts.append(f"{answer.rate:.{1 if answer.rate < 100 else 0}f} tokens/s")
     parts.append(f"first after {answer.first_token:.2f} s")
     if answer.forgotten:
         parts.append(f"{answer.forgotten} messages did not fit")

@@ -31,7 +31,7 @@ def test_a_ratio_below_zero(call, place) -> None:
 
 def test_nothing_says_how_much(call, place) -> None:
     line = refused(call, place, *PRUNE)
-    assert "--ratio: nothing says how much to remove. Give ratio, target_params or widths." in line
+    assert "--ratio: nothing says how much to remove. Give ratio, target_params, widths or remove_layers." in line
 
 
 def test_a_ratio_that_the_roles_cannot_reach_is_refused_before_scoring(call, place, monkeypatch) -> None:
@@ -162,7 +162,11 @@ def test_an_interrupt_while_saving_leaves_what_was_there(
     (place / "out" / "precious").write_text("data")
     before = place.files()
     monkeypatch.setattr("pyprune.checkpoint.atomic.sync", lambda folder: os.kill(os.getpid(), number))
-    ended = call(*PRUNE, "--ratio", "0.2", "--overwrite")
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs behind them without it
+    try:
+        ended = call(*PRUNE, "--ratio", "0.2", "--overwrite")
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert (ended.status, ended.out, ended.err) == (status, "", f"error: {word}\n")
     assert place.files() == before
 

@@ -264,4 +264,6 @@ def test_the_same_command_twice_gives_the_same_bytes(pruned, tmp_path) -> None:
 
 def test_saved_files_hold_no_pickle(pruned, tmp_path) -> None:
     quick(pruned, output_dir=tmp_path / "out", keep_adapter=True)
-    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {".json", ".yaml", ".md", ".safetensors", ".jinja"}
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {
+        ".json", ".yaml", ".md", ".safetensors", ".jinja", ".html",
+    }  # fmt: skip
