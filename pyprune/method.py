@@ -1,7 +1,8 @@
 """The method ``best``: what measured best at the size that is asked for (docs/results.md), settled for a model.
 
 Up to about a third of the parameters FFN channels go, where their loss is least; beyond that heads go too, and more in
-later layers. Options that the user gives stay as they are.
+later layers. Options that the user gives stay as they are; an allocation ``knapsack`` by ``group_fisher`` is taken for
+the method's own, whoever named it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,19 @@ def smollm2_path() -> Path:
     import smollm2
 
     return smollm2.prepare(ROOT / ".demo" / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """``call("prune", "model", ...)``: exit status, stdout and stderr of ``pyprune prune model ...``."""
+    from helpers_run import Ended
+
+    from pyprune.cli.main import main
+
+    def run(*arguments: str) -> Ended:
+        capfd.readouterr()
+        status = main(arguments)
+        out, err = capfd.readouterr()
+        return Ended(status, out, err)
+
+    return run

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pyprune.errors import PyPruneError
 
@@ -147,3 +148,16 @@ def disk_full(error: BaseException | None) -> bool:
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
     return isinstance(error, Exception) and "no space left on device" in str(error).lower()
+
+
+def lock(file: Any) -> bool:
+    """Whether this process now has an open file to itself; the system takes the lock back when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs into one folder are not told apart
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -265,7 +265,7 @@ class _Stage:
                     if use.key not in sums:
                         wide = torch.promote_types(x.dtype, torch.float32)
                         sums[use.key] = Sums(x.new_zeros(x.shape[1], x.shape[1], dtype=wide))
-                part[use.key].add(x, weights_for(x, weights), wanted)
+                part[use.key].add(x, weights_for(x, weights, use.tokens), wanted)
             if keeps:
                 kept.append(uses[0].x)
                 walk.leave(number, stream)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pyprune.checkpoint.atomic import lock as lock_file
 from pyprune.errors import PyPruneError
 
 FILE = "run.json"
@@ -97,21 +98,9 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise PyPruneError("output_dir", str(folder), f"cannot be made: {error.strerror}", "Name a folder.") from None
     with lock:
-        if not _locked(lock):
+        if not lock_file(lock):
             raise PyPruneError("output_dir", str(folder), "another run works in it", "Wait, or name another folder.")
         yield
-
-
-def _locked(file: Any) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one folder are not told apart
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _read(path: Path) -> dict[str, Entry]:

@@ -90,7 +90,7 @@ class Refits:
                 if use.key not in found:
                     wide = torch.promote_types(x.dtype, torch.float32)
                     found[use.key] = Sums(x.new_zeros(x.shape[1], x.shape[1], dtype=wide))
-                found[use.key].add(x, weights_for(x, weights))
+                found[use.key].add(x, weights_for(x, weights, use.tokens))
         for key, sums in found.items():
             if not bool(sums.gram.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."

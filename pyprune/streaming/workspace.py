@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pyprune.checkpoint.atomic import lock as lock_file
 from pyprune.errors import PyPruneError
 
 SETTINGS = "settings.json"
@@ -43,7 +44,7 @@ class Workspace:
         self._made = [p for p in self.path.parents if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("a")
-        if not _locked(self._lock):
+        if not lock_file(self._lock):
             self._lock.close()
             raise PyPruneError("output_dir", str(output), f"is being made by another process ({self.path})", "Wait.")
         try:
@@ -153,16 +154,3 @@ def put(work: Path, target: Path) -> None:
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the settings that differ."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
-
-
-def _locked(file: Any) -> bool:
-    """Whether this process now has the file to itself; the system takes the lock back when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one folder are not told apart
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers_recovery import chat_tokenizer, small_llama
-from helpers_run import Ended, byte_tokenizer
+from helpers_run import byte_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -34,16 +34,3 @@ def speaker(place: Path):
     from pyprune.chat.speaker import open_speaker
 
     return open_speaker
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]):
-    from pyprune.cli.main import main
-
-    def run(*arguments: str) -> Ended:
-        capfd.readouterr()
-        status = main(arguments)
-        out, err = capfd.readouterr()
-        return Ended(status, out, err)
-
-    return run

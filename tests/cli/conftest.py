@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers_run import Ended, write_model, write_text
+from helpers_run import write_model, write_text
 
 
 @dataclass
@@ -39,17 +38,3 @@ def place(_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(_original, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return Place(tmp_path / "place")
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """``call("prune", "model", ...)``: exit status, stdout and stderr of ``pyprune prune model ...``."""
-    from pyprune.cli.main import main
-
-    def run(*arguments: str) -> Ended:
-        capfd.readouterr()
-        status = main(arguments)
-        out, err = capfd.readouterr()
-        return Ended(status, out, err)
-
-    return run

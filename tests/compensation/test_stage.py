@@ -10,6 +10,7 @@ import torch
 from helpers_compensation import ids, off, planned
 from helpers_families import NAMED, build
 from helpers_llama import tiny_llama
+from helpers_mixtures import mixture
 from torch import Tensor, nn
 
 import pyprune
@@ -153,6 +154,19 @@ def test_padding_counts_nothing() -> None:
     mask = torch.cat([torch.ones(20, 16), torch.zeros(20, 5)], dim=1).long()
     compensate(padded, plan, [{"input_ids": longer, "attention_mask": mask}])
     for a, b in zip(whole.parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_that_is_routed_to_experts_counts_nothing() -> None:
+    fitted = []
+    for fill in (3, 7):
+        model = mixture("mixtral")
+        plan = planned(model, "l2", expert_ffn=12)
+        tokens = torch.cat([ids(20), torch.full((20, 6), fill)], dim=1)
+        mask = torch.cat([torch.ones(20, 16), torch.zeros(20, 6)], dim=1).long()
+        compensate(model, plan, [{"input_ids": tokens, "attention_mask": mask}])
+        fitted.append([p.detach().clone() for n, p in model.named_parameters() if "experts" in n])
+    for a, b in zip(*fitted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 

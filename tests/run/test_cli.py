@@ -5,20 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers_run import Ended
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]):
-    from pyprune.cli.main import main
-
-    def run(*arguments: str) -> Ended:
-        capfd.readouterr()
-        status = main(arguments)
-        out, err = capfd.readouterr()
-        return Ended(status, out, err)
-
-    return run
 
 
 def test_a_dry_run_says_why_and_writes_nothing(call, place) -> None:
