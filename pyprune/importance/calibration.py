@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file
 
 SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
+BETWEEN = "\n\n"  # documents are joined by blank lines
+SPREAD = 8  # of documents, up to so many times the tokens asked for are read, and samples lie evenly over them
 FEW, SHORT = 32, 128  # of a shorter text sequences are shortened down to this, so that there are not fewer
 
 
@@ -73,9 +74,8 @@ def load_calibration(
     """Calibration batches from whatever ``source`` is.
 
     - A text file: random crops that do not overlap.
-    - A JSONL file, or a dataset (``owner/name:configuration:split``): one random crop of each of ``samples`` documents
-      that are long enough, in random order; when too few are, the documents are joined by blank lines and cropped as
-      a text.
+    - A JSONL file, or a dataset (``owner/name:configuration:split``): its documents in random order, joined by blank
+      lines to one stream, and samples evenly over it.
     - Token ids [N, T], as a tensor, an array, or a .npy or .safetensors file: the first ``samples`` rows, the first
       ``length`` tokens of each. Token ids [T] are cropped as a text.
     - Any iterable of batches (mappings, or token ids [batch, length]): taken as they are, until there are ``samples``
@@ -152,23 +152,18 @@ def _from_name(
         text = next(read_documents(source, field, None, option))
         ids = encode(tokenizer, text, source, option)
         return _pack(_crops(ids, *_sizes(ids, samples, length, longest), rng, name, option), name, size, seed)
-    # Shuffled documents, until enough of them are long enough. A dataset may be endless, so not for ever.
-    rows, seen = [], []
-    documents = read_documents(source, field, seed, option)
-    for document in documents if kind == "records" else islice(documents, 1000 + 50 * count):
-        ids = encode(tokenizer, document, source, option)
-        seen.append(document)
-        if ids.numel() >= long:
-            start = int(torch.randint(ids.numel() - long + 1, (1,), generator=rng))
-            rows.append(ids[start : start + long])
-        if len(rows) == count:
-            return _pack(torch.stack(rows), name, size, seed)
-    if samples is None and len(rows) >= FEW:
-        return _pack(torch.stack(rows), name, size, seed)
-    # A JSONL file is there in full, so its own order (paragraphs of one text, say) is kept.
-    joined = "\n\n".join(read_documents(source, field, None, option) if kind == "records" else seen)
-    ids = encode(tokenizer, joined, source, option)
-    return _pack(_crops(ids, *_sizes(ids, samples, length, longest), rng, name, option), name, size, seed)
+    # Shuffled documents; a dataset may be endless and a file large, so not more of them than rows spread over need.
+    parts, have = [], 0
+    for document in read_documents(source, field, seed, option):
+        parts.append(encode(tokenizer, document + BETWEEN, source, option))
+        have += parts[-1].numel()
+        if have >= SPREAD * count * long:
+            break
+    stream = torch.cat(parts)
+    count, long = _sizes(stream, samples, length, longest)
+    _check_enough(stream, count, long, name, option)
+    every = torch.linspace(0, have // long - 1, count).long()
+    return _pack(stream[: have // long * long].view(-1, long)[every], name, size, seed)
 
 
 def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int | None) -> tuple[int, int]:
@@ -185,6 +180,16 @@ def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int
 
 def _crops(tokens: Tensor, samples: int, length: int, rng: torch.Generator, source: str, option: str) -> Tensor:
     """Random rows [samples, length] of a stream [tokens], none overlapping, in random order."""
+    _check_enough(tokens, samples, length, source, option)
+    have, need = tokens.numel(), samples * length
+    # Sorted offsets in the slack, each then shifted by the crops before it: uniform over all such placements.
+    slack = torch.randint(have - need + 1, (samples,), generator=rng).sort().values
+    starts = slack + torch.arange(samples) * length
+    starts = starts[torch.randperm(samples, generator=rng)]
+    return tokens[starts[:, None] + torch.arange(length)]
+
+
+def _check_enough(tokens: Tensor, samples: int, length: int, source: str, option: str) -> None:
     have, need = tokens.numel(), samples * length
     if have < need:
         fits = have // length
@@ -193,11 +198,6 @@ def _crops(tokens: Tensor, samples: int, length: int, rng: torch.Generator, sour
             option, source, f"has {have} tokens, and {samples} samples of {length} need {need}",
             f"{way}, or give more text.",
         )  # fmt: skip
-    # Sorted offsets in the slack, each then shifted by the crops before it: uniform over all such placements.
-    slack = torch.randint(have - need + 1, (samples,), generator=rng).sort().values
-    starts = slack + torch.arange(samples) * length
-    starts = starts[torch.randperm(samples, generator=rng)]
-    return tokens[starts[:, None] + torch.arange(length)]
 
 
 def _from_tokens(

@@ -16,7 +16,7 @@ from pyprune.selection.allocation import Budget, last_at_least, nearest, registe
 from pyprune.selection.global_ranking import FLOORS
 
 GRID = 100_000  # steps of the common factor
-FIRST = 0.37  # what the first layer loses, as a fraction of what the last one loses
+FIRST = 0.25  # what the first layer loses, as a fraction of what the last one loses
 HEADS = 2 / 3  # what heads lose, as a fraction of what the other units lose on average
 SPARED_FIRST, SPARED_LAST = 0.25, 0.06  # of the layers, in which no head goes
 WHOLE = ("kv_heads", "query_heads")
@@ -24,7 +24,7 @@ WHOLE = ("kv_heads", "query_heads")
 
 @register("log_depth", min_keep=FLOORS)
 def log_depth(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
-    """Layer i of L, counted from 1, loses a fraction of its channels in proportion to 0.37 + 0.63 log(i) / log(L).
+    """Layer i of L, counted from 1, loses a fraction of its channels in proportion to 0.25 + 0.75 log(i) / log(L).
 
     Heads lose two thirds of what channels lose on average, rounded down to whole heads, and none in the first quarter
     and the last layers. Where the fraction would pass what a group may lose, the group stays at its least width and
@@ -35,7 +35,7 @@ def log_depth(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget:
 
 @register("linear_depth", min_keep=FLOORS)
 def linear_depth(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
-    """As :func:`log_depth`, with 0.37 + 0.63 (i - 1) / (L - 1)."""
+    """As :func:`log_depth`, with 0.25 + 0.75 (i - 1) / (L - 1)."""
     return _scheduled(groups, budget, lambda i, n: (i - 1) / (n - 1) if n > 1 else 1.0)
 
 

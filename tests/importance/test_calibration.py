@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from pyprune.errors import PyPruneError
 from pyprune.importance import Calibration, load_calibration, score
-from pyprune.importance.calibration import first_tokens
+from pyprune.importance.calibration import SPREAD, first_tokens
 from pyprune.importance.sources import read_tokens
 
 
@@ -94,21 +94,30 @@ def records(path: Path, sizes: list[int], field: str = "text") -> Path:
 
 
 @pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz"])
-def test_records_give_one_crop_of_each_of_some_documents(tmp_path: Path, name: str) -> None:
-    path = records(tmp_path / name, [30, 5, 30, 30, 5, 30, 30, 30])
-    ids = rows(load_calibration(path, tokenizer, samples=5, length=20, seed=1))
-    homes = torch.bucketize(ids, torch.tensor(np.cumsum([30, 5, 30, 30, 5, 30, 30]) - 1))
-    assert (homes == homes[:, :1]).all()  # no crop spans two documents
-    assert len(homes[:, 0].unique()) == 5 and not {1, 4} & set(homes[:, 0].tolist())
-    again = load_calibration(path, tokenizer, samples=5, length=20, seed=1)
-    assert torch.equal(rows(again), ids)
-    assert not torch.equal(rows(load_calibration(path, tokenizer, samples=5, length=20, seed=2)), ids)
+def test_records_in_random_order_give_samples_spread_over_all_of_them(tmp_path: Path, name: str) -> None:
+    path = records(tmp_path / name, [40] * 20)
+    ids = rows(load_calibration(path, tokenizer, samples=10, length=20, seed=1))
+    assert (ids.diff(dim=1) == 1).all()  # text as it stands
+    assert len((ids[:, 0] // 40).unique()) == 10 and not (ids[:, 0].diff() > 0).all()
+    assert torch.equal(rows(load_calibration(path, tokenizer, samples=10, length=20, seed=1)), ids)
+    assert not torch.equal(rows(load_calibration(path, tokenizer, samples=10, length=20, seed=2)), ids)
 
 
-def test_records_that_are_short_are_joined_in_their_order(tmp_path: Path) -> None:
+def test_records_shorter_than_a_sample_are_joined(tmp_path: Path) -> None:
     path = records(tmp_path / "lines.jsonl", [7] * 40)
     ids = rows(load_calibration(path, tokenizer, samples=10, length=25))
-    assert (ids.diff(dim=1) == 1).all() and len(ids.unique()) == 250
+    assert len(ids.unique()) == 250 and (ids.diff(dim=1) == 1).double().mean() > 0.8
+
+
+def test_of_many_records_no_more_are_tokenised_than_samples_spread_over(tmp_path: Path) -> None:
+    path, read = records(tmp_path / "many.jsonl", [50] * 400), []
+
+    def counting(text: str, **options: Any) -> dict[str, list[int]]:
+        read.append(text)
+        return tokenizer(text, **options)
+
+    made = load_calibration(path, counting, samples=4, length=25)
+    assert (made.samples, made.length) == (4, 25) and len(read) == SPREAD * 4 * 25 // 50
 
 
 def test_another_field_of_the_records_can_be_named(tmp_path: Path) -> None:
@@ -339,12 +348,9 @@ def test_what_is_not_asked_for_is_128_of_512_tokens_or_what_the_text_gives(have,
     assert (made.samples, made.length) == (samples, length)
 
 
-def test_records_give_as_many_as_are_long_enough_when_no_number_is_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    short, long = {"text": " ".join(["1"] * 20)}, {"text": " ".join(["2"] * 40)}
-    path.write_text("".join(json.dumps(r) + "\n" for r in [long, short] * 40))
-    made = load_calibration(path, tokenizer, length=30)
-    assert (made.samples, made.length) == (40, 30)
+def test_records_give_what_they_have_when_no_number_is_asked_for(tmp_path: Path) -> None:
+    made = load_calibration(records(tmp_path / "records.jsonl", [40, 20] * 40), tokenizer, length=30)
+    assert (made.samples, made.length) == (80, 30)
 
 
 def test_the_first_tokens_are_whole_sequences_and_padding_is_no_token() -> None:

@@ -13,6 +13,7 @@ from helpers_selection import llama_groups, random_scores, smollm2_groups
 from pyprune.errors import PyPruneError
 from pyprune.importance.scores import Scores
 from pyprune.selection import select
+from pyprune.selection.knapsack import GROWTH
 
 SMOLLM2 = smollm2_groups()
 SMOLLM2_SCORES = random_scores(SMOLLM2, heavy=True)
@@ -23,16 +24,7 @@ def widths(plan, groups, role: str = "ffn") -> list[int]:
     return [cut.get(g.name, g.units) for g in groups if g.role == role]
 
 
-def lost(plan, scores) -> float:
-    """Total score of the units that go."""
-    return sum(
-        float(scores[c.group.name][o].sum() - scores[c.group.name][o, list(row)].sum())
-        for c in plan.cuts
-        for o, row in enumerate(c.kept)
-    )
-
-
-def test_knapsack_finds_the_least_total_score_of_all_widths() -> None:
+def test_knapsack_finds_the_least_total_loss_of_all_widths() -> None:
     groups = llama_groups(layers=3, ffn=6)
     generator = torch.Generator().manual_seed(4)
     scores = Scores(
@@ -41,13 +33,13 @@ def test_knapsack_finds_the_least_total_score_of_all_widths() -> None:
     plan = select(groups, scores, widths={"ffn": 0.5}, allocation="knapsack", min_keep={"ffn": 1})
     ours = widths(plan, groups)
     assert sum(ours) == 9
-    lowest = [np.sort(scores[g.name][0].numpy()).cumsum() for g in groups if g.role == "ffn"]
+    lowest = [np.sort(scores[g.name][0].numpy()) for g in groups if g.role == "ffn"]
     costs = {
-        w: sum(float(c[6 - k - 1]) if k < 6 else 0.0 for c, k in zip(lowest, w, strict=True))
+        w: sum(float(c[: 6 - k].sum()) ** GROWTH for c, k in zip(lowest, w, strict=True))
         for w in itertools.product(range(1, 7), repeat=3)
         if sum(w) == 9
     }
-    assert lost(plan, scores) == pytest.approx(min(costs.values()), rel=1e-5)
+    assert costs[tuple(ours)] == pytest.approx(min(costs.values()), rel=1e-5)
 
 
 def test_knapsack_takes_from_layers_whose_units_cost_less() -> None:
@@ -65,13 +57,13 @@ def test_the_size_is_met(allocation: str, ratio: float) -> None:
 
 def test_log_depth_removes_in_proportion_to_the_logarithm_of_the_layer() -> None:
     found = widths(select(SMOLLM2, SMOLLM2_SCORES, 0.2, roles="ffn", allocation="log_depth"), SMOLLM2)
-    shares = [(1536 - w) / (0.37 + 0.63 * log(1 + i) / log(30)) for i, w in enumerate(found)]
+    shares = [(1536 - w) / (0.25 + 0.75 * log(1 + i) / log(30)) for i, w in enumerate(found)]
     assert max(shares) == pytest.approx(min(shares), rel=0.02)
 
 
 def test_linear_depth_removes_in_proportion_to_the_layer() -> None:
     found = widths(select(SMOLLM2, SMOLLM2_SCORES, 0.2, roles="ffn", allocation="linear_depth"), SMOLLM2)
-    shares = [(1536 - w) / (0.37 + 0.63 * i / 29) for i, w in enumerate(found)]
+    shares = [(1536 - w) / (0.25 + 0.75 * i / 29) for i, w in enumerate(found)]
     assert max(shares) == pytest.approx(min(shares), rel=0.02)
 
 
