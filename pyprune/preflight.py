@@ -69,6 +69,12 @@ def check_request(recipe: PruneConfig) -> None:
             problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"
             raise PyPruneError("calibration", None, problem, "Give a text, or use compensation none.")
         check_source("calibration", recipe.calibration.calibration)
+        if recipe.score.cache is not None:
+            check_folder(recipe.score.cache)
+    limit = recipe.compensate.cache_limit
+    if limit is not None and (recipe.score.cache is None or recipe.compensate.compensation == "none"):
+        problem = "bounds what compensation keeps in a cache folder, and there is none of either"
+        raise PyPruneError("cache_limit", limit, problem, "Give cache and compensation too, or leave it out.")
     check_source("eval_text", recipe.evaluation.eval_text)
 
 

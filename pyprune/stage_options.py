@@ -130,7 +130,9 @@ class ScoreConfig(Stage):
         None, parsing.tokens(), "Score on the first N tokens of the calibration only; compensation reads all."
     )
     cache: str | None = option(
-        None, parsing.path(), "Folder where scores stay, so that the same model and text are not scored twice."
+        None,
+        parsing.path(),
+        "Folder where scores, and the sums behind refits, stay: nothing is measured twice on the same text.",
     )
 
 
@@ -148,6 +150,11 @@ class CompensateConfig(Stage):
         "own",
         parsing.choice("own", "stream"),
         "What a refit aims at: the layer's own output, or the dense model's stream where held-out error agrees.",
+    )
+    cache_limit: float | None = option(
+        None,
+        parsing.number(0.0),
+        "GiB that the sums of refits may take in the cache folder: 16 where left out, 0 keeps none of them.",
     )
 
 
