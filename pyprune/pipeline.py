@@ -41,6 +41,7 @@ from pyprune.search.plan import check_roles, search_plan
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.compose import compose
 from pyprune.selection.plan import Plan
+from pyprune.selection.quantities import measure_budget
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.select import select
@@ -142,7 +143,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if by_depth:
             trial = layer_removal.trial(recipe, groups)
         else:
-            asked = list(requests(recipe.select, groups))
+            spent = recipe.select
+            quantity = measure_budget(dense.model, groups, spent.budget, length=spent.budget_length)
+            asked = [{**request, "budget": quantity} for request in requests(spent, groups)]
             trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
         if batches is not None and recipe.select.allocation == "search":
             check_roles([r for r in trial.details["roles"] if r != "layers"])

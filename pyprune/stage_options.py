@@ -188,7 +188,17 @@ class DepthConfig(Stage):
 class SelectConfig(ScopeConfig):
     """How much goes, and from where."""
 
-    ratio: float | None = option(None, parsing.ratio(), "Fraction of the parameters that is gone afterwards.")
+    ratio: float | None = option(
+        None, parsing.ratio(), "Fraction of the parameters (or of the budget) that is gone afterwards."
+    )
+    budget: str = option(
+        "parameters",
+        parsing.choice("parameters", "macs", "memory"),
+        "What ratio is of: parameters, macs (multiply-adds of a token), memory (bytes of weights and KV cache).",
+    )
+    budget_length: int | None = option(
+        None, parsing.integer(1), "Tokens in the KV cache of budget memory: 4096 where left out."
+    )
     method: str | None = option(
         None,
         parsing.choice(*METHODS),
