@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyprune.search import search_plan
     from pyprune.selection.layers import select_layers
     from pyprune.selection.plan import Plan
+    from pyprune.selection.quantities import measure_budget
     from pyprune.selection.select import select
     from pyprune.surgery.apply import apply
 
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "measure_budget",
     "ops",
     "prune",
     "recover",
@@ -63,6 +65,7 @@ _HOME = {
     "evaluate": "pyprune.assess",
     "export": "pyprune.checkpoint.profiles",
     "load": "pyprune.checkpoint",
+    "measure_budget": "pyprune.selection.quantities",
     "prune": "pyprune.pipeline",
     "recover": "pyprune.recover_pipeline",
     "run_recipe": "pyprune.runs",

@@ -19,6 +19,7 @@ from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
+from pyprune.compensation.cache import LIMIT
 from pyprune.compensation.stage import Compensation, check_plan, check_samples, compensate
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery.discover import discover
@@ -40,6 +41,7 @@ from pyprune.search.plan import check_roles, search_plan
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.compose import compose
 from pyprune.selection.plan import Plan
+from pyprune.selection.quantities import measure_budget
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.select import select
@@ -141,7 +143,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if by_depth:
             trial = layer_removal.trial(recipe, groups)
         else:
-            asked = list(requests(recipe.select, groups))
+            spent = recipe.select
+            quantity = measure_budget(dense.model, groups, spent.budget, length=spent.budget_length)
+            asked = [{**request, "budget": quantity} for request in requests(spent, groups)]
             trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
         if batches is not None and recipe.select.allocation == "search":
             check_roles([r for r in trial.details["roles"] if r != "layers"])
@@ -211,7 +215,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             with stages("compensate" + step, bar=False):
                 if copy and number == 1 and fresh:
                     smaller = deepcopy(smaller)
-                made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score.token_weights))
+                made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score))
                 cut = made[-1].plan
         with stages("prune" + step):
             smaller = apply(smaller, cut, copy=copy and number == 1 and fresh and not made)
@@ -361,10 +365,14 @@ def _score(
     )
 
 
-def _compensate(model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, weighting: str) -> Compensation:
+def _compensate(
+    model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, scoring: ScoreConfig
+) -> Compensation:
+    limit = LIMIT if config.cache_limit is None else config.cache_limit
     return compensate(
-        model, plan, batches, config.compensation, token_weighting=weighting, target=config.compensation_target
-    )
+        model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
+        target=config.compensation_target, cache=scoring.cache, cache_limit=limit,
+    )  # fmt: skip
 
 
 def _equal_scores(groups: Groups) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ def check_request(recipe: PruneConfig) -> None:
             check_folder(recipe.score.cache)
     if asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
+    check_budget(recipe)
     check_search(recipe)
     if recipe.save.profile is not None:
         hold_to_profile(asked, recipe.save.profile)
@@ -69,7 +70,32 @@ def check_request(recipe: PruneConfig) -> None:
             problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"
             raise PyPruneError("calibration", None, problem, "Give a text, or use compensation none.")
         check_source("calibration", recipe.calibration.calibration)
+        if recipe.score.cache is not None:
+            check_folder(recipe.score.cache)
+    limit = recipe.compensate.cache_limit
+    if limit is not None and (recipe.score.cache is None or recipe.compensate.compensation == "none"):
+        problem = "bounds what compensation keeps in a cache folder, and there is none of either"
+        raise PyPruneError("cache_limit", limit, problem, "Give cache and compensation too, or leave it out.")
     check_source("eval_text", recipe.evaluation.eval_text)
+
+
+def check_budget(recipe: PruneConfig) -> None:
+    """A budget other than parameters has a ratio that is of it, and goes with the other options."""
+    asked = recipe.select
+    if asked.budget_length is not None and asked.budget != "memory":
+        problem = f"is of the KV cache, and the budget is {asked.budget}"
+        raise PyPruneError("budget_length", asked.budget_length, problem, "Use budget memory, or leave it out.")
+    if asked.budget == "parameters":
+        return
+    if asked.ratio is None:
+        raise PyPruneError("budget", asked.budget, "is what a ratio is of, and none is given", "Give ratio.")
+    for name, given in (
+        ("stream", recipe.streaming.stream), ("remove_layers", recipe.depth.remove_layers is not None),
+        ("iterative_steps", asked.iterative_steps > 1),
+    ):  # fmt: skip
+        if given:
+            hint = "Use budget parameters, or leave the other out."
+            raise PyPruneError("budget", asked.budget, f"does not go with {name}, which counts parameters", hint)
 
 
 def check_search(recipe: PruneConfig) -> None:

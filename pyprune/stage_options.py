@@ -130,7 +130,9 @@ class ScoreConfig(Stage):
         None, parsing.tokens(), "Score on the first N tokens of the calibration only; compensation reads all."
     )
     cache: str | None = option(
-        None, parsing.path(), "Folder where scores stay, so that the same model and text are not scored twice."
+        None,
+        parsing.path(),
+        "Folder where scores, and the sums behind refits, stay: nothing is measured twice on the same text.",
     )
 
 
@@ -148,6 +150,11 @@ class CompensateConfig(Stage):
         "own",
         parsing.choice("own", "stream"),
         "What a refit aims at: the layer's own output, or the dense model's stream where held-out error agrees.",
+    )
+    cache_limit: float | None = option(
+        None,
+        parsing.number(0.0),
+        "GiB that the sums of refits may take in the cache folder: 16 where left out, 0 keeps none of them.",
     )
 
 
@@ -181,7 +188,17 @@ class DepthConfig(Stage):
 class SelectConfig(ScopeConfig):
     """How much goes, and from where."""
 
-    ratio: float | None = option(None, parsing.ratio(), "Fraction of the parameters that is gone afterwards.")
+    ratio: float | None = option(
+        None, parsing.ratio(), "Fraction of the parameters (or of the budget) that is gone afterwards."
+    )
+    budget: str = option(
+        "parameters",
+        parsing.choice("parameters", "macs", "memory"),
+        "What ratio is of: parameters, macs (multiply-adds of a token), memory (bytes of weights and KV cache).",
+    )
+    budget_length: int | None = option(
+        None, parsing.integer(1), "Tokens in the KV cache of budget memory: 4096 where left out."
+    )
     method: str | None = option(
         None,
         parsing.choice(*METHODS),

@@ -38,7 +38,7 @@ Examples:
   A tenth of the layers, one by one where the loss rises least, then widths up to 25% in all:
     pyprune prune MODEL --remove_layers 0.1 --layer_criterion perplexity --ratio 0.25 --calibration train.txt
 
-  Scores kept on the disk, so that a second ratio takes no scoring:
+  Scores (and sums of refits) kept on the disk, so that a second ratio takes no scoring:
     pyprune prune MODEL --ratio 0.3 --calibration train.txt --cache scores --output_dir smaller30
 
   How much each layer loses searched for during an hour, on the model itself; a killed search goes on:

@@ -11,29 +11,31 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from pyprune import progress as bars
+from pyprune.compensation.cache import LIMIT, SumsCache
+from pyprune.compensation.course import Course, LastChange
+from pyprune.compensation.gather import Gathered, gather, split_steps
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.compensation.removal import removed_units
 from pyprune.errors import PyPruneError, unknown_name
-from pyprune.importance.calibration import Calibration, batch_rows, check_vocabulary, load_calibration, take
+from pyprune.importance.cache import fingerprint_of_model
+from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.inputs import InputTaps, Use
-from pyprune.importance.steps import Forward, Step, make_steps
+from pyprune.importance.steps import Forward
 from pyprune.importance.taps import Key
-from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, token_weights, walking, weights_for
+from pyprune.importance.walk import TOKEN_WEIGHTS, walking
 from pyprune.selection.plan import Cut, Plan
 
 MODES = ("none", "bias", "least-squares", "obs")
 TARGETS = ("own", "stream")
-STEP_TOKENS = 4096
 KEPT_BYTES = 512 * 2**20  # inputs of a block's last projection that are kept, so that the block need not run again
-HELD_OUT = 5  # one in so many calibration samples chooses the penalty
 INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "latent", "state", "channels")
 
 
@@ -85,6 +87,8 @@ def compensate(
     token_weighting: str = "inverse",
     target: str = "own",
     penalties: Sequence[float] = PENALTIES,
+    cache: str | Path | None = None,
+    cache_limit: float = LIMIT,
     progress: bool | None = None,
 ) -> Compensation:
     """Change the weights of ``model`` **in place** so that it loses as little as it can when ``plan`` is applied.
@@ -108,6 +112,9 @@ def compensate(
             projections whose output is added to that stream as it is. The held-out error decides between the two and
             half way.
         penalties: values of lam that are tried.
+        cache: folder where the sums of the calibration stay (:mod:`pyprune.compensation.cache`): what another run did
+            on the same model and text, up to where the models first differ, needs no forward pass.
+        cache_limit: GiB that such sums may take in the folder.
         progress: False silences the progress bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:
@@ -128,7 +135,7 @@ def compensate(
     check_samples(calibration, mode)
     check_vocabulary(calibration, model)
     with bars.shown(progress is not False):
-        return _Stage(model, plan, calibration, mode, token_weighting, target, penalties).run()
+        return _Stage(model, plan, calibration, mode, token_weighting, target, penalties, cache, cache_limit).run()
 
 
 def check_plan(plan: Plan, mode: str) -> None:
@@ -149,7 +156,7 @@ def check_samples(calibration: Calibration, mode: str) -> None:
 class _Stage:
     def __init__(
         self, model: nn.Module, plan: Plan, calibration: Calibration, mode: str, weighting: str, target: str,
-        penalties: Sequence[float],
+        penalties: Sequence[float], cache: str | Path | None, cache_limit: float,
     ) -> None:  # fmt: skip
         self.model, self.mode, self.target, self.penalties = model, mode, target, penalties
         self.weighting = "equal" if mode == "bias" else weighting
@@ -158,11 +165,17 @@ class _Stage:
         self.chosen: set[str] = set()  # groups whose units were chosen anew
         self.gone = _positions(self.cuts.values(), self.parameters)
         self.storages = {p.untyped_storage().data_ptr() for p in self.parameters.values()}  # what may be written to
-        self.steps, self.held = _steps(calibration, next(model.parameters()).device, mode)
+        self.steps, self.held = split_steps(calibration, next(model.parameters()).device, mode)
         self.result = Compensation(mode, plan, details={
             "token_weights": self.weighting, "target": target, "calibration": calibration.to_dict(),
             "held_out_samples": sum(s.rows for s, h in zip(self.steps, self.held, strict=True) if h),
         })  # fmt: skip
+
+        settings = [self.weighting, target, self.held, KEPT_BYTES]
+        self.cache = SumsCache(
+            cache, cache_limit,
+            lambda: [fingerprint_of_model(model), [[s.inputs, s.targets] for s in self.steps], settings],
+        )  # fmt: skip
 
     def run(self) -> Compensation:
         matrices = {n: self.parameters[n] for n in self.gone if self.parameters[n].dim() in (2, 3)}
@@ -172,59 +185,71 @@ class _Stage:
                 raise PyPruneError("model", name, "holds NaN or infinity", hint)
         if not matrices:
             return self.result
-        if self.mode == "bias":
-            self._check_biases(matrices)
         with walking(self.model, matrices), torch.no_grad():
-            walk = Walk(self.model, self.steps)
-            dense = Walk(self.model, self.steps) if self.target == "stream" and walk.whole is None else None
+            if self.mode == "bias":
+                self._check_biases(matrices)
+            course = self._course()
             compensated: set[str] = set()
-            with bars.bar("compensating", len(walk.blocks)) as bar:
-                for i, block in enumerate(walk.blocks):
+            with bars.bar("compensating", len(course.blocks)) as bar:
+                for i, block in enumerate(course.blocks):
+                    course.enter(i)
                     inside = {id(p) for p in block.parameters()}
-                    here = {n: p for n, p in matrices.items() if id(p) in inside}
-                    if dense is not None:
-                        for number, _, out in dense.run(i, {}):
-                            dense.leave(number, out)
-                    order = self._projections(walk, i, here)
-                    self._mask_others({n for n in self.gone if id(self.parameters[n]) in inside}, set(order))
-                    left = False
+                    order = self._projections(course, i, {n: p for n, p in matrices.items() if id(p) in inside})
+                    self._mask_others(course, i, {n for n in self.gone if id(self.parameters[n]) in inside}, set(order))
                     for name in order:
-                        left = self._compensate(walk, dense, i, name, last=name == order[-1])
+                        self._compensate(course, i, name, last=name == order[-1])
+                    if not order:
+                        course.leave(i)
                     compensated |= set(order)
-                    if not left:
-                        walk.advance(i)
                     bar.advance()
         self._note(compensated)
+        if self.cache.folder is not None:
+            self.result.details["sums_read"] = self.cache.read
         self.result.plan = Plan(tuple(self.cuts.values()), self.result.plan.details)
         return self.result
 
+    def _course(self) -> Course:
+        """The walk; whether the model can be run block by block is tried once for a model and text."""
+        made: list[Course] = []
+
+        def tried() -> list[str | None]:
+            made.append(Course(self.model, self.steps, self.target == "stream"))
+            return [made[0].whole]
+
+        known = self.cache.answer("whole", tried)
+        return made[0] if made else Course(self.model, self.steps, self.target == "stream", known)
+
     def _check_biases(self, matrices: Mapping[str, nn.Parameter]) -> None:
         """Before anything is changed: some matrix whose inputs the plan cuts has a bias."""
-        with walking(self.model, matrices), torch.no_grad(), InputTaps(matrices) as taps:
-            Forward(self.model)(self.steps[0].part(slice(0, 1)))
-        for use in taps.uses:
-            if (
-                self._bias_of(use) is not None
-                and use.input_dim(matrices[use.key.name].dim()) in self.gone[use.key.name]
-            ):
-                return
-        problem = "needs output projections with a bias, and this model has none where units go"
-        raise PyPruneError("compensation", self.mode, problem, "Use least-squares.")
+
+        def tried() -> bool:
+            with InputTaps(matrices) as taps:
+                Forward(self.model)(self.steps[0].part(slice(0, 1)))
+            return any(
+                self._bias_of(u) is not None and u.input_dim(matrices[u.key.name].dim()) in self.gone[u.key.name]
+                for u in taps.uses
+            )
+
+        if not self.cache.answer(["biases", {n: sorted(self.gone[n]) for n in matrices}], tried):
+            problem = "needs output projections with a bias, and this model has none where units go"
+            raise PyPruneError("compensation", self.mode, problem, "Use least-squares.")
 
     def _bias_of(self, use: Use) -> Tensor | None:
         """The bias of a use, where it is a parameter that can be written to."""
         own = use.bias is not None and use.bias.untyped_storage().data_ptr() in self.storages
         return use.bias if own else None
 
-    def _projections(self, walk: Walk, i: int, here: Mapping[str, nn.Parameter]) -> list[str]:
+    def _projections(self, course: Course, i: int, here: Mapping[str, nn.Parameter]) -> list[str]:
         """Names of the matrices whose inputs the plan cuts, in the order in which block ``i`` uses them."""
         if not here:
             return []
-        uses = walk.once(i, here)
-        found = [u.key.name for u in uses if u.input_dim(here[u.key.name].dim()) in self.gone[u.key.name]]
-        return list(dict.fromkeys(found))
+        uses = self.cache.answer(
+            ["uses", i, sorted(here)],
+            lambda: [[u.key.name, u.input_dim(here[u.key.name].dim())] for u in course.once(i, here)],
+        )
+        return list(dict.fromkeys(name for name, dim in uses if dim in self.gone[name]))
 
-    def _mask_others(self, names: set[str], refitted: set[str]) -> None:
+    def _mask_others(self, course: Course, i: int, names: set[str], refitted: set[str]) -> None:
         """Zero what goes with units that no projection of the block reads, such as dimensions of queries and keys."""
         for cut in self.cuts.values():
             if any(m.tensor in refitted for m in cut.group.members):
@@ -232,65 +257,60 @@ class _Stage:
             for tensor, dim, positions in cut.removed_positions():
                 if tensor in names:
                     p = self.parameters[tensor]
+                    course.before_change(i, p)
                     p.index_fill_(dim, torch.from_numpy(positions).to(p.device), 0.0)
+                    self.cache.follow(tensor, p)
 
-    def _compensate(self, walk: Walk, dense: Walk | None, i: int, name: str, last: bool) -> bool:
-        """Compensate one matrix. True where the walk has left the block with that: ``last`` is the block's last matrix,
-        and what the change of it adds to the stream was added without running the block again."""
+    def _compensate(self, course: Course, i: int, name: str, last: bool) -> None:
+        """Compensate one matrix; behind the ``last`` one of a block the course leaves it. What the change of that adds
+        to the stream is added without running the block again, where that is all it does."""
         p = self.parameters[name]
-        keeps = last and walk.whole is None and p.dim() == 2 and self._input_bytes(walk, p) <= KEPT_BYTES
-        is_added = (dense is not None or keeps) and walk.is_added(i, p)
-        added, keeps = is_added and dense is not None, is_added and keeps
-        kept: list[Tensor] = []
-        before = p.detach().clone() if keeps else None
-        train: dict[Key, Sums] = {}
-        held: dict[Key, Sums] = {}
-        biases: dict[Key, Tensor] = {}
-        shift: Tensor | None = None  # the bias before
-        transposed = False
-        for number, uses, stream in walk.run(i, {name: p}):
-            weights = token_weights(walk.steps[number], stream, self.weighting)
-            for use in uses:
-                transposed = use.transposed
-                x, wanted = use.x, None
-                bias = self._bias_of(use)
-                if bias is not None:
-                    biases[use.key] = bias
-                    shift = bias.clone() if shift is None else shift
-                    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-                if added and dense is not None and stream is not None:
-                    wanted = _target(use, p, dense.stream(number), stream)
-                part = held if self.held[number] else train
-                for sums in (train, held):
-                    if use.key not in sums:
-                        wide = torch.promote_types(x.dtype, torch.float32)
-                        sums[use.key] = Sums(x.new_zeros(x.shape[1], x.shape[1], dtype=wide))
-                part[use.key].add(x, weights_for(x, weights, use.tokens), wanted)
-            if keeps:
-                kept.append(uses[0].x)
-                walk.leave(number, stream)
-        dim = p.dim() - 2 if transposed else p.dim() - 1
+        keeps = last and course.whole is None and p.dim() == 2 and self._input_bytes(p) <= KEPT_BYTES
+        added = course.beside or keeps
+        if added:
+            added = self.cache.answer(["added", i, name], lambda: course.is_added(i, p))
+        keeps = added and keeps
+        wanted = course.dense_stream if added and course.beside else None
+        inputs: list[Tensor] | None = None
+        found = self.cache.sums(name, self.parameters)
+        if found is None:
+            inputs = [] if keeps else None
+            passes = course.run(i, name, p, inputs)
+            found = gather(p, passes, self.steps, self.held, self.weighting, self._bias_of, wanted)
+            self.cache.keep(name, found, self.parameters)
+        course.before_change(i, p)
+        for bias in found.biases.values():
+            course.before_change(i, bias)
+        change = None
+        if keeps:
+            own = found.biases.get(Key(name))
+            was = None if own is None else own.clone()
+            change = LastChange(name, p, p.detach().clone(), found.transposed, own, was)
+        self._refit(name, p, found)
+        self.cache.follow(name, keeps, p, list(found.biases.values()))
+        if last:
+            course.leave(i, change, inputs)
+
+    def _refit(self, name: str, p: nn.Parameter, found: Gathered) -> None:
+        """Write what stays of a matrix, or of every expert, in place."""
+        dim = p.dim() - 2 if found.transposed else p.dim() - 1
         if self.mode == "obs" and p.dim() == 2:
-            self._choose(name, dim, p.t() if transposed else p, biases.get(Key(name)), train[Key(name)])
+            bias = found.biases.get(Key(name))
+            self._choose(name, dim, p.t() if found.transposed else p, bias, found.train[Key(name)])
         gone = self.gone[name][dim]
-        for key in sorted(train, key=lambda k: k.expert or 0):
+        for key in sorted(found.train, key=lambda k: k.expert or 0):
             matrix = p if key.expert is None else p[key.expert]
-            self._write(key, matrix.t() if transposed else matrix, gone, biases.get(key), train[key], held[key])
+            matrix = matrix.t() if found.transposed else matrix
+            self._write(key, matrix, gone, found.biases.get(key), found.train[key], found.held[key])
         untouched = range(p.shape[0]) if p.dim() == 3 else []
         for expert in untouched:  # experts that no token reached
-            if Key(name, expert) not in train:
-                (p[expert].t() if transposed else p[expert])[:, torch.from_numpy(gone).to(p.device)] = 0
-        if before is not None:
-            change = p.t() - before.t() if transposed else p - before
-            offset = None if shift is None else biases[Key(name)] - shift
-            for number, x in enumerate(kept):
-                stream = walk.stream(number)
-                stream += linear(x, change, offset).reshape(stream.shape)
-        return before is not None
+            if Key(name, expert) not in found.train:
+                matrix = p[expert].t() if found.transposed else p[expert]
+                matrix[:, torch.from_numpy(gone).to(p.device)] = 0
 
-    def _input_bytes(self, walk: Walk, p: nn.Parameter) -> int:
+    def _input_bytes(self, p: nn.Parameter) -> int:
         """Bytes of a projection's inputs over all steps, at most."""
-        return sum(s.targets.numel() for s in walk.steps) * max(p.shape) * p.element_size()
+        return sum(s.targets.numel() for s in self.steps) * max(p.shape) * p.element_size()
 
     def _choose(self, name: str, dim: int, matrix: Tensor, bias: Tensor | None, train: Sums) -> None:
         """Choose anew which units go of the groups along a matrix's inputs, as many of each as were planned."""
@@ -378,23 +398,3 @@ def _positions(cuts: Iterable[Cut], tensors: Container[str]) -> dict[str, dict[i
                 dims = gone.setdefault(tensor, {})
                 dims[dim] = np.union1d(dims.get(dim, positions), positions)
     return gone
-
-
-def _steps(calibration: Calibration, device: torch.device, mode: str) -> tuple[list[Step], list[bool]]:
-    """Steps, and which of them are held out: one in :data:`HELD_OUT` samples, evenly over the calibration."""
-    rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
-    count = 0 if mode == "bias" else max(1, len(rows) // HELD_OUT)
-    chosen = {len(rows) * (2 * k + 1) // (2 * count) for k in range(count)}
-    fit = [r for k, r in enumerate(rows) if k not in chosen]
-    out = [r for k, r in enumerate(rows) if k in chosen]
-    steps = [make_steps(part, device, tokens=STEP_TOKENS) if part else [] for part in (fit, out)]
-    return [*steps[0], *steps[1]], [False] * len(steps[0]) + [True] * len(steps[1])
-
-
-def _target(use: Use, p: nn.Parameter, wanted: Tensor, stream: Tensor) -> Tensor:
-    """Own output plus what the stream lacks, [rows, outputs]."""
-    matrix = p if use.key.expert is None else p[use.key.expert]
-    own = use.x @ (matrix if use.transposed else matrix.t())
-    if use.bias is not None:
-        own = own + use.bias
-    return own + (wanted - stream).reshape(own.shape)

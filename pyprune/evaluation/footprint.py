@@ -12,6 +12,7 @@ from torch import Tensor
 from pyprune.evaluation.loglikelihood import max_positions
 from pyprune.evaluation.speed import generate
 from pyprune.evaluation.stages import measured
+from pyprune.importance import arithmetic
 
 CACHE_TOKENS = (16, 32)
 PASS_TOKENS = (64, 128)  # linear-attention models work in pieces of 64
@@ -90,27 +91,10 @@ def cache_bytes(model: Any) -> tuple[float, int]:
     return growing, round(sizes[0] - growing * CACHE_TOKENS[0])
 
 
-@torch.no_grad()
 def macs(model: Any) -> tuple[int, int]:
-    """(multiply-accumulates of a token with weights, and with each position that it attends to).
-
-    PyTorch's own counter over one pass of T tokens gives a T + b T^2, where every token attends to all T positions; two
-    lengths give a and b. Norms, activations and rotations are not counted.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """:func:`pyprune.importance.arithmetic.macs` over lengths that the model has positions for."""
     positions = max_positions(model)
-    lengths = PASS_TOKENS if positions >= PASS_TOKENS[1] else (positions // 2, positions)
-    per_token = []
-    for tokens in lengths:
-        ids = torch.zeros(1, tokens, dtype=torch.int64, device=next(model.parameters()).device)
-        # As plain products: not every backend's fused kernel has a formula in the counter.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(input_ids=ids, use_cache=False)
-        per_token.append(counter.get_total_flops() / 2 / tokens)
-    attention = (per_token[1] - per_token[0]) / (lengths[1] - lengths[0])
-    return round(per_token[0] - attention * lengths[0]), round(attention)
+    return arithmetic.macs(model, PASS_TOKENS if positions >= PASS_TOKENS[1] else (positions // 2, positions))
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -74,8 +74,7 @@ def cached(
     if folder is None:
         return compute()
     calibration = None if batches is None else list(batches)
-    versions = {"torch": str(torch.__version__), "pyprune": _version()}
-    key = fingerprint([fingerprint_of_model(model), calibration, dict(settings), versions])
+    key = fingerprint([fingerprint_of_model(model), calibration, dict(settings), running_versions()])
     path = Path(folder) / f"scores-{key[:40]}.safetensors"
     found = _read(path)
     if found is not None:
@@ -103,18 +102,30 @@ def _read(path: Path) -> Scores | None:
 
 
 def _write(scores: Scores, path: Path) -> None:
-    """A full or vanished disk costs the cache and not the run."""
-    work = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     kept = Scores(scores.by_group, scores.criterion, {**scores.details, "sum": fingerprint(scores.by_group)})
+    keep_file(path, kept.save, "the scores are not kept")
+
+
+def keep_file(path: Path, save: Callable[[Path], None], otherwise: str) -> None:
+    """Let ``save`` write a file that appears at ``path`` complete or not at all.
+
+    A full or vanished disk costs the cache and not the run: a warning says so, and ``otherwise``.
+    """
+    work = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept.save(work)
+        save(work)
         os.replace(work, path)
     except Exception as error:  # safetensors has errors of its own for a full disk
-        warnings.warn(f"{path} cannot be written ({error}); the scores are not kept.", stacklevel=4)
+        warnings.warn(f"{path} cannot be written ({error}); {otherwise}.", stacklevel=5)
     finally:
         with suppress(OSError):
             work.unlink()
+
+
+def running_versions() -> dict[str, str]:
+    """Of what computes what is kept."""
+    return {"torch": str(torch.__version__), "pyprune": _version()}
 
 
 def _version() -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.importance.blocks import Call, NotSweepable, intercepted, like, stream_of
+from pyprune.importance.blocks import Call, NotSweepable, find_blocks, intercepted, like, stream_of
 from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.rehearsal import plan_sweep
 from pyprune.importance.steps import Forward, Step
@@ -36,28 +36,36 @@ class Walk:
     Args:
         model: a causal LM, in evaluation mode.
         steps: the batches.
+        known: ``(walk.whole,)`` of an earlier walk over the same model and batches, which spares the trial; None tries.
 
     Attributes:
         blocks: the decoder blocks in order, or the model itself.
         whole: why the model counts as one block, or None.
     """
 
-    def __init__(self, model: nn.Module, steps: Sequence[Step]) -> None:
+    def __init__(self, model: nn.Module, steps: Sequence[Step], known: Sequence[str | None] | None = None) -> None:
         self.steps = list(steps)
         self.whole: str | None = None
         self._forward = Forward(model)
         self._streams: list[Tensor | None] = [None] * len(self.steps)
         self._forms: dict[int, Any] = {}
-        device = self.steps[0].targets.device
+        if known is not None:
+            (self.whole,) = known
+            self.blocks = [model] if self.whole is not None else find_blocks(model)
+            return
         try:
-            batch = {**self.steps[0].inputs, "labels": self.steps[0].inputs.get("labels")}
-            batch = {k: v for k, v in batch.items() if v is not None}
-            with torch.enable_grad():
-                self.blocks = plan_sweep(model, self._forward, {}, batch, device).blocks
+            self.blocks = self._tried(model)
         except NotSweepable as reason:
             self.whole = str(reason)
             self.blocks = [model]
             log.info("the model is run as a whole: %s", reason)
+
+    def _tried(self, model: nn.Module) -> list[nn.Module]:
+        step = self.steps[0]
+        batch = {**step.inputs, "labels": step.inputs.get("labels")}
+        batch = {k: v for k, v in batch.items() if v is not None}
+        with torch.enable_grad():
+            return plan_sweep(model, self._forward, {}, batch, step.targets.device).blocks
 
     @torch.no_grad()
     def run(self, i: int, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[int, list[Use], Tensor | None]]:

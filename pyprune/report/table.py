@@ -89,6 +89,11 @@ def _before_after(report: Report) -> Table:
     for key, label in (("with_embeddings", "parameters"), ("without_embeddings", "parameters without embeddings")):
         p = report.parameters[key]
         table.add_row(label, f"{p['before']:,}", f"{p['after']:,}", _change(p["before"], p["after"]))
+    budget = report.plan.get("budget")
+    if budget is not None:
+        label = f"memory with {budget['length']:,} cached tokens" if budget["name"] == "memory" else budget["unit"]
+        counts = [size(n) if budget["name"] == "memory" else f"{n:,}" for n in (budget["before"], budget["after"])]
+        table.add_row(label, *counts, _change(budget["before"], budget["after"]))
     rows = [("size on disk", report.weights_bytes["before"], report.weights_bytes["after"])]
     peaks = {s["name"]: s["peak_memory"] for s in report.stages}
     if "perplexity before" in peaks and "perplexity after" in peaks:

@@ -37,6 +37,7 @@ from pyprune.search.sites import Sites, find_sites
 from pyprune.search.state import State, fingerprint, load_state
 from pyprune.selection.allocation import ALLOCATIONS, Allocation, Budget
 from pyprune.selection.plan import Plan
+from pyprune.selection.quantities import Quantity
 from pyprune.selection.requests import Amount, LayerSpec
 from pyprune.selection.select import select
 from pyprune.selection.units import checked_scores, removal_order
@@ -72,6 +73,7 @@ def search_plan(
     count_embeddings: bool = True,
     min_keep: Amount | Mapping[str, Amount] | None = None,
     allocation_scores: Mapping[str, Any] | None = None,
+    budget: Quantity | str = "parameters",
     compensation: str = "least-squares",
     token_weighting: str = "inverse",
     steps: int | None = None,
@@ -92,7 +94,7 @@ def search_plan(
         scores: group name -> [outer, units]; higher stays longer.
         batches: calibration, as :func:`pyprune.importance.calibration.load_calibration` takes it; 4 samples or more.
             A quarter of the samples, at most 4,096 tokens, measures candidates.
-        ratio, target_params, widths, roles, layers, round_to, count_embeddings, min_keep: as in
+        ratio, target_params, widths, roles, layers, round_to, count_embeddings, min_keep, budget: as in
             :func:`pyprune.select`.
         allocation_scores: what the score-driven first candidates read in place of ``scores``.
         compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``bias`` or
@@ -131,7 +133,7 @@ def search_plan(
         plan = select(
             groups, scores, ratio, target_params=target_params, widths=widths, allocation=chosen, roles=roles,
             layers=layers, round_to=round_to, count_embeddings=count_embeddings, min_keep=min_keep,
-            allocation_scores=allocation_scores,
+            allocation_scores=allocation_scores, budget=budget,
         )  # fmt: skip
     plan.details["search"] = searcher.reports[0] if len(searcher.reports) == 1 else searcher.reports
     return plan
@@ -188,8 +190,8 @@ class _Searcher:
             file = file.with_name(f"{file.name}.{len(self.reports) + 1}")
         settings = [
             {n: torch.from_numpy(o.copy()) for n, o in orders.items()}, {n: vars(v) for n, v in budget.limits.items()},
-            [g.name for g in groups], dict(budget.kept), budget.target, seeds, list(self.calibration.batches),
-            self.mode, self.weighting, self.seed,
+            [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), seeds,
+            list(self.calibration.batches), self.mode, self.weighting, self.seed,
         ]  # fmt: skip
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

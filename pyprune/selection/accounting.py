@@ -1,22 +1,28 @@
-"""Parameters as a function of widths: what a budget is counted with, before any unit is chosen.
+"""Parameters, or what else a budget is in, as a function of widths: counted before any unit is chosen.
 
 One dimension of a tensor may be cut by several groups: the rows of a query projection by KV heads, by query heads and
 by query-key dimensions at once. Its positions fall into *regions*, a region being the positions that the same groups
 touch. In a region the units of different groups are crossed with each other (discovery refines axes into products),
 so that a region of ``n`` positions keeps ``n * prod(kept_g / units_g)`` of them, whichever units are chosen. A tensor
 keeps the product over its dimensions, the model the sum over its tensors. All in integers.
+
+Another quantity than parameters (:class:`pyprune.selection.quantities.Quantity`) weighs the tensors, and adds what lies
+in none of them, such as a cache, in the form of tensors too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from math import prod
 
 import numpy as np
 
 from pyprune.discovery.groups import Group, Groups, IndexMap
+from pyprune.selection.quantities import Quantity
 
 # A region: its number of positions, the groups that cut it (as numbers), the product of those groups' units.
 Region = tuple[int, tuple[int, ...], int]
@@ -24,7 +30,8 @@ Region = tuple[int, tuple[int, ...], int]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What one parameter tensor keeps: ``whole`` elements in uncut dimensions times, per cut dimension, its regions.
+    """What one parameter tensor keeps: ``whole`` elements in uncut dimensions times, per cut dimension, its regions;
+    each element counts ``weight``.
 
     ``layer`` is (number of the ``layers`` group, unit) for a tensor inside a removable layer, else None.
     """
@@ -32,10 +39,11 @@ class _Tensor:
     whole: int
     dims: tuple[tuple[Region, ...], ...]
     layer: tuple[int, int] | None
+    weight: Fraction = Fraction(1)
 
 
 class Accounting:
-    """Counts the parameters that given widths leave, exactly as :meth:`Plan.new_shapes` would.
+    """Counts the parameters that given widths leave, exactly as :meth:`Plan.new_shapes` would, or another quantity.
 
     Args:
         groups: the model's groups.
@@ -43,6 +51,7 @@ class Accounting:
         first_to_go: name of each group of role ``layers`` in ``cut`` -> unit numbers [units], the first to be removed
             in front. (Of any other group it does not matter which units go.)
         count_embeddings: whether embeddings and the output head are counted.
+        quantity: what is counted; None: parameters.
     """
 
     def __init__(
@@ -51,6 +60,7 @@ class Accounting:
         cut: Sequence[Group],
         first_to_go: Mapping[str, np.ndarray],
         count_embeddings: bool = True,
+        quantity: Quantity | None = None,
     ) -> None:
         self._numbers = {g.name: number for number, g in enumerate(cut)}
         self._units = [g.units for g in cut]
@@ -70,15 +80,26 @@ class Accounting:
         self._tensors: list[_Tensor] = []
         self._touched: dict[int, list[_Tensor]] = {}
         for tensor in sorted(counted):
+            weight = Fraction(1) if quantity is None else quantity.weights.get(tensor, Fraction(0))
             layer = _enclosing(tensor, layer_of)
             shape, dims = groups.shapes[tensor], maps.get(tensor, {})
-            if not dims and layer is None:
-                self._constant += groups.numel(tensor)
-                continue
             whole = prod(n for d, n in enumerate(shape) if d not in dims)
-            entry = _Tensor(whole, tuple(self._number(shape[d], dims[d]) for d in sorted(dims)), layer)
+            self._add(
+                _Tensor(whole, tuple(self._number(shape[d], dims[d]) for d in sorted(dims)), layer, weight),
+                {number for by_group in dims.values() for number in by_group},
+            )
+        for term in () if quantity is None else quantity.terms:
+            cutting = tuple(self._numbers[name] for name in term.groups if name in self._numbers)
+            region = (term.amount, cutting, prod(self._units[i] for i in cutting))
+            self._add(_Tensor(1, ((region,),), _enclosing(f"{term.module}.", layer_of)), set(cutting))
+
+    def _add(self, entry: _Tensor, numbers: Set[int]) -> None:
+        """An entry whose size these groups change."""
+        if not numbers and entry.layer is None:
+            self._constant += self._size(entry, self._units)
+        elif entry.weight:
             self._tensors.append(entry)
-            for number in {number for by_group in dims.values() for number in by_group}:
+            for number in numbers:
                 self._touched.setdefault(number, []).append(entry)
 
     def _number(self, length: int, by_group: Mapping[int, list[IndexMap]]) -> tuple[Region, ...]:
@@ -90,13 +111,13 @@ class Accounting:
             out.append((size, cutting, prod(self._units[i] for i in cutting)))
         return tuple(out)
 
-    def parameters(self, widths: Mapping[str, int]) -> int:
-        """Parameters left when each named group keeps that many units per copy; groups not named stay whole."""
+    def count(self, widths: Mapping[str, int]) -> int:
+        """What is left when each named group keeps that many units per copy; groups not named stay whole."""
         kept = [widths.get(name, units) for name, units in zip(self._numbers, self._units, strict=True)]
         return self._constant + sum(self._size(t, kept) for t in self._tensors)
 
     def cost(self, group: Group) -> int:
-        """Counted parameters that leave with one unit of each copy when nothing else is cut.
+        """What leaves with one unit of each copy when nothing else is cut.
 
         For role ``layers``: the mean over the layers, rounded up.
         """
@@ -123,7 +144,7 @@ class Accounting:
                     count *= kept[number]
                 length += count // units
             size *= length
-        return size
+        return size if tensor.weight == 1 else math.floor(size * tensor.weight)
 
 
 def _enclosing(tensor: str, modules: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:

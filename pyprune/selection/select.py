@@ -21,6 +21,7 @@ from pyprune.selection.allocation import ALLOCATIONS, Allocation, Budget
 from pyprune.selection.details import measure, widths_by_role
 from pyprune.selection.limits import fixed_widths, group_limits, least_by_role, rounding_steps
 from pyprune.selection.plan import Plan
+from pyprune.selection.quantities import Quantity
 from pyprune.selection.requests import Amount, LayerSpec, parse_amounts, parse_count, parse_layers, parse_ratio
 from pyprune.selection.scope import layer_count, members_of, other_roles, protected_units, roles_to_share
 from pyprune.selection.units import checked_scores, keep, removal_order, without_removed_layers
@@ -40,6 +41,7 @@ def select(
     count_embeddings: bool = True,
     min_keep: Amount | Mapping[str, Amount] | None = None,
     allocation_scores: Mapping[str, Any] | None = None,
+    budget: Quantity | str = "parameters",
 ) -> Plan:
     """Decide which units stay.
 
@@ -66,6 +68,9 @@ def select(
             None: what the allocation says, and at least one unit.
         allocation_scores: what the allocation reads in place of ``scores``, of the same form: these then say how many
             units each group keeps, and ``scores`` which.
+        budget: what ``ratio`` is a fraction of: ``"parameters"``, or another quantity as
+            :func:`pyprune.measure_budget` measures it. (With ``count_embeddings=False``, of what is not in embeddings
+            and output head.)
 
     Returns:
         The plan. Query heads inside KV heads, and every other group with ``outer > 1``, keep the same number in each
@@ -80,6 +85,12 @@ def select(
     chosen = allocation if isinstance(allocation, Allocation) else ALLOCATIONS[allocation]
     if ratio is not None and target_params is not None:
         raise PyPruneError("target_params", target_params, f"contradicts ratio {ratio}", "Give one of the two.")
+    spent = budget if isinstance(budget, Quantity) else None
+    if spent is None and budget != "parameters":
+        problem = "is measured on the model"
+        raise PyPruneError("budget", str(budget), problem, "Give what pyprune.measure_budget returns, or parameters.")
+    if spent is not None and ratio is None:
+        raise PyPruneError("budget", spent.name, "is what a ratio is of, and none is given", "Give ratio.")
     sized = ratio is not None or target_params is not None
     if not sized and widths is None:
         raise PyPruneError("ratio", None, "nothing says how much to remove", "Give ratio, target_params or widths.")
@@ -99,29 +110,31 @@ def select(
     costs = values if allocation_scores is None else checked_scores(flat, allocation_scores)
     order = {g.name: removal_order(values[g.name], protected[g.name]) for g in flat}
     first_to_go = {g.name: order[g.name][0] for g in flat if g.role == "layers"}
-    counts = Accounting(groups, flat, first_to_go, count_embeddings)
+    if spent is not None:
+        spent.check(flat)
+    counts = Accounting(groups, flat, first_to_go, count_embeddings, spent)
     cost = {g.name: counts.cost(g) for g in flat}
 
     kept: dict[str, int] = {}
 
-    def budget(target: int) -> Budget:
+    def within(target: int) -> Budget:
         before = dict(kept)
-        return Budget(target, lambda more: counts.parameters({**before, **more}), limits, cost, before)
+        return Budget(target, lambda more: counts.count({**before, **more}), limits, cost, before)
 
     for role, amount in asked.items():
         wanted, limits = fixed_widths(members[role], amount, limits, least.get(role))
         if chosen.by_layer and len(members[role]) > 1:
-            wanted = chosen.allocate(members[role], costs, budget(counts.parameters(kept | wanted)))
+            wanted = chosen.allocate(members[role], costs, within(counts.count(kept | wanted)))
         kept |= wanted
     notes = _notes(groups, members, steps)
     if sized:
         shared = [g for role, of_role in members.items() if role not in asked for g in of_role]
-        goal = _goal(ratio, left, counts.parameters({}))
-        within = budget(goal.target)
-        _check_reachable(goal, within, shared, groups, only)
-        if goal.target < within.count({}):
-            kept |= chosen.allocate(shared, costs, within)
-        notes += goal.missed_by(counts.parameters(kept))
+        goal = _goal(ratio, left, counts.count({}))
+        limit = within(goal.target)
+        _check_reachable(goal, limit, shared, groups, only)
+        if goal.target < limit.count({}):
+            kept |= chosen.allocate(shared, costs, limit)
+        notes += goal.missed_by(counts.count(kept))
 
     cuts = (keep(g, order[g.name], kept[g.name]) for g in groups if kept.get(g.name, g.units) < g.units)
     plan = Plan(without_removed_layers(cuts))
@@ -129,6 +142,7 @@ def select(
         "asked": {"ratio": ratio, "target_params": left, "widths": asked or None},
         "count_embeddings": count_embeddings,
         "achieved": measure(groups, plan),
+        "budget": None if spent is None else _spent(spent, counts.count({}), counts.count(kept)),
         "allocation": chosen.name,
         "criterion": getattr(scores, "criterion", None),
         "allocation_criterion": getattr(allocation_scores, "criterion", None),
@@ -142,9 +156,19 @@ def select(
     return plan
 
 
+def _spent(budget: Quantity, before: int, after: int) -> dict[str, Any]:
+    """A budget other than parameters: what it is in, how much there was and is."""
+    ratio = (before - after) / before if before else 0.0
+    return {
+        "name": budget.name, "unit": budget.unit, "length": budget.length, "before": before, "after": after,
+        "ratio": ratio,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Goal:
-    """A size that was asked for: which option, its value, parameters that shall be left, parameters there are."""
+    """A size that was asked for: which option, its value, what shall be left (parameters, or what the budget is in),
+    what there is."""
 
     option: str
     value: Any

@@ -292,6 +292,6 @@ def test_blocks_that_need_not_run_again_give_what_running_them_again_gives(
     advance = Walk.advance
     monkeypatch.setattr(Walk, "advance", lambda walk, i: (runs.append(i), advance(walk, i))[1])
     compensate(again, plan, ids(), target=target)
-    assert runs == [0, 1, 2]
+    assert runs == [0, 1]  # nothing is behind the last one
     for a, b in zip(kept.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

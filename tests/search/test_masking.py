@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyprune import apply, discover, score, select
 from pyprune.compensation import compensate
-from pyprune.compensation.stage import _steps
+from pyprune.compensation.gather import split_steps
 from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import load_calibration
 from pyprune.importance.steps import make_steps
@@ -98,7 +98,7 @@ def test_refits_made_for_a_plan_are_those_of_the_compensation_stage(changes: dic
     model = tiny_llama(**changes)
     found = Set(model, {"widths": {"kv_heads": 1, "ffn": 16}}, "least-squares", "wanda")
     calibration = load_calibration(ids(120))
-    steps, _ = _steps(calibration, torch.device("cpu"), "least-squares")  # with a penalty given, all of them are fitted
+    steps, _ = split_steps(calibration, torch.device("cpu"), "least-squares")  # with a penalty, all are fitted
     with walking(model, found.masking.watched):
         found.refits.collect(steps, found.masking, "inverse", found.widths)
     masked = found.logits(ids(3, seed=9))

@@ -55,8 +55,8 @@ def test_the_count_equals_the_new_shapes_for_any_widths_of_any_roles(
     first_to_go = {g.name: order[g.name][0] for g in cut if g.role == "layers"}
     counts = Accounting(groups, cut, first_to_go, count_embeddings)
     plan = Plan(without_removed_layers(keep(g, order[g.name], widths[g.name]) for g in cut))
-    assert counts.parameters(widths) == counted(groups, plan.new_shapes(groups.shapes), count_embeddings)
-    assert counts.parameters({}) == groups.num_parameters(count_embeddings)
+    assert counts.count(widths) == counted(groups, plan.new_shapes(groups.shapes), count_embeddings)
+    assert counts.count({}) == groups.num_parameters(count_embeddings)
 
 
 def test_the_cost_of_a_unit_is_what_removing_it_alone_saves() -> None:
@@ -65,7 +65,7 @@ def test_the_cost_of_a_unit_is_what_removing_it_alone_saves() -> None:
     counts = Accounting(groups, cut, {})
     for g in cut:
         assert counts.cost(g) == groups.parameters_per_unit(g) * g.outer, g.name
-        assert counts.cost(g) == counts.parameters({}) - counts.parameters({g.name: g.units - 1}), g.name
+        assert counts.cost(g) == counts.count({}) - counts.count({g.name: g.units - 1}), g.name
 
 
 def test_the_cost_of_a_layer_is_the_mean_over_layers() -> None:

@@ -97,12 +97,12 @@ def test_widths_equal_removing_units_one_by_one(ratio: float, seed: int, queries
     widths = {g.name: g.units for g in cut}
     before = dict(widths)
     for _, name in items:
-        if counts.parameters(widths) < target:
+        if counts.count(widths) < target:
             break
         before = dict(widths)
         widths[name] -= 1
-    nearer = min((before, widths), key=lambda w: abs(counts.parameters(w) - target))
-    if counts.parameters({g.name: floors[g.role] for g in cut}) > target:
+    nearer = min((before, widths), key=lambda w: abs(counts.count(w) - target))
+    if counts.count({g.name: floors[g.role] for g in cut}) > target:
         return
     plan = select(groups, scores, ratio, allocation="global")
     assert {c.group.name: c.width for c in plan.cuts} == {k: w for k, w in nearer.items() if w < groups[k].units}

@@ -68,7 +68,7 @@ def test_heads_lose_at_most_the_fraction_that_channels_lose(
 
     def left(heads: int, channels: int) -> int:
         widths = {"kv_heads": heads, "ffn": channels}
-        return counts.parameters({g.name: widths[g.role] for g in groups.prunable(["kv_heads", "ffn"])})
+        return counts.count({g.name: widths[g.role] for g in groups.prunable(["kv_heads", "ffn"])})
 
     target = groups.num_parameters() - round(ratio * groups.num_parameters())
     if left(1, 1) > target:

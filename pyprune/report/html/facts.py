@@ -64,7 +64,7 @@ def stages(*reports: tuple[str, Sequence[Record] | None]) -> list[dict[str, Any]
 
 def _asked(plan: Record, recipe: Record) -> str | None:
     asked = plan.get("asked") or {}
-    parts = list(_amounts(asked))
+    parts = list(_amounts(asked, (plan.get("budget") or {}).get("unit", "parameters")))
     if asked.get("iterative_steps", 1) > 1:
         parts.append(f"in {asked['iterative_steps']} steps")
     counted = plan.get("count_embeddings")
@@ -73,9 +73,9 @@ def _asked(plan: Record, recipe: Record) -> str | None:
     return ", ".join(parts) or None
 
 
-def _amounts(asked: Record) -> Iterator[str]:
+def _amounts(asked: Record, unit: str) -> Iterator[str]:
     if asked.get("ratio") is not None:
-        yield f"{100 * asked['ratio']:g} % of the parameters removed"
+        yield f"{100 * asked['ratio']:g} % of the {unit} removed"
     if asked.get("target_params"):
         yield f"{asked['target_params']:,} parameters left"
     for role, amount in (asked.get("widths") or {}).items():
