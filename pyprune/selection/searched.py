@@ -1,4 +1,4 @@
-"""Allocations ``search`` and ``divergence``: names of what needs a model and text, and stands in :mod:`pyprune.search`."""
+"""Allocations ``search`` and ``divergence``: names of what needs a model and text, and is in :mod:`pyprune.search`."""
 
 from __future__ import annotations
 
