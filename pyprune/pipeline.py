@@ -44,6 +44,7 @@ from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import measure_budget
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
+from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import select
 from pyprune.stage_options import CalibrationConfig, CompensateConfig, EvalConfig, ModelConfig, ScoreConfig
 from pyprune.streaming.run import prune_from_disk
@@ -147,7 +148,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             quantity = measure_budget(dense.model, groups, spent.budget, length=spent.budget_length)
             asked = [{**request, "budget": quantity} for request in requests(spent, groups)]
             trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
-        if batches is not None and recipe.select.allocation == "search":
+        if batches is not None and recipe.select.allocation in ON_MODEL:
             check_roles([r for r in trial.details["roles"] if r != "layers"])
             check_search_samples(batches)
         if batches is not None and recipe.compensate.compensation != "none":
@@ -196,9 +197,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if costs is not None:
             with stages("score for allocation" + step, bar=False):
                 shares = _score(smaller, now, batches, recipe, roles, layers, costs)
-        if recipe.select.allocation == "search":
-            with stages("search", bar=False):
-                file = preflight.search_file(recipe)
+        if recipe.select.allocation in ON_MODEL:
+            with stages("search" if recipe.select.allocation == "search" else "measure widths", bar=False):
+                file = preflight.search_file(recipe) if recipe.select.allocation == "search" else None
                 cut = search_plan(
                     smaller,
                     now,
@@ -343,7 +344,7 @@ def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
     if recipe.depth.remove_layers is not None or recipe.compensate.compensation != "none":
         return True
-    return recipe.select.allocation == "search" or any(preflight.needs_batches(c) for c in asked)
+    return recipe.select.allocation in ON_MODEL or any(preflight.needs_batches(c) for c in asked)
 
 
 def _score(

@@ -99,25 +99,29 @@ def check_budget(recipe: PruneConfig) -> None:
 
 
 def check_search(recipe: PruneConfig) -> None:
-    """Allocation search has text to measure on and goes with the other options; its own are for no other allocation."""
-    options = recipe.search
-    if recipe.select.allocation != "search":
-        for name, value in vars(options).items():
+    """An allocation on the model has text to measure on and goes with the other options; those of the search are for no
+    other allocation."""
+    from pyprune.selection.searched import ON_MODEL
+
+    options, name = recipe.search, recipe.select.allocation
+    if name != "search":
+        for option, value in vars(options).items():
             if value is not None:
-                problem = f"is for allocation search, and allocation {recipe.select.allocation} is asked"
-                raise PyPruneError(name, value, problem, "Use allocation search, or leave it out.")
+                problem = f"is for allocation search, and allocation {name} is asked"
+                raise PyPruneError(option, value, problem, "Use allocation search, or leave it out.")
+    if name not in ON_MODEL:
         return
     if recipe.streaming.stream:
         problem = "runs the whole model many times, and stream has one layer of it in memory"
-        raise PyPruneError("allocation", "search", problem, "Leave stream out, or use knapsack or log_depth.")
+        raise PyPruneError("allocation", name, problem, "Leave stream out, or use knapsack or log_depth.")
     if recipe.select.iterative_steps > 1:
-        problem = "does not go with allocation search, which measures the whole cut"
+        problem = f"does not go with allocation {name}, which measures the whole cut"
         raise PyPruneError("iterative_steps", recipe.select.iterative_steps, problem, "Leave one of them out.")
     if recipe.calibration.calibration is None:
-        problem = "is missing, and allocation search measures candidates on text"
+        problem = f"is missing, and allocation {name} measures on text"
         raise PyPruneError("calibration", None, problem, "Give a text, or use another allocation.")
     check_source("calibration", recipe.calibration.calibration)
-    file = search_file(recipe)
+    file = search_file(recipe) if name == "search" else None
     if file is not None and (file.is_dir() or not os.access(_existing_parent(file), os.W_OK)):
         raise PyPruneError("search_file", str(file), "cannot be written", "Name a file in a folder that is there.")
 

@@ -10,6 +10,7 @@ from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.selection.requests import units_of
+from pyprune.selection.searched import ON_MODEL
 from pyprune.stage_options import SelectConfig
 
 WITHIN_HEADS = {"qk_dim", "vo_dim"}  # few configurations express them, so that surgery may leave narrow linear layers
@@ -68,14 +69,14 @@ def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
 
 
 def without_search(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request to try: that of a search with an allocation that it may start from."""
-    return {**request, "allocation": "log_depth"} if request["allocation"] == "search" else dict(request)
+    """A request to try: in place of an allocation that needs the model, one that does not."""
+    return {**request, "allocation": "log_depth"} if request["allocation"] in ON_MODEL else dict(request)
 
 
 def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :func:`pyprune.search.search_plan` for a request."""
     return {
-        **{name: value for name, value in request.items() if name != "allocation"},
+        **request,
         "compensation": recipe.compensate.compensation,
         "token_weighting": recipe.score.token_weights,
         "steps": recipe.search.search_steps,

@@ -212,7 +212,8 @@ class SelectConfig(ScopeConfig):
         "uniform",
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth and "
-        "linear_depth (more in later layers), search (tried out on the model, as the options of Search say).",
+        "linear_depth (more in later layers), divergence (each layer measured alone at several widths on the model, "
+        "then a knapsack), search (tried out on the model, as the options of Search say).",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pyprune.importance.calibration import (
 )
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
+from pyprune.search.curves import allocate_by_curves, measure_curves
 from pyprune.search.evolution import Evolution, Limit
 from pyprune.search.fitness import Fitness
 from pyprune.search.masking import Masking
@@ -39,6 +41,7 @@ from pyprune.selection.allocation import ALLOCATIONS, Allocation, Budget
 from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import Quantity
 from pyprune.selection.requests import Amount, LayerSpec
+from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import select
 from pyprune.selection.units import checked_scores, removal_order
 
@@ -74,6 +77,7 @@ def search_plan(
     min_keep: Amount | Mapping[str, Amount] | None = None,
     allocation_scores: Mapping[str, Any] | None = None,
     budget: Quantity | str = "parameters",
+    allocation: str = "search",
     compensation: str = "least-squares",
     token_weighting: str = "inverse",
     steps: int | None = None,
@@ -85,8 +89,10 @@ def search_plan(
 ) -> Plan:
     """A plan in which how many units each group keeps was searched for; which units, ``scores`` say.
 
-    Candidates are measured by the Kullback-Leibler divergence of the dense model's next-token distributions from
-    theirs, on calibration samples that nothing is fitted on. The weights of ``model`` are never changed.
+    Or, with ``allocation="divergence"``, every group is measured alone at several widths, and the widths of least total
+    divergence are taken (:mod:`pyprune.search.curves`). The measure is the Kullback-Leibler divergence of the dense
+    model's next-token distributions from the candidate's, on calibration samples that nothing is fitted on. The weights
+    of ``model`` are never changed.
 
     Args:
         model: a causal LM, dense.
@@ -97,6 +103,7 @@ def search_plan(
         ratio, target_params, widths, roles, layers, round_to, count_embeddings, min_keep, budget: as in
             :func:`pyprune.select`.
         allocation_scores: what the score-driven first candidates read in place of ``scores``.
+        allocation: ``"search"``, or ``"divergence"``, which takes no ``steps``, ``minutes`` and ``file``.
         compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``bias`` or
             ``none``.
         token_weighting: of the refits, as in :func:`pyprune.compensation.compensate`.
@@ -108,16 +115,20 @@ def search_plan(
         progress: False silences the progress bar.
 
     Returns:
-        The plan; ``plan.details["search"]`` says what was tried and found.
+        The plan; ``plan.details["search"]`` (or ``["divergence"]``) says what was tried and found.
 
     Raises:
         PyPruneError: what :func:`pyprune.select` refuses; roles whose units cannot be masked; too little calibration;
             limits that are none; a ``file`` with another search.
     """
     check_limits(steps, minutes)
+    for name, value in (("search_steps", steps), ("search_minutes", minutes), ("search_file", file)):
+        if allocation == "divergence" and value is not None:
+            raise PyPruneError(name, str(value), "is for allocation search", "Leave it out.")
     for option, value, known in (
         ("compensation", compensation, MODES),
         ("token_weights", token_weighting, TOKEN_WEIGHTS),
+        ("allocation", allocation, ON_MODEL),
     ):
         if value not in known:
             raise unknown_name(option, value, known)
@@ -128,14 +139,15 @@ def search_plan(
         model, groups, scores, calibration, compensation, token_weighting, Limit(steps, minutes), seed,
         None if file is None else Path(file), overwrite,
     )  # fmt: skip
-    chosen = Allocation("search", searcher.allocate, by_layer=True, min_keep=ALLOCATIONS["search"].min_keep)
+    allocate = searcher.allocate if allocation == "search" else searcher.by_divergence
+    chosen = Allocation(allocation, allocate, by_layer=True, min_keep=ALLOCATIONS[allocation].min_keep)
     with bars.shown(progress is not False):
         plan = select(
             groups, scores, ratio, target_params=target_params, widths=widths, allocation=chosen, roles=roles,
             layers=layers, round_to=round_to, count_embeddings=count_embeddings, min_keep=min_keep,
             allocation_scores=allocation_scores, budget=budget,
         )  # fmt: skip
-    plan.details["search"] = searcher.reports[0] if len(searcher.reports) == 1 else searcher.reports
+    plan.details[allocation] = searcher.reports[0] if len(searcher.reports) == 1 else searcher.reports
     return plan
 
 
@@ -151,7 +163,7 @@ def check_limits(steps: Any, minutes: Any) -> None:
 def check_samples(calibration: Calibration) -> None:
     """Raises PyPruneError when too few samples are there to measure candidates on some of them."""
     if calibration.samples < LEAST_SAMPLES:
-        problem = "are too few for allocation search, which measures on samples that nothing is fitted on"
+        problem = "are too few for an allocation that measures on samples that nothing is fitted on"
         raise PyPruneError("samples", calibration.samples, problem, f"Give at least {LEAST_SAMPLES}.")
 
 
@@ -196,14 +208,7 @@ class _Searcher:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         state = load_state(file, fingerprint(self.model, settings), self.overwrite)
-        fit, held = split(self.calibration, next(self.model.parameters()).device)
-        walk = Walk(self.model, fit[:1])
-        sites = find_sites(self.model, walk.blocks, [*groups, *before], orders, held[0])
-        parameters = dict(self.model.named_parameters())
-        masking = Masking({n: parameters[n] for n in {**sites.read, **sites.made}})
-        refits = Refits(self.model, sites, self.mode)
-        with walking(self.model, masking.watched):
-            fitness = Fitness(self.model, walk.blocks if walk.whole is None else None, refits, masking, held)
+        with self._measuring([*groups, *before], orders) as (fitness, refits, masking, sites, fit):
             measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             search = Evolution(moves, measure, state, self.seed, file, started)
             search.start(seeds, _anchor(seeds))
@@ -212,6 +217,42 @@ class _Searcher:
         self.reports.append(self._report(state, fitness, sites, fit))
         log.info("search: divergence %.4f after %d generations", state.kl, state.generation)
         return best
+
+    def by_divergence(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
+        """Widths of ``groups`` by how far each of them alone, at several widths, takes the model from the dense one."""
+        started = time.monotonic()
+        before = [self.groups[name] for name in budget.kept]
+        check_roles([g.role for g in (*groups, *before)])
+        orders = {n: removal_order(v) for n, v in checked_scores([*groups, *before], self.scores).items()}
+        with self._measuring([*groups, *before], orders) as (fitness, refits, masking, _, fit):
+            refits.collect(fit, masking, self.weighting, dict(budget.kept))
+            curves = measure_curves(groups, budget, fitness)
+        best = allocate_by_curves(groups, curves, budget)
+        self.reports.append({
+            "curves": {name: [[width, kl] for width, kl in curve] for name, curve in curves.items()},
+            "evaluations": sum(map(len, curves.values())),
+            "seconds": round(time.monotonic() - started, 1),
+            "compensation": self.mode,
+            "penalty": PENALTY if self.mode in ("least-squares", "obs") else None,
+            "held_out_tokens": sum(fitness.tokens[: (len(fitness.tokens) + 1) // 2]),
+            "fitted_tokens": sum(s.targets.numel() for s in fit) if self.mode != "none" else 0,
+        })  # fmt: skip
+        return best
+
+    @contextmanager
+    def _measuring(
+        self, groups: Sequence[Group], orders: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[Fitness, Refits, Masking, Sites, list[Step]]]:
+        """The dense model, ready to be run with any widths of ``groups``; the steps that refits are made on."""
+        fit, held = split(self.calibration, next(self.model.parameters()).device)
+        walk = Walk(self.model, fit[:1])
+        sites = find_sites(self.model, walk.blocks, groups, orders, held[0])
+        parameters = dict(self.model.named_parameters())
+        masking = Masking({n: parameters[n] for n in {**sites.read, **sites.made}})
+        refits = Refits(self.model, sites, self.mode)
+        with walking(self.model, masking.watched):
+            blocks = walk.blocks if walk.whole is None else None
+            yield Fitness(self.model, blocks, refits, masking, held), refits, masking, sites, fit
 
     def _report(self, state: State, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:
         return {

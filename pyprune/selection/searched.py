@@ -1,4 +1,4 @@
-"""Allocation ``search``: its name. What it does needs a model and text, and stands in :mod:`pyprune.search`."""
+"""Allocations ``search`` and ``divergence``: names of what needs a model and text, and is in :mod:`pyprune.search`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from pyprune.errors import PyPruneError
 from pyprune.selection.allocation import Budget, register
 from pyprune.selection.global_ranking import FLOORS
 
+ON_MODEL = ("search", "divergence")
+
 
 @register("search", min_keep=FLOORS)
 def search(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
     """Refuses: scores alone do not say how far a candidate is from the dense model."""
     hint = "Call pyprune.search_plan(model, groups, scores, batches, ratio), or prune with allocation search."
     raise PyPruneError("allocation", "search", "measures candidates, which needs a model and text", hint)
+
+
+@register("divergence", min_keep=FLOORS)
+def divergence(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
+    """Refuses: scores alone do not say how far a width takes the model from the dense one."""
+    hint = "Call pyprune.search_plan(..., allocation='divergence'), or prune with allocation divergence."
+    raise PyPruneError("allocation", "divergence", "measures widths, which needs a model and text", hint)

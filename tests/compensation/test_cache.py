@@ -351,3 +351,21 @@ def test_answers_of_several_runs_stay_together(tmp_path: Path) -> None:
         fitted(dense, planned(dense, ffn=n), tmp_path)
     (file,) = tmp_path.glob("walk-*.json")
     assert len(json.loads(file.read_text())["answers"]) == 1 + 2 + 2 * 2 * 2  # whole; the first block's; four blocks'
+
+
+@pytest.mark.parametrize("target", ["own", "stream"])
+def test_blocks_that_share_a_matrix_are_run_in_time(target: str, tmp_path: Path) -> None:
+    """What is made up for late would see a shared matrix as a later block left it."""
+    dense = tiny_llama(num_hidden_layers=4)
+    dense.model.layers[1].mlp.down_proj.weight = dense.model.layers[0].mlp.down_proj.weight
+    groups = discover(dense)
+    scores = score(dense, groups, ids(8), "l2", roles=["ffn"])
+    wide, narrow = (select(groups, scores, widths={"ffn": n}) for n in (14, 10))
+    name = "model.layers.2.mlp:ffn"
+    others = [c for c in wide.cuts if c.group.name != name]
+    assert len(others) == 2  # the shared one, and that of the last layer
+    one, two = (Plan((*others, plan[name])) for plan in (wide, narrow))
+    fitted(dense, one, tmp_path, target=target)
+    plain, _ = fitted(dense, two, None, target=target)
+    late, done = fitted(dense, two, tmp_path, target=target)
+    assert done.details["sums_read"] == 3 and same(plain, late)

@@ -186,7 +186,7 @@ def test_steps_that_are_none(case, steps) -> None:
 
 
 def test_too_little_calibration(case) -> None:
-    with pytest.raises(PyPruneError, match=r"samples 3: are too few for allocation search.*at least 4"):
+    with pytest.raises(PyPruneError, match=r"samples 3: are too few for an allocation that measures.*at least 4"):
         case.search(batches=ids(3))
 
 

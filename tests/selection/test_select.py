@@ -16,6 +16,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.scores import Scores
 from pyprune.selection import Plan, select
 from pyprune.selection.allocation import ALLOCATIONS, Limits, register
+from pyprune.selection.searched import ON_MODEL
 
 GROUPS = llama_groups(layers=6, kv=4, queries=2, ffn=64, head_dim=8, hidden=32)
 SCORES = random_scores(GROUPS)
@@ -26,7 +27,7 @@ def mixture() -> Groups:
     return llama_groups(layers=3, kv=2, queries=2, ffn=32, head_dim=8, hidden=32, experts=8)
 
 
-BY_SCORES = sorted(set(ALLOCATIONS) - {"search"})  # without a model
+BY_SCORES = sorted(set(ALLOCATIONS) - set(ON_MODEL))  # without a model
 
 
 @pytest.mark.parametrize("allocation", BY_SCORES)
