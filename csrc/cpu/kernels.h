@@ -100,10 +100,13 @@ struct CpuKernels {
   // One row: the first `loose` runs may overrun by a word (later runs overwrite it), the others are copied exactly.
   void (*copy_runs)(const char* source, char* dest, const ByteRun* runs, int64_t loose, int64_t count);
   int64_t word_bytes;  // of a permutation: 64, 16, or 0 where the instruction set has none
-  // One row, past the caches when asked and aligned to a cache line.
-  void (*permute_row)(const char* source, char* dest, const Permutation& permutation, bool past_caches);
+  // One row. `ahead` is a row that is read later and is asked for meanwhile, or null; such an address is never read, so
+  // it may be any. past_caches needs `ahead` and a destination aligned to 64 bytes.
+  void (*permute_row)(const char* source, char* dest, const Permutation& permutation, const char* ahead,
+                      bool past_caches);
   // count bytes past the caches: the destination's lines are not read first, which is a third of a copy's traffic.
-  void (*stream)(const char* source, char* dest, int64_t count);
+  // As many bytes from `ahead` on are asked for, unless it is null.
+  void (*stream)(const char* source, char* dest, int64_t count, const char* ahead);
   // What was written past the caches is seen by others after this.
   void (*drain)();
   int64_t panel_rows, panel_cols;

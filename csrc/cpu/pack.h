@@ -93,7 +93,7 @@ PYPRUNE_INLINE void put_past_caches(char* to, Word word) {
 
 constexpr int64_t kWordBytes = 0;
 
-void permute_row(const char*, char*, const Permutation&, bool) {}
+void permute_row(const char*, char*, const Permutation&, const char*, bool) {}
 
 #endif
 
@@ -113,12 +113,16 @@ PYPRUNE_INLINE Word next_word(const char* source, const Piece*& piece, const cha
   return word;
 }
 
-template <int LANE, bool PAST_CACHES>
-void permute_lanes(const char* source, char* dest, const Permutation& p) {
+template <int LANE, bool AHEAD, bool PAST_CACHES>
+void permute_lanes(const char* source, char* dest, const Permutation& p, const char* ahead) {
   const Piece* piece = p.pieces;
   const char* index = p.indices;
   int64_t left = p.row_bytes;
   for (; left >= kWordBytes; left -= kWordBytes, dest += kWordBytes) {
+    if (AHEAD) {
+      __builtin_prefetch(ahead + piece->source);
+      if (kWordBytes == 64) __builtin_prefetch(ahead + piece->source + 64);
+    }
     const Word word = next_word<LANE>(source, piece, index);
     PAST_CACHES ? put_past_caches(dest, word) : put(dest, word);
   }
@@ -129,19 +133,23 @@ void permute_lanes(const char* source, char* dest, const Permutation& p) {
   }
 }
 
+template <int LANE>
+void permute_with(const char* source, char* dest, const Permutation& p, const char* ahead, bool past_caches) {
+  if (ahead == nullptr) return permute_lanes<LANE, false, false>(source, dest, p, ahead);
+  past_caches ? permute_lanes<LANE, true, true>(source, dest, p, ahead)
+              : permute_lanes<LANE, true, false>(source, dest, p, ahead);
+}
+
 // Each word of the destination is written once, whole: two loads, a permutation and a store, with no branch on a run.
-void permute_row(const char* source, char* dest, const Permutation& p, bool past_caches) {
-  const bool past = past_caches && reinterpret_cast<uintptr_t>(dest) % 64 == 0;
-  if (p.lane_bytes == 4) {
-    past ? permute_lanes<4, true>(source, dest, p) : permute_lanes<4, false>(source, dest, p);
-  } else {
-    past ? permute_lanes<2, true>(source, dest, p) : permute_lanes<2, false>(source, dest, p);
-  }
+void permute_row(const char* source, char* dest, const Permutation& p, const char* ahead, bool past_caches) {
+  p.lane_bytes == 4 ? permute_with<4>(source, dest, p, ahead, past_caches)
+                    : permute_with<2>(source, dest, p, ahead, past_caches);
 }
 
 #endif
 
-void stream(const char* source, char* dest, int64_t count) {
+template <bool AHEAD>
+void stream_with(const char* source, char* dest, int64_t count, const char* ahead) {
 #if defined(__x86_64__)
   const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dest) % 64);
   if (count >= head + 64) {
@@ -150,6 +158,10 @@ void stream(const char* source, char* dest, int64_t count) {
     source += head;
     count -= head;
     for (; count >= 64; count -= 64, dest += 64, source += 64) {
+      if (AHEAD) {
+        __builtin_prefetch(ahead);
+        ahead += 64;
+      }
 #if defined(__AVX512F__)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(dest), _mm512_loadu_si512(source));
 #else
@@ -162,6 +174,10 @@ void stream(const char* source, char* dest, int64_t count) {
   }
 #endif
   memcpy(dest, source, static_cast<size_t>(count));
+}
+
+void stream(const char* source, char* dest, int64_t count, const char* ahead) {
+  ahead != nullptr ? stream_with<true>(source, dest, count, ahead) : stream_with<false>(source, dest, count, ahead);
 }
 
 void drain() {

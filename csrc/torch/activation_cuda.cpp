@@ -6,48 +6,14 @@
 namespace pyprune {
 namespace {
 
-Matrix matrix_of(const Tensor& t) {
-  const View v(t);
-  return {t.const_data_ptr(), v.stride[0], v.stride[1]};
-}
-
 std::tuple<Tensor, Tensor> activation_salience(const Tensor x, const Tensor dy, const Tensor weight, int64_t formula,
                                                bool transposed, double gradient_scale, double curvature_scale) {
-  STD_TORCH_CHECK(x.dim() == 3 && dy.dim() == 3 && weight.dim() == 2,
-                  "pyprune::activation_salience: x and dy have 3 dimensions, the weight has 2");
-  STD_TORCH_CHECK(formula >= 2 && formula <= 5, "pyprune::activation_salience: unknown formula ", formula);
   check_one_device({x, dy, weight}, weight.get_device_index(), "activation_salience");
-  const Dtype dtype = dtype_of(weight);
-  STD_TORCH_CHECK(dtype != Dtype::float64, "pyprune::activation_salience: float64 is for the CPU");
-  STD_TORCH_CHECK(dtype_of(x) == dtype && dtype_of(dy) == dtype, "pyprune::activation_salience: dtypes differ");
-  // The rows of a Linear's weight are outputs; those of a Conv1D's are inputs.
-  const Tensor rows = with_neighbouring_columns(transposed ? x : dy);
-  const Tensor cols = with_neighbouring_columns(transposed ? dy : x);
-  const Tensor matrix = with_neighbouring_columns(weight);
-  STD_TORCH_CHECK(rows.size(0) == cols.size(0) && rows.size(1) == cols.size(1) && rows.size(2) == weight.size(0) &&
-                      cols.size(2) == weight.size(1),
-                  "pyprune::activation_salience: shapes differ");
-
   const CudaScope scope(weight);
-  const Tensor row_sums = torch::stable::new_empty(weight, {weight.size(0)}, ScalarType::Float);
-  const Tensor col_sums = torch::stable::new_empty(weight, {weight.size(1)}, ScalarType::Float);
-  ActivationCall call{};
-  call.formula = static_cast<Formula>(formula);
-  call.dtype = dtype;
-  call.rows_input = matrix_of(rows);
-  call.cols_input = matrix_of(cols);
-  call.weight = matrix_of(matrix);
-  call.batches = x.size(0);
-  call.tokens = x.size(1);
-  call.rows = weight.size(0);
-  call.cols = weight.size(1);
-  call.gradient_scale = static_cast<float>(gradient_scale);
-  call.curvature_scale = static_cast<float>(curvature_scale);
-  call.row_sums = static_cast<float*>(row_sums.mutable_data_ptr());
-  call.col_sums = static_cast<float*>(col_sums.mutable_data_ptr());
-  const Tensor workspace = scope.workspace(weight, activation_workspace(call));
-  check_cuda(activation_salience_cuda(call, workspace.mutable_data_ptr(), scope.stream()), "activation_salience");
-  return {row_sums, col_sums};
+  const ActivationJob job = prepare_activation(x, dy, weight, formula, transposed, gradient_scale, curvature_scale);
+  const Tensor workspace = scope.workspace(weight, activation_workspace(job.call));
+  check_cuda(activation_salience_cuda(job.call, workspace.mutable_data_ptr(), scope.stream()), "activation_salience");
+  return {job.row_sums, job.col_sums};
 }
 
 }  // namespace

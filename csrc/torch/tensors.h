@@ -80,6 +80,16 @@ SalienceCall prepare_salience(const std::vector<Tensor>& weights, const std::vec
 
 std::vector<AccumulateTensor> prepare_accumulate(const std::vector<Tensor>& curvatures, std::vector<Tensor>& grads);
 
+// As SalienceCall; the scratch memory is the device's own matter.
+struct ActivationJob {
+  std::vector<Tensor> held;
+  ActivationCall call;
+  Tensor row_sums, col_sums;
+};
+
+ActivationJob prepare_activation(const Tensor& x, const Tensor& dy, const Tensor& weight, int64_t formula,
+                                 bool transposed, double gradient_scale, double curvature_scale);
+
 // `held` as in SalienceCall; `runs` [n, 3] int64 on the CPU; run_counts has one entry per tensor and dimension, -1 =
 // whole.
 struct GatherCall {

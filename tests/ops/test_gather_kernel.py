@@ -169,6 +169,36 @@ def test_results_larger_than_the_caches_equal_indexing_and_stay_inside_their_ten
             assert bool((frame[64 + shift + expected.numel() :] == 77).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", [32, 96, 224, 432, 433, 2048, 3000])
+def test_large_results_of_any_row_length_equal_indexing(kept: int, dtype: torch.dtype) -> None:
+    """Rows of whole cache lines, rows that straddle them and are joined first, and rows too long for that."""
+    width = kept + kept // 3
+    rows = (5 << 20) // (kept * dtype.itemsize)
+    tensor = numbered((2, rows, width), dtype, "cpu")
+    cols = np.sort(np.random.default_rng(0).choice(width, kept, replace=False))
+    some_rows = np.delete(np.arange(rows), [0, 5, 6, rows - 2])
+    for index in ({2: cols}, {0: [1], 1: some_rows, 2: cols}, {1: some_rows[::-1].copy(), 2: cols}, {1: some_rows}):
+        expected = indexed(tensor, index)
+        frame = torch.full((expected.numel() + 64,), 77).to(dtype)
+        for shift in (0, 3):
+            out = frame[shift : shift + expected.numel()].view(expected.shape)
+            ops.gather([tensor], [index], [out])
+            assert torch.equal(out, expected), index
+            assert bool((frame[shift + expected.numel() :] == 77).all())
+
+
+def test_tensors_cut_at_columns_of_equal_number_keep_their_own() -> None:
+    """Plans are shared between tensors that are cut alike; these differ in one run, in width or in element size."""
+    apart = [np.delete(np.arange(200), range(first, 190, 9)) for first in (1, 2, 3, 4, 5, 6)]
+    runs = [np.r_[0:50, 60:120], np.r_[0:50, 61:121], np.r_[0:50, 60:120], np.r_[1:51, 60:120]]
+    indices = [*apart, *apart[:2], *runs]
+    tensors = [numbered((5, 200 + 56 * (i % 2)), (torch.float32, torch.bfloat16)[i % 3 == 2], "cpu") for i in range(12)]
+    tensors = [t + t.new_tensor(i % 7) for i, t in enumerate(tensors)]
+    for tensor, index, result in zip(tensors, indices, ops.gather(tensors, [{1: i} for i in indices]), strict=True):
+        assert torch.equal(result, indexed(tensor, {1: index}))
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     tensors = [numbered((900, 700), torch.bfloat16, "cpu"), numbered((200_000,), torch.float32, "cpu")]
     indices = [{0: range(0, 900, 2), 1: range(0, 700, 3)}, {0: range(0, 200_000, 5)}]
