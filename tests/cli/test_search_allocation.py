@@ -82,7 +82,7 @@ def test_options_of_the_search_want_the_search(option: str) -> None:
 
 
 def test_calibration_is_wanted_even_where_the_criterion_needs_none() -> None:
-    with pytest.raises(PyPruneError, match="calibration: is missing, and allocation search measures candidates"):
+    with pytest.raises(PyPruneError, match="calibration: is missing, and allocation search measures on text"):
         pyprune.prune(tiny_llama(), ratio=0.2, criterion="l2", allocation="search")
 
 
