@@ -63,7 +63,7 @@ def test_a_state_file_that_was_named_stays(place) -> None:
         (("--search_minutes", "0"), "--search_minutes '0': must be a number above 0"),
         (("--search_minutes", "-3"), "--search_minutes '-3': must be a number above 0"),
         (("--search_steps", "0"), "--search_steps '0': must be a whole number, at least 1"),
-        (("--samples", "3"), "--samples 3: are too few for allocation search"),
+        (("--samples", "3"), "--samples 3: are too few for an allocation that measures"),
         (("--roles", "hidden", "--criterion", "l2"), "--roles 'hidden': cannot be searched over"),
         (("--profile", "uniform", "--output_dir", "out"), "--allocation 'search': gives layers different widths"),
         (("--search_file", "model"), "--search_file 'model': cannot be written"),
@@ -82,7 +82,7 @@ def test_options_of_the_search_want_the_search(option: str) -> None:
 
 
 def test_calibration_is_wanted_even_where_the_criterion_needs_none() -> None:
-    with pytest.raises(PyPruneError, match="calibration: is missing, and allocation search measures candidates"):
+    with pytest.raises(PyPruneError, match="calibration: is missing, and allocation search measures on text"):
         pyprune.prune(tiny_llama(), ratio=0.2, criterion="l2", allocation="search")
 
 
