@@ -43,7 +43,7 @@ def main() -> None:
     data = args.shared / "data"
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     web = str(data / "c4_sample.jsonl.gz")
-    crops = list(load_calibration(web, tokenizer, samples=args.samples + 4, length=args.length))  # one of a document
+    crops = list(load_calibration(web, tokenizer, samples=args.samples + 4, length=args.length))  # evenly over the text
     batches = load_calibration(crops[:-4])
     fresh = {
         "C4, other documents": load_calibration(crops[-4:]),

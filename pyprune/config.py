@@ -46,6 +46,11 @@ from pyprune.stage_options import (
 R = TypeVar("R", bound="Recipe")
 # Ways to say the same thing: a flag for one overrides a file's other.
 SYNONYMS = (("ratio", "target_params"), ("protocol", "eval_length"))
+# Who says one of these says how to prune, and gets nothing else of the method ``best`` with it.
+HOW = (
+    "criterion", "route", "aggregation", "scores_file", "allocation", "allocation_criterion", "widths",
+    "iterative_steps", "compensation", "compensation_target", "remove_layers", "stream",
+)  # fmt: skip
 
 
 class Recipe:
@@ -83,6 +88,9 @@ class Recipe:
             if any(name in given for name in names):
                 from_file = {k: v for k, v in from_file.items() if k not in names}
         merged = {**from_file, **given}
+        sized = bool(merged.get("ratio") or merged.get("target_params"))
+        if "method" in known and "method" not in merged and sized:
+            merged["method"] = "plain" if any(merged.get(name) for name in HOW) else "best"
         for option, sets in (("recipe", PRESETS), ("method", METHODS)):
             if option in known:
                 merged = {**sets.get(str(merged.get(option)), {}), **merged}

@@ -27,7 +27,7 @@ OPEN = METHODS["best"]["allocation"], METHODS["best"]["allocation_criterion"]  #
 
 def for_profile(recipe: PruneConfig) -> PruneConfig:
     """With the same widths in every layer where the profile holds no others."""
-    if recipe.select.method is None or recipe.save.profile is None or not get_profile(recipe.save.profile).EVEN:
+    if recipe.select.method != "best" or recipe.save.profile is None or not get_profile(recipe.save.profile).EVEN:
         return recipe
     return _allocated(recipe, "uniform")
 
@@ -35,7 +35,7 @@ def for_profile(recipe: PruneConfig) -> PruneConfig:
 def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
     """Roles, allocation, and whether a refit can help, for a model."""
     asked = recipe.select
-    if asked.method is None:
+    if asked.method != "best":
         return recipe
     total = groups.num_parameters(asked.count_embeddings)
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
@@ -60,7 +60,9 @@ def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
         smallest: a model of the pruned widths, on the meta device.
     """
     save = recipe.save
-    if recipe.select.method is None or save.profile is not None or save.output_dir is None or is_stock(smallest.config):
+    if recipe.select.method != "best" or save.profile is not None or save.output_dir is None:
+        return recipe
+    if is_stock(smallest.config):
         return recipe
     try:
         get_profile("hetero-hf").check(smallest)

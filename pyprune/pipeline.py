@@ -31,7 +31,7 @@ from pyprune.evaluation.perplexity import perplexity, read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.cache import cached
-from pyprune.importance.calibration import Calibration, first_tokens, load_calibration
+from pyprune.importance.calibration import SCORE_LENGTH, Calibration, first_tokens, load_calibration
 from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
 from pyprune.report.data import Report, versions
@@ -359,7 +359,7 @@ def _score(
     }  # fmt: skip
     read = batches if preflight.needs_batches(config) else None
     if read is not None and config.score_tokens is not None:
-        read = first_tokens(read, config.score_tokens)
+        read = first_tokens(read, config.score_tokens, SCORE_LENGTH)
     asked = {**options, "groups": [g.to_dict() for g in groups.prunable(roles, layers)]}
     return cached(
         config.cache, model, read, asked, lambda: score(model, groups, read, roles=roles, layers=layers, **options)

@@ -24,7 +24,7 @@ def command(verb: str, recipe: type[Recipe], values: Mapping[str, Any], file: st
     words, incomplete = ["pyprune", verb], False
     if values.get(FIRST):
         words.append(str(values[FIRST]))
-    usual = recipe().to_dict()
+    usual = _usual(recipe, values)
     for _, f in recipe.options():
         value = values.get(f.name)
         if f.name == FIRST or value is None or value == usual[f.name]:
@@ -38,6 +38,17 @@ def command(verb: str, recipe: type[Recipe], values: Mapping[str, Any], file: st
     if incomplete:
         words += ["--config", file]
     return " ".join(shlex.quote(word) for word in words)
+
+
+def _usual(recipe: type[Recipe], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What options have that are not named: the defaults, and what the method brings along where one is taken."""
+    if values.get("method") is None or "method" not in {f.name for _, f in recipe.options()}:
+        return recipe().to_dict()
+    usual = recipe.build({"method": values["method"]}).to_dict()
+    named = {k: v for k, v in values.items() if k in usual and v is not None and v != usual[k] and k != "prompts"}
+    if recipe.build(named).to_dict()["method"] != values["method"]:
+        usual["method"] = None
+    return usual
 
 
 def _text(value: Any) -> str:

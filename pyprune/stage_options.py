@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "criterion": "wanda", "allocation": "knapsack", "allocation_criterion": "group_fisher", "compensation": "obs",
         "score_tokens": 8192,
     },
+    "plain": {},
 }  # fmt: skip
 """Method of pruning -> options; :mod:`pyprune.method` settles what depends on the model and the size."""
 
@@ -127,7 +128,9 @@ class ScoreConfig(Stage):
         "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
     )
     score_tokens: int | None = option(
-        None, parsing.tokens(), "Score on the first N tokens of the calibration only; compensation reads all."
+        None,
+        parsing.tokens(),
+        "Score on the first N tokens of the calibration only, 128 a sample; compensation reads all.",
     )
     cache: str | None = option(
         None,
@@ -202,7 +205,8 @@ class SelectConfig(ScopeConfig):
     method: str | None = option(
         None,
         parsing.choice(*METHODS),
-        "best: the combination that measured best at this size, for whatever of it no other option says.",
+        "best: the combination that measured best at this size, for whatever of it no other option says. plain: the "
+        "defaults of criterion, allocation, compensation. Left out: best, or plain where an option says how to prune.",
     )
     target_params: int | None = option(None, parsing.count(), "Parameters left afterwards, as in 5.4B or 110M.")
     widths: dict[str, int | float] | None = option(

@@ -31,9 +31,27 @@ def said(recipe: PruneConfig) -> tuple[Any, ...]:
     return recipe.score.criterion, asked.allocation, asked.allocation_criterion, recipe.compensate.compensation
 
 
-def test_without_it_choices_are_plain() -> None:
-    recipe = PruneConfig.build({"ratio": 0.2})
+def test_a_ratio_alone_gets_the_best_method() -> None:
+    alone = PruneConfig.build({"ratio": 0.1})
+    assert alone.select.method == "best"
+    assert said(method.for_groups(method.for_profile(alone), discover(tiny_llama()))) == LIGHT
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"criterion": "param_first"}, {"allocation": "uniform"}, {"compensation": "none"}, {"widths": {"ffn": 0.5}},
+     {"iterative_steps": 1}, {"remove_layers": 1}, {"stream": True}, {"method": "plain"}],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_who_says_how_to_prune_gets_no_more_than_that(option: dict[str, Any]) -> None:
+    recipe = PruneConfig.build({"ratio": 0.2, **option})
+    assert recipe.select.method == "plain"
     assert said(method.for_groups(method.for_profile(recipe), discover(tiny_llama()))) == PLAIN
+
+
+def test_a_saved_recipe_says_the_method_that_was_taken() -> None:
+    recipe = PruneConfig.build({"ratio": 0.2})
+    assert PruneConfig.build(recipe.to_dict()) == recipe
 
 
 def test_it_says_nothing_to_other_verbs(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def same_weights(a, b) -> bool:
 
 
 def test_a_model_object_and_token_ids_are_enough() -> None:
-    out = pyprune.prune(tiny_llama(), ratio=0.3, calibration=tokens())
+    out = pyprune.prune(tiny_llama(), ratio=0.3, method="plain", calibration=tokens())
     assert type(out.model).__name__ == "LlamaForCausalLM"
     assert out.model.num_parameters() == out.report.parameters["with_embeddings"]["after"]
     assert 1 - out.model.num_parameters() / 320_544 == pytest.approx(0.3, abs=0.005)
@@ -46,7 +46,7 @@ def test_a_model_object_and_token_ids_are_enough() -> None:
 
 def test_the_plan_speaks_of_the_dense_model() -> None:
     dense = tiny_llama()
-    out = pyprune.prune(copy.deepcopy(dense), ratio=0.3, calibration=tokens())
+    out = pyprune.prune(copy.deepcopy(dense), ratio=0.3, method="plain", calibration=tokens())
     assert same_weights(apply(dense, out.plan), out.model)
 
 

@@ -9,7 +9,6 @@ columns. Projections are found by what a plan's groups cut: a matrix along whose
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pyprune.compensation.course import Course, LastChange
 from pyprune.compensation.gather import Gathered, gather, split_steps
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.compensation.removal import removed_units
+from pyprune.compensation.result import Compensated, Compensation
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
@@ -37,45 +37,6 @@ MODES = ("none", "bias", "least-squares", "obs")
 TARGETS = ("own", "stream")
 KEPT_BYTES = 512 * 2**20  # inputs of a block's last projection that are kept, so that the block need not run again
 INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "latent", "state", "channels")
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """One matrix that was compensated: its tensor and expert, inputs kept of how many, calibration rows, and the
-    figures of :class:`pyprune.compensation.refit.Refit` (errors are None in mode ``bias``)."""
-
-    tensor: str
-    expert: int | None
-    kept: int
-    of: int
-    rows: int
-    penalty: float | None = None
-    blend: float = 0.0
-    before: float | None = None
-    after: float | None = None
-
-
-@dataclass
-class Compensation:
-    """What was done.
-
-    Attributes:
-        mode: ``bias``, ``least-squares`` or ``obs``.
-        plan: what to apply now: the plan as given; with mode ``obs``, of the same widths and with other units.
-        matrices: one entry for each projection, in the order in which they were compensated.
-        notes: what a reader of the result should know, as sentences.
-        details: token weights, target, samples that fitted and that chose.
-    """
-
-    mode: str
-    plan: Plan
-    matrices: list[Compensated] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return {"mode": self.mode, **self.details, "matrices": [asdict(m) for m in self.matrices], "notes": self.notes}
 
 
 def compensate(

@@ -16,6 +16,7 @@ from pyprune.importance.sources import check_tokens, encode, kind_of, read_docum
 
 SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
 BETWEEN = "\n\n"  # documents are joined by blank lines
+SCORE_LENGTH = 128  # of samples that score_tokens takes: per-sample gradients tell more of few tokens
 SPREAD = 8  # of documents, up to so many times the tokens asked for are read, and samples lie evenly over them
 FEW, SHORT = 32, 128  # of a shorter text sequences are shortened down to this, so that there are not fewer
 
@@ -294,18 +295,42 @@ def _real_tokens(batch: Mapping[str, Any]) -> int:
     return int((mask != 0).sum()) if full else batch_rows(batch) * _sized(batch).shape[1]  # type: ignore[union-attr]
 
 
-def first_tokens(calibration: Calibration, tokens: int) -> Calibration:
-    """The first sequences that together have ``tokens`` tokens, padding included; all when there are fewer."""
+def first_tokens(calibration: Calibration, tokens: int, length: int | None = None) -> Calibration:
+    """The first sequences that together have ``tokens`` tokens, padding included; all when there are fewer.
+
+    Args:
+        length: tokens that a sample has then at most; longer ones become several.
+    """
     batches: list[dict[str, Any]] = []
     for batch in calibration:
         if tokens <= 0:
             break
         rows = batch_rows(batch)
         wanted = min(rows, -(-tokens * rows // batch_tokens(batch)))
-        batches.append(take(batch, slice(0, wanted)))
-        tokens -= batch_tokens(batches[-1])
+        part = take(batch, slice(0, wanted))
+        batches += [part] if length is None else in_pieces(part, length)
+        tokens -= batch_tokens(part)
     samples, real = sum(batch_rows(b) for b in batches), sum(_real_tokens(b) for b in batches)
-    return replace(calibration, batches=tuple(batches), samples=samples, tokens=real)
+    longest = max(batch_tokens(b) // batch_rows(b) for b in batches)
+    return replace(calibration, batches=tuple(batches), samples=samples, tokens=real, length=longest)
+
+
+def in_pieces(batch: Mapping[str, Any], length: int) -> list[dict[str, Any]]:
+    """A batch of token ids, masks and labels in batches of at most ``length`` tokens a sequence, without sequences that
+    have nothing to predict in a piece; one that holds anything else as it is."""
+    if not set(batch) <= {"input_ids", "attention_mask", "labels"}:
+        return [dict(batch)]
+    out = []
+    for start in range(0, batch["input_ids"].shape[1], length):
+        piece = {k: v[:, start : start + length] for k, v in batch.items() if v is not None}
+        real = piece.get("attention_mask", torch.ones_like(piece["input_ids"])) != 0
+        told = real[:, 1:] & real[:, :-1]
+        if "labels" in piece:
+            told = told & (piece["labels"][:, 1:] != -100)
+        rows = told.any(1)
+        if bool(rows.any()):
+            out.append({k: v[rows] for k, v in piece.items()})
+    return out
 
 
 def take(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_a_text_that_is_not_there(call, place) -> None:
 
 
 def test_no_text_for_a_criterion_that_needs_it(call, place) -> None:
-    line = refused(call, place, "prune", "model", "--ratio", "0.2")
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--method", "plain")
     assert "--calibration: is missing, and criterion param_first is measured on text" in line and "l1, l2" in line
 
 

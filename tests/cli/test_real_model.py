@@ -30,7 +30,8 @@ def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(call, smollm2_path:
 
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "m = AutoModelForCausalLM.from_pretrained('out'); t = AutoTokenizer.from_pretrained('out')\n"
+        "m = AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True)\n"
+        "t = AutoTokenizer.from_pretrained('out')\n"
         "inputs = t('The with statement is used to', return_tensors='pt')\n"
         "torch.save((inputs.input_ids, m(**inputs).logits.detach(), m.num_parameters()), 'logits.pt')\n"
         "runs = [m.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False)]\n"

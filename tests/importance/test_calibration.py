@@ -363,3 +363,13 @@ def test_the_first_tokens_are_whole_sequences_and_padding_is_no_token() -> None:
     assert [b["input_ids"].tolist() for b in few] == [ids[:3].tolist(), ids[3:4].tolist()]
     assert (few.samples, few.tokens, few.length) == (4, 18, 5)
     assert first_tokens(calibration, 1000).samples == 8
+
+
+def test_the_first_tokens_in_shorter_samples_are_the_same_tokens() -> None:
+    ids = torch.arange(60).reshape(3, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    few = first_tokens(load_calibration([{"input_ids": ids[:2], "attention_mask": mask[:2]}, ids[2:]]), 60, 8)
+    assert [tuple(b["input_ids"].shape) for b in few] == [(2, 8), (1, 8), (1, 4), (1, 8), (1, 8), (1, 4)]
+    assert torch.equal(torch.cat([b["input_ids"] for b in few][3:], dim=1), ids[2:])
+    assert (few.length, few.tokens, few.samples) == (8, 48, 7)

@@ -60,3 +60,16 @@ def test_defaults_are_left_out_and_a_list_of_prompts_is_left_to_the_recipe() -> 
     listed = PruneConfig.build({"model_name_or_path": "m", "ratio": 0.5, "prompts": ["a", "b"]}).to_dict()
     assert command("prune", PruneConfig, listed, "r.yaml") == "pyprune prune m --ratio 0.5 --config r.yaml"
     assert command("prune", PruneConfig, {**plain, "gone": 3}, "r.yaml") == "pyprune prune m --ratio 0.5"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"criterion": "l2"}, "--criterion l2"), ({"method": "plain"}, "--method plain"),
+     ({"allocation": "global"}, "--allocation global"),
+     ({"method": "best", "criterion": "flap"}, "--criterion flap --method best")],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_the_method_is_named_where_the_other_options_do_not_tell_it(options: dict[str, str], words: str) -> None:
+    recipe = PruneConfig.build({"model_name_or_path": "m", "ratio": 0.5, **options})
+    line = command("prune", PruneConfig, recipe.to_dict(), "r.yaml")
+    assert sorted(line.split()) == sorted(f"pyprune prune m --ratio 0.5 {words}".split())

@@ -87,8 +87,9 @@ def test_the_command_line_streams_and_stock_transformers_opens_the_result(sharde
 
 def test_a_scores_file_is_used(sharded, text, tmp_path) -> None:
     first = pyprune.prune(
-        str(sharded), ratio=0.3, calibration=str(text), samples=2, length=32, output_dir=tmp_path / "a"
-    )
+        str(sharded), ratio=0.3, method="plain", calibration=str(text), samples=2, length=32,
+        output_dir=tmp_path / "a",
+    )  # fmt: skip
     first.scores.save(tmp_path / "scores.safetensors")
     scores = str(tmp_path / "scores.safetensors")
     again = pyprune.prune(str(sharded), ratio=0.3, scores_file=scores, stream=True, output_dir=tmp_path / "b")

@@ -1,0 +1,47 @@
+"""What the compensation stage did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pyprune.selection.plan import Plan
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """One matrix that was compensated: its tensor and expert, inputs kept of how many, calibration rows, and the
+    figures of :class:`pyprune.compensation.refit.Refit` (errors are None in mode ``bias``)."""
+
+    tensor: str
+    expert: int | None
+    kept: int
+    of: int
+    rows: int
+    penalty: float | None = None
+    blend: float = 0.0
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass
+class Compensation:
+    """What was done.
+
+    Attributes:
+        mode: ``bias``, ``least-squares`` or ``obs``.
+        plan: what to apply now: the plan as given; with mode ``obs``, of the same widths and with other units.
+        matrices: one entry for each projection, in the order in which they were compensated.
+        notes: what a reader of the result should know, as sentences.
+        details: token weights, target, samples that fitted and that chose.
+    """
+
+    mode: str
+    plan: Plan
+    matrices: list[Compensated] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {"mode": self.mode, **self.details, "matrices": [asdict(m) for m in self.matrices], "notes": self.notes}
