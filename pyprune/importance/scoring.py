@@ -309,7 +309,7 @@ def _step_tokens(spec: Criterion, layout: Layout | None, budget: int, device: to
     tokens = STEP_TOKENS * (4 if device.type == "cuda" else 1)
     if not spec.additive:
         return tokens
-    most = tokens if device.type == "cuda" else ADDED_TOKENS
+    most = tokens if device.type == "cuda" else min(tokens, ADDED_TOKENS)
     return min(most, budget * 3 // 4 // max(1, layout.saved_bytes))
 
 

@@ -184,7 +184,6 @@ class Sweep:
                     losses.append(self._head(step, leaving[j], up))
                     upstream.append(up)
             all_losses = check_losses(losses)
-            trim_heap(leaving[0].device)  # logits
             for i in range(n - 1, self._lowest - 1, -1):
                 borders = self._tape.pop()
                 for j in range(len(steps)):
@@ -192,7 +191,9 @@ class Sweep:
                     bar.advance()
                 if finish:
                     self.collector.finish(self.layout.names[i])
-                if i >= n - self.kept and (n - i) % 4 == 0:  # the activations of four blocks are gone
+                if (
+                    self.recomputed and i >= n - self.kept and (n - i) % 4 == 0
+                ):  # the activations of four blocks are gone
                     trim_heap(leaving[0].device)
             if self.layout.outer:
                 for j, step in enumerate(steps):
@@ -250,8 +251,8 @@ class Sweep:
             return out
         if i >= len(self.layout.blocks) - self.kept:
             out = call(x)
-            # What this block and the recomputed ones freed lies in holes between tensors that stay, and few fit there.
-            trim_heap(x.device)
+            if self.recomputed:  # what the recomputed blocks freed
+                trim_heap(x.device)
             return out
         return checkpoint(
             self.forward.again(call), x, use_reentrant=False, preserve_rng_state=False, determinism_check="none"

@@ -165,6 +165,19 @@ def test_small_batches_are_joined_as_long_as_they_are_alike(
     assert [s[:2] for s in seen if s[1] != 8] == [[2, 10], [2, 10], [1, 6], [1, 10]]
 
 
+@pytest.mark.parametrize(("criterion", "rows"), [("param_second", [2, 2, 2]), ("param_first", [3, 3])])
+def test_criteria_that_add_up_over_batches_take_smaller_steps_on_the_cpu(
+    model: nn.Module, groups: Groups, ids: Tensor, monkeypatch: pytest.MonkeyPatch, criterion: str, rows: list[int]
+) -> None:
+    options: Any = {"criterion": criterion, "roles": ["kv_heads", "ffn"], "activation_memory": 1000}
+    apart = score(model, groups, ids.split(1), **options)
+    monkeypatch.setattr(stage, "STEP_TOKENS", 30)
+    monkeypatch.setattr(stage, "ADDED_TOKENS", 20)
+    seen = _passes(model)
+    assert_close(score(model, groups, ids.split(1), **options), apart)
+    assert [s[0] for s in seen if s[1] != 8] == rows
+
+
 @pytest.mark.parametrize("criterion", ["param_second", "param_mix"])
 def test_curvatures_of_linear_layers_need_no_pass_for_each_sample(
     model: nn.Module, groups: Groups, ids: Tensor, criterion: str
