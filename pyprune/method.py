@@ -1,8 +1,8 @@
 """The method ``best``: what measured best at the size that is asked for (docs/results.md), settled for a model.
 
 Up to about a third of the parameters FFN channels go, where their loss is least; beyond that heads go too, and more in
-later layers. Options that the user gives stay as they are; an allocation ``knapsack`` by ``group_fisher`` is taken for
-the method's own, whoever named it.
+later layers. Heads go also where the budget is not one of parameters. Options that the user gives stay as they are; an
+allocation ``knapsack`` by ``group_fisher`` is taken for the method's own, whoever named it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
         return recipe
     total = groups.num_parameters(asked.count_embeddings)
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
+    sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
     if goes > LIGHT_UP_TO:
         recipe = _allocated(recipe, "log_depth")
-    elif asked.roles is None and asked.widths is None and (asked.ratio or asked.target_params) is not None:
+    elif sized and asked.roles is None and asked.budget == "parameters":
         channels = groups.prunable(CHANNELS)
         room = sum(int(g.units * (1 - FLOORS[g.role])) * g.outer * groups.parameters_per_unit(g) for g in channels)
         if room > goes * total:

@@ -81,6 +81,13 @@ def test_where_channels_cannot_reach_the_ratio_all_roles_are_cut() -> None:
     assert settled(model, ratio=0.3).select.roles is None
 
 
+@pytest.mark.parametrize(("budget", "ratio"), [("macs", 0.2), ("memory", 0.2), ("macs", 0.45)])
+def test_a_ratio_of_another_budget_is_met_with_heads_too(budget: str, ratio: float) -> None:
+    out = pyprune.prune(tiny_llama(), ratio=ratio, budget=budget, calibration=ids())
+    assert out.plan.details["budget"]["ratio"] == pytest.approx(ratio, abs=0.05)  # a head of so small a model is much
+    assert {c.group.role for c in out.plan.cuts} == {"kv_heads", "ffn"}
+
+
 def test_channels_of_experts_are_channels() -> None:
     assert settled(mixture("mixtral"), ratio=0.1).select.roles == ("expert_ffn",)
 
