@@ -87,13 +87,13 @@ def test_an_answer_ends_at_the_models_own_end_mark(speaker) -> None:
 
 def test_leaving_early_stops_the_model_and_keeps_what_was_said(speaker) -> None:
     talk = Conversation([speaker("plain")], Sampling(200))
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     growing = talk.ask("The")
     for answers in growing:
         if answers[0].tokens == 3:
             break
     growing.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= before  # others may have ended meanwhile
     assert answers[0].ended == "stopped"
     assert talk.histories[0][1]["content"] == answers[0].text
 
