@@ -1,7 +1,9 @@
 """The documents of a text that calibration does not read, for measuring perplexity on text of the same kind.
 
-python benchmarks/held_out.py MODEL c4_sample.jsonl.gz held_out.jsonl
-pyprune eval smaller --eval_text held_out.jsonl --protocol 1024 --eval_windows 8
+    python benchmarks/held_out.py MODEL c4_sample.jsonl.gz held_out.jsonl
+    pyprune eval smaller --eval_text held_out.jsonl --protocol 1024 --eval_windows 8
+
+Options that the calibration was given (samples, length, seed) are to be given here too.
 """
 
 from __future__ import annotations

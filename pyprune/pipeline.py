@@ -144,9 +144,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if by_depth:
             trial = layer_removal.trial(recipe, groups)
         else:
-            spent = recipe.select
-            quantity = measure_budget(dense.model, groups, spent.budget, length=spent.budget_length)
-            asked = [{**request, "budget": quantity} for request in requests(spent, groups)]
+            sizes = recipe.select
+            quantity = measure_budget(dense.model, groups, sizes.budget, length=sizes.budget_length)
+            asked = [{**request, "budget": quantity} for request in requests(sizes, groups)]
             trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
         if batches is not None and recipe.select.allocation in ON_MODEL:
             check_roles([r for r in trial.details["roles"] if r != "layers"])

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.losses import IGNORED
 from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file
 
 SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
 BETWEEN = "\n\n"  # documents are joined by blank lines
-SCORE_LENGTH = 128  # of samples that score_tokens takes: per-sample gradients tell more of few tokens
-SPREAD = 8  # of documents, up to so many times the tokens asked for are read, and samples lie evenly over them
+SPREAD = 8  # documents are read up to so many times the tokens asked for, and samples lie evenly over them
+SCORE_LENGTH = 128  # tokens in a sample where score_tokens is given: what per-sample gradients are summed over
 FEW, SHORT = 32, 128  # of a shorter text sequences are shortened down to this, so that there are not fewer
 
 
@@ -147,24 +148,24 @@ def _from_name(
     name = os.path.basename(source) if kind != "dataset" else source
     if kind == "tokens":
         return _from_tokens(read_token_file(source, option), name, samples, length, size, seed, option, longest)
-    count, long = samples or SAMPLES, length or min(LENGTH, longest or LENGTH)
-    rng = torch.Generator().manual_seed(seed)
     if kind == "text":
+        rng = torch.Generator().manual_seed(seed)
         text = next(read_documents(source, field, None, option))
         ids = encode(tokenizer, text, source, option)
         return _pack(_crops(ids, *_sizes(ids, samples, length, longest), rng, name, option), name, size, seed)
-    # Shuffled documents; a dataset may be endless and a file large, so not more of them than rows spread over need.
+    # A dataset may be endless and a file large: no more documents than samples are spread over.
     parts, have = [], 0
+    enough = SPREAD * (samples or SAMPLES) * (length or min(LENGTH, longest or LENGTH))
     for document in read_documents(source, field, seed, option):
         parts.append(encode(tokenizer, document + BETWEEN, source, option))
         have += parts[-1].numel()
-        if have >= SPREAD * count * long:
+        if have >= enough:
             break
     stream = torch.cat(parts)
     count, long = _sizes(stream, samples, length, longest)
     _check_enough(stream, count, long, name, option)
-    every = torch.linspace(0, have // long - 1, count).long()
-    return _pack(stream[: have // long * long].view(-1, long)[every], name, size, seed)
+    rows = stream[: have // long * long].view(-1, long)
+    return _pack(rows[torch.arange(count) * (len(rows) - 1) // max(1, count - 1)], name, size, seed)
 
 
 def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int | None) -> tuple[int, int]:
@@ -191,6 +192,7 @@ def _crops(tokens: Tensor, samples: int, length: int, rng: torch.Generator, sour
 
 
 def _check_enough(tokens: Tensor, samples: int, length: int, source: str, option: str) -> None:
+    """Raises PyPruneError when a stream [tokens] is shorter than that many samples of that length."""
     have, need = tokens.numel(), samples * length
     if have < need:
         fits = have // length
@@ -299,8 +301,12 @@ def first_tokens(calibration: Calibration, tokens: int, length: int | None = Non
     """The first sequences that together have ``tokens`` tokens, padding included; all when there are fewer.
 
     Args:
-        length: tokens that a sample has then at most; longer ones become several.
+        length: cut them into samples of at most so many tokens, by :func:`in_pieces`; None leaves them whole.
+
+    Raises:
+        PyPruneError: nothing in these tokens can be predicted.
     """
+    asked = tokens
     batches: list[dict[str, Any]] = []
     for batch in calibration:
         if tokens <= 0:
@@ -310,14 +316,18 @@ def first_tokens(calibration: Calibration, tokens: int, length: int | None = Non
         part = take(batch, slice(0, wanted))
         batches += [part] if length is None else in_pieces(part, length)
         tokens -= batch_tokens(part)
+    if not batches:
+        raise PyPruneError("score_tokens", asked, "hold no token to predict", "Give more of them, or other text.")
     samples, real = sum(batch_rows(b) for b in batches), sum(_real_tokens(b) for b in batches)
     longest = max(batch_tokens(b) // batch_rows(b) for b in batches)
     return replace(calibration, batches=tuple(batches), samples=samples, tokens=real, length=longest)
 
 
 def in_pieces(batch: Mapping[str, Any], length: int) -> list[dict[str, Any]]:
-    """A batch of token ids, masks and labels in batches of at most ``length`` tokens a sequence, without sequences that
-    have nothing to predict in a piece; one that holds anything else as it is."""
+    """A batch of token ids, masks and labels [batch, tokens], cut along the tokens into pieces [<= batch, <= length].
+
+    Sequences with nothing to predict in a piece are left out of it. A batch that holds anything else is not cut.
+    """
     if not set(batch) <= {"input_ids", "attention_mask", "labels"}:
         return [dict(batch)]
     out = []
@@ -326,7 +336,7 @@ def in_pieces(batch: Mapping[str, Any], length: int) -> list[dict[str, Any]]:
         real = piece.get("attention_mask", torch.ones_like(piece["input_ids"])) != 0
         told = real[:, 1:] & real[:, :-1]
         if "labels" in piece:
-            told = told & (piece["labels"][:, 1:] != -100)
+            told = told & (piece["labels"][:, 1:] != IGNORED)
         rows = told.any(1)
         if bool(rows.any()):
             out.append({k: v[rows] for k, v in piece.items()})

@@ -136,6 +136,9 @@ class Evolution:
             if 0 < factor < math.inf:
                 state.kls = [k * factor for k in state.kls]
             state.anchor, state.kl, state.screened = list(state.best), kl, screened
+            for seed in state.seeds:
+                if seed["widths"] == state.best and seed["divergence"] is not None:
+                    seed["divergence"] = kl  # as what it became
         now = {"widths": list(state.best), "divergence": state.kl, "screening": state.screened}
         if now != state.verified:
             state.verified = now

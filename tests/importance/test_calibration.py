@@ -365,6 +365,14 @@ def test_the_first_tokens_are_whole_sequences_and_padding_is_no_token() -> None:
     assert first_tokens(calibration, 1000).samples == 8
 
 
+def test_first_tokens_that_are_all_padding_are_refused() -> None:
+    ids = torch.arange(40).reshape(2, 20)
+    mask = torch.zeros_like(ids)
+    mask[1] = 1
+    with pytest.raises(PyPruneError, match="score_tokens 20: hold no token to predict"):
+        first_tokens(load_calibration([{"input_ids": ids, "attention_mask": mask}]), 20, 8)
+
+
 def test_the_first_tokens_in_shorter_samples_are_the_same_tokens() -> None:
     ids = torch.arange(60).reshape(3, 20)
     mask = torch.ones_like(ids)

@@ -151,7 +151,7 @@ def test_other_families_are_searched(make_model, roles, vocabulary: int) -> None
     found = report(plan)
     verified = [e["divergence"] for e in found["history"] if e["verified"]]  # others are measured with refits of these
     assert found["divergence"] == min(verified)
-    assert found["divergence"] <= 1.02 * min(s["divergence"] for s in found["seeds"] if s["divergence"] is not None)
+    assert found["divergence"] <= min(s["divergence"] for s in found["seeds"] if s["divergence"] is not None)
     assert found["masked_matrices"] >= 2
     assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
 
