@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyprune.checkpoint.profiles import get_profile
-from pyprune.compensation.stage import INSIDE
+from pyprune.compensation.checks import INSIDE, REFITS
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
@@ -49,9 +49,12 @@ def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
             roles = tuple(r for r in CHANNELS if any(g.role == r for g in channels))
             recipe = replace(recipe, select=replace(recipe.select, roles=roles))
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
-    if all(g.exact and g.role in INSIDE for g in cut):
-        return recipe
-    return replace(recipe, compensate=replace(recipe.compensate, compensation="none"))
+    how = recipe.compensate
+    if not all(g.exact and g.role in INSIDE for g in cut):
+        how = replace(how, compensation="none")
+    if how.compensation not in REFITS or how.compensation_target != "own":
+        how = replace(how, compensation_scope="outputs")
+    return replace(recipe, compensate=how)
 
 
 def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:

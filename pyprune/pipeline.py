@@ -20,7 +20,8 @@ from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
 from pyprune.compensation.cache import LIMIT
-from pyprune.compensation.stage import Compensation, check_plan, check_samples, compensate
+from pyprune.compensation.checks import check_plan, check_samples
+from pyprune.compensation.stage import Compensation, compensate
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
@@ -372,7 +373,7 @@ def _compensate(
     limit = LIMIT if config.cache_limit is None else config.cache_limit
     return compensate(
         model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
-        target=config.compensation_target, cache=scoring.cache, cache_limit=limit,
+        target=config.compensation_target, scope=config.compensation_scope, cache=scoring.cache, cache_limit=limit,
     )  # fmt: skip
 
 

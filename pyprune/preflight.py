@@ -65,6 +65,11 @@ def check_request(recipe: PruneConfig) -> None:
         check_scoring(
             replace(recipe.score, criterion=asked.allocation_criterion, route=None), recipe.calibration.calibration
         )
+    if asked.method != "best":
+        from pyprune.compensation.checks import check_scope
+
+        how = recipe.compensate
+        check_scope(how.compensation_scope, how.compensation, how.compensation_target)
     if recipe.compensate.compensation != "none":
         if recipe.calibration.calibration is None:
             problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"

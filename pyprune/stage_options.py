@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
         "criterion": "wanda", "allocation": "knapsack", "allocation_criterion": "group_fisher", "compensation": "obs",
-        "score_tokens": 8192,
+        "compensation_scope": "ffn", "score_tokens": 8192,
     },
     "plain": {},
 }  # fmt: skip
@@ -153,6 +153,12 @@ class CompensateConfig(Stage):
         "own",
         parsing.choice("own", "stream"),
         "What a refit aims at: the layer's own output, or the dense model's stream where held-out error agrees.",
+    )
+    compensation_scope: str = option(
+        "outputs",
+        parsing.choice("outputs", "ffn"),
+        "What is refitted: the output projections, or also what feeds those of FFNs (gate and up projections), by a "
+        "Gauss-Newton step.",
     )
     cache_limit: float | None = option(
         None,

@@ -14,6 +14,7 @@ from helpers_mixtures import mixture
 import pyprune
 from pyprune import discover, method
 from pyprune.config import PruneConfig, ScoringConfig
+from pyprune.errors import PyPruneError
 
 LIGHT = ("wanda", "knapsack", "group_fisher", "obs")
 HEAVY = ("wanda", "log_depth", None, "obs")
@@ -47,6 +48,17 @@ def test_who_says_how_to_prune_gets_no_more_than_that(option: dict[str, Any]) ->
     recipe = PruneConfig.build({"ratio": 0.2, **option})
     assert recipe.select.method == "plain"
     assert said(method.for_groups(method.for_profile(recipe), discover(tiny_llama()))) == PLAIN
+
+
+def test_what_feeds_projections_is_refitted_where_those_are() -> None:
+    assert settled(tiny_llama(), ratio=0.1).compensate.compensation_scope == "ffn"
+    for how in ({"compensation": "none"}, {"compensation": "bias"}, {"compensation_target": "stream"}):
+        assert settled(tiny_llama(), ratio=0.1, **how).compensate.compensation_scope == "outputs"
+
+
+def test_a_scope_without_a_refit_is_refused() -> None:
+    with pytest.raises(PyPruneError, match="compensation_scope 'ffn': does not go with compensation none"):
+        pyprune.prune(tiny_llama(), ratio=0.2, criterion="l2", compensation_scope="ffn")
 
 
 def test_a_saved_recipe_says_the_method_that_was_taken() -> None:

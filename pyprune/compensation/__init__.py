@@ -1,5 +1,6 @@
 """Compensation: what stays of a layer takes over, as far as it can, for what a plan removes."""
 
-from pyprune.compensation.stage import MODES, TARGETS, Compensation, compensate
+from pyprune.compensation.checks import MODES, SCOPES, TARGETS
+from pyprune.compensation.stage import Compensation, compensate
 
-__all__ = ["MODES", "TARGETS", "Compensation", "compensate"]
+__all__ = ["MODES", "SCOPES", "TARGETS", "Compensation", "compensate"]

@@ -5,8 +5,9 @@ is therefore a chain: it begins with the weights, the calibration and how tokens
 tensor, bit for bit. Runs share what they compute until their models first differ, whatever made them differ: a width,
 a penalty, another version of the refit.
 
-``sums-KEY.safetensors`` holds a matrix's sums, Gram matrices as upper triangles; ``walk-KEY.json`` what a few tokens
-were run to learn: the order in which blocks use their matrices, and whose output is added to the stream as it is.
+``sums-KEY.safetensors`` holds a matrix's sums, Gram matrices as upper triangles, or the weights that an inner refit
+found; ``walk-KEY.json`` what a few tokens were run to learn: the order in which blocks use their matrices, and whose
+output is added to the stream as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.taps import Key
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LIMIT = 16.0  # GiB of sums in a folder
 _NAME = 40  # characters of a fingerprint in a file's name
@@ -79,50 +81,65 @@ class SumsCache:
 
     def sums(self, name: str, parameters: Mapping[str, nn.Parameter]) -> Gathered | None:
         """The sums of parameter ``name``, in the model as it is now; None where they are not there."""
+        return self._read("sums", name, lambda about, t: _opened(about, t, parameters, parameters[name].device))
+
+    def keep(self, name: str, gathered: Gathered, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Keep the sums of parameter ``name`` in the model as it is now, unless they are not finite."""
+        if self.folder is not None and all(
+            bool(s.gram.isfinite().all()) for part in (gathered.train, gathered.held) for s in part.values()
+        ):
+            self._write("sums", name, *_closed(gathered, parameters))
+
+    def weights(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What :meth:`keep_weights` was given for ``name``, in the model as it is now; None where that is not there."""
+        return self._read("weights", name, lambda about, tensors: (dict(about), dict(tensors)))
+
+    def keep_weights(self, name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep weights that were found for ``name`` in the model as it is now, with figures about them."""
+        if self.folder is not None:
+            self._write(
+                "weights", name, json.dumps(about), {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+            )
+
+    def _read(self, kind: str, name: str, opened: Callable[[Any, Mapping[str, Tensor]], T]) -> T | None:
         from safetensors import SafetensorError, safe_open
 
         if self.folder is None:
             return None
-        key, path = self._place(name)
+        key, path = self._place(kind, name)
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata()
                 tensors = {k: file.get_tensor(k) for k in file.keys()}
             if meta["sum"] != fingerprint([key, meta["about"], tensors]):
                 raise ValueError("a checksum does not agree")
-            found = _opened(json.loads(meta["about"]), tensors, parameters, parameters[name].device)
+            found = opened(json.loads(meta["about"]), tensors)
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
-            warnings.warn(f"{path} is damaged; the sums are computed again.", stacklevel=2)
+            warnings.warn(f"{path} is damaged; it is made anew.", stacklevel=3)
             return None
         with suppress(OSError):
             os.utime(path)
         self._used.add(path)
         self.read += 1
-        log.info("sums of %s read from %s", name, path)
+        log.info("%s of %s read from %s", kind, name, path)
         return found
 
-    def keep(self, name: str, gathered: Gathered, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Keep the sums of parameter ``name`` in the model as it is now, unless they are not finite."""
-        if self.folder is None or not all(
-            bool(s.gram.isfinite().all()) for part in (gathered.train, gathered.held) for s in part.values()
-        ):
-            return
+    def _write(self, kind: str, name: str, about: str, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        key, path = self._place(name)
-        about, tensors = _closed(gathered, parameters)
+        key, path = self._place(kind, name)
         if not self._make_room(sum(t.numel() * t.element_size() for t in tensors.values())):
-            log.info("no room for the sums of %s within %d bytes", name, self._limit)
+            log.info("no room for the %s of %s within %d bytes", kind, name, self._limit)
             return
         meta = {"about": about, "sum": fingerprint([key, about, tensors])}
         keep_file(path, lambda work: save_file(tensors, str(work), metadata=meta), "the sums are not kept")
         self._used.add(path)
 
-    def _place(self, name: str) -> tuple[str, Path]:
+    def _place(self, kind: str, name: str) -> tuple[str, Path]:
         assert self.folder is not None
-        key = fingerprint([self._chain, "sums", name])
+        key = fingerprint([self._chain, kind, name])
         return key, self.folder / f"sums-{key[:_NAME]}.safetensors"
 
     def _make_room(self, needed: int) -> bool:

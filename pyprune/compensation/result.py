@@ -11,7 +11,8 @@ from pyprune.selection.plan import Plan
 @dataclass(frozen=True)
 class Compensated:
     """One matrix that was compensated: its tensor and expert, inputs kept of how many, calibration rows, and the
-    figures of :class:`pyprune.compensation.refit.Refit` (errors are None in mode ``bias``)."""
+    figures of :class:`pyprune.compensation.refit.Refit` (errors are None in mode ``bias``). ``after_outputs`` is the
+    error before what feeds the matrix was refitted too; None where that was not done."""
 
     tensor: str
     expert: int | None
@@ -22,6 +23,7 @@ class Compensated:
     blend: float = 0.0
     before: float | None = None
     after: float | None = None
+    after_outputs: float | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ columns. Projections are found by what a plan's groups cut: a matrix along whose
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,24 @@ from torch import Tensor, nn
 
 from pyprune import progress as bars
 from pyprune.compensation.cache import LIMIT, SumsCache
+from pyprune.compensation.checks import check_names, check_plan, check_samples
 from pyprune.compensation.course import Course, LastChange
+from pyprune.compensation.feeders import rows_of
 from pyprune.compensation.gather import Gathered, gather, split_steps
+from pyprune.compensation.inner import InnerRefit, Projection
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.compensation.removal import removed_units
 from pyprune.compensation.result import Compensated, Compensation
-from pyprune.errors import PyPruneError, unknown_name
+from pyprune.errors import PyPruneError
 from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.steps import Forward
 from pyprune.importance.taps import Key
-from pyprune.importance.walk import TOKEN_WEIGHTS, walking
+from pyprune.importance.walk import walking
 from pyprune.selection.plan import Cut, Plan
 
-MODES = ("none", "bias", "least-squares", "obs")
-TARGETS = ("own", "stream")
 KEPT_BYTES = 512 * 2**20  # inputs of a block's last projection that are kept, so that the block need not run again
-INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "latent", "state", "channels")
 
 
 def compensate(
@@ -47,6 +48,7 @@ def compensate(
     *,
     token_weighting: str = "inverse",
     target: str = "own",
+    scope: str = "outputs",
     penalties: Sequence[float] = PENALTIES,
     cache: str | Path | None = None,
     cache_limit: float = LIMIT,
@@ -72,6 +74,8 @@ def compensate(
             ``"stream"``, that output plus what the residual stream behind the block lacks to the dense model's, for
             projections whose output is added to that stream as it is. The held-out error decides between the two and
             half way.
+        scope: ``"outputs"``: projections that read removed units are refitted; ``"ffn"``: what feeds those of an FFN
+            too, by :mod:`pyprune.compensation.inner`. It goes with refits towards the own output.
         penalties: values of lam that are tried.
         cache: folder where the sums of the calibration stay (:mod:`pyprune.compensation.cache`): what another run did
             on the same model and text, up to where the models first differ, needs no forward pass.
@@ -85,41 +89,22 @@ def compensate(
         PyPruneError: an unknown mode; a plan that removes more than units inside layers; fewer than two samples; no
             bias to move a mean into; weights or activations with NaN or infinity.
     """
-    for option, value, known in (
-        ("compensation", mode, MODES[1:]), ("token_weights", token_weighting, TOKEN_WEIGHTS),
-        ("compensation_target", target, TARGETS),
-    ):  # fmt: skip
-        if value not in known:
-            raise unknown_name(option, value, known)
+    check_names(mode, token_weighting, target, scope)
     check_plan(plan, mode)
     calibration = load_calibration(batches)
     check_samples(calibration, mode)
     check_vocabulary(calibration, model)
     with bars.shown(progress is not False):
-        return _Stage(model, plan, calibration, mode, token_weighting, target, penalties, cache, cache_limit).run()
-
-
-def check_plan(plan: Plan, mode: str) -> None:
-    """Raises PyPruneError when ``plan`` cuts what no projection can take over for."""
-    for cut in plan.cuts:
-        if cut.group.role not in INSIDE or not cut.group.exact:
-            problem = f"cannot make up for cuts of {cut.group.role}"
-            raise PyPruneError("compensation", mode, problem, "Cut heads and FFN channels only, or use none.")
-
-
-def check_samples(calibration: Calibration, mode: str) -> None:
-    """Raises PyPruneError when there are too few samples to hold one out."""
-    if mode != "bias" and calibration.samples < 2:
-        hint = "Give more calibration, or split it into samples."
-        raise PyPruneError("samples", calibration.samples, "leave none to choose the penalty with", hint)
+        stage = _Stage(model, plan, calibration, mode, token_weighting, target, scope, penalties, cache, cache_limit)
+        return stage.run()
 
 
 class _Stage:
     def __init__(
         self, model: nn.Module, plan: Plan, calibration: Calibration, mode: str, weighting: str, target: str,
-        penalties: Sequence[float], cache: str | Path | None, cache_limit: float,
+        scope: str, penalties: Sequence[float], cache: str | Path | None, cache_limit: float,
     ) -> None:  # fmt: skip
-        self.model, self.mode, self.target, self.penalties = model, mode, target, penalties
+        self.model, self.mode, self.target, self.scope, self.penalties = model, mode, target, scope, penalties
         self.weighting = "equal" if mode == "bias" else weighting
         self.parameters = dict(model.named_parameters())
         self.cuts = {cut.group.name: cut for cut in plan.cuts}
@@ -128,7 +113,7 @@ class _Stage:
         self.storages = {p.untyped_storage().data_ptr() for p in self.parameters.values()}  # what may be written to
         self.steps, self.held = split_steps(calibration, next(model.parameters()).device, mode)
         self.result = Compensation(mode, plan, details={
-            "token_weights": self.weighting, "target": target, "calibration": calibration.to_dict(),
+            "token_weights": self.weighting, "target": target, "scope": scope, "calibration": calibration.to_dict(),
             "held_out_samples": sum(s.rows for s, h in zip(self.steps, self.held, strict=True) if h),
         })  # fmt: skip
 
@@ -226,7 +211,8 @@ class _Stage:
         """Compensate one matrix; behind the ``last`` one of a block the course leaves it. What the change of that adds
         to the stream is added without running the block again, where that is all it does."""
         p = self.parameters[name]
-        keeps = last and course.whole is None and p.dim() == 2 and self._input_bytes(p) <= KEPT_BYTES
+        feeds = self._feeders(name, p)
+        keeps = not feeds and last and course.whole is None and p.dim() == 2 and self._input_bytes(p) <= KEPT_BYTES
         added = course.beside or keeps
         if added:
             added = self.cache.answer(["added", i, name], lambda: course.is_added(i, p))
@@ -242,6 +228,7 @@ class _Stage:
         course.before_change(i, p)
         for bias in found.biases.values():
             course.before_change(i, bias)
+        dense = (p.detach().clone(), [b.clone() for b in found.biases.values()]) if feeds else None
         change = None
         if keeps:
             own = found.biases.get(Key(name))
@@ -249,8 +236,40 @@ class _Stage:
             change = LastChange(name, p, p.detach().clone(), found.transposed, own, was)
         self._refit(name, p, found)
         self.cache.follow(name, keeps, p, list(found.biases.values()))
+        if dense is not None:
+            self._refit_feeders(course, i, name, found, dense)
         if last:
             course.leave(i, change, inputs)
+
+    def _feeders(self, name: str, p: nn.Parameter) -> bool:
+        """Whether what feeds a projection is to be refitted."""
+        if self.scope != "ffn" or p.dim() != 2:
+            return False
+        return sum(bool(rows_of(c, name, dim, self.parameters)[1]) for c in self.cuts.values() for dim in (0, 1)) == 1
+
+    def _refit_feeders(
+        self, course: Course, i: int, name: str, found: Gathered, dense: tuple[Tensor, list[Tensor]]
+    ) -> None:
+        """Refit what feeds a projection, and the projection again, and say so in its entry."""
+        p, entry = self.parameters[name], self.result.matrices[-1]
+        dim = p.dim() - 2 if found.transposed else p.dim() - 1
+        choices = (rows_of(cut, name, dim, self.parameters) for cut in self.cuts.values())
+        inputs, feeders = next((c for c in choices if c[1]), (np.empty(0, dtype=np.int64), []))
+        if entry.after is None or not feeders:
+            return
+        bias = found.biases.get(Key(name))
+        written: dict[str, Tensor] = {name: p, **{r.tensor: self.parameters[r.tensor] for r in feeders}}
+        written |= {} if bias is None else {f"{name}, bias": bias}
+        matrices = [w.t() if found.transposed else w for w in (p, dense[0])]
+        projection = Projection(
+            name, matrices[0], bias, (matrices[1], dense[1][0] if bias is not None else None),
+            torch.from_numpy(inputs).to(p.device), feeders, entry.after,
+        )  # fmt: skip
+        inner = InnerRefit(course, self.parameters, self.held, self.weighting, self.penalties, self.cache)
+        about = inner.run(i, projection, written)
+        if about:
+            self.result.matrices[-1] = replace(entry, **about, after_outputs=entry.after)
+            self.cache.follow(name, list(written.values()))
 
     def _refit(self, name: str, p: nn.Parameter, found: Gathered) -> None:
         """Write what stays of a matrix, or of every expert, in place."""

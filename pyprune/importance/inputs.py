@@ -69,8 +69,7 @@ class InputTaps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        read = _READ.get(func)
-        found = None if read is None else read(*args, **kwargs)
+        found = read_product(func, args, kwargs)
         if func is Tensor.__getitem__ and self._tokens is not None:
             picked = picked_rows(args[0], args[1], self._tokens)
             self._picked = self._picked if picked is None else picked
@@ -124,6 +123,12 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 def _matmul(input: Any, other: Any) -> Found:
     return (input, other, None, True) if isinstance(input, Tensor) and input.dim() >= 2 else None
+
+
+def read_product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
+    """(input, weight, bias, whether the weight is stored [inputs, outputs]) of a call that multiplies, else None."""
+    read = _READ.get(func)
+    return None if read is None else read(*args, **kwargs)
 
 
 _READ: dict[Any, Callable[..., Found]] = {

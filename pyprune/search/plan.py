@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pyprune import progress as bars
-from pyprune.compensation.stage import MODES
+from pyprune.compensation.checks import MODES
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.calibration import (

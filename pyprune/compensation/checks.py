@@ -1,0 +1,49 @@
+"""What the compensation can be asked for."""
+
+from __future__ import annotations
+
+from pyprune.errors import PyPruneError, unknown_name
+from pyprune.importance.calibration import Calibration
+from pyprune.importance.walk import TOKEN_WEIGHTS
+from pyprune.selection.plan import Plan
+
+MODES = ("none", "bias", "least-squares", "obs")
+TARGETS = ("own", "stream")
+SCOPES = ("outputs", "ffn")
+REFITS = ("least-squares", "obs")
+INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "latent", "state", "channels")
+
+
+def check_names(mode: str, token_weighting: str, target: str, scope: str) -> None:
+    """Raises PyPruneError for an unknown name, or a scope that the others do not go with."""
+    for option, value, known in (
+        ("compensation", mode, MODES[1:]), ("token_weights", token_weighting, TOKEN_WEIGHTS),
+        ("compensation_target", target, TARGETS), ("compensation_scope", scope, SCOPES),
+    ):  # fmt: skip
+        if value not in known:
+            raise unknown_name(option, value, known)
+    check_scope(scope, mode, target)
+
+
+def check_scope(scope: str, mode: str, target: str) -> None:
+    """Raises PyPruneError when ``scope`` asks for more than the mode and the target allow."""
+    if scope == "ffn" and (mode not in REFITS or target != "own"):
+        problem = (
+            f"does not go with {'compensation ' + mode if mode not in REFITS else 'compensation_target ' + target}"
+        )
+        raise PyPruneError("compensation_scope", scope, problem, f"Use {' or '.join(REFITS)}, towards the own output.")
+
+
+def check_plan(plan: Plan, mode: str) -> None:
+    """Raises PyPruneError when ``plan`` cuts what no projection can take over for."""
+    for cut in plan.cuts:
+        if cut.group.role not in INSIDE or not cut.group.exact:
+            problem = f"cannot make up for cuts of {cut.group.role}"
+            raise PyPruneError("compensation", mode, problem, "Cut heads and FFN channels only, or use none.")
+
+
+def check_samples(calibration: Calibration, mode: str) -> None:
+    """Raises PyPruneError when there are too few samples to hold one out."""
+    if mode != "bias" and calibration.samples < 2:
+        hint = "Give more calibration, or split it into samples."
+        raise PyPruneError("samples", calibration.samples, "leave none to choose the penalty with", hint)
