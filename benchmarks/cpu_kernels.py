@@ -5,8 +5,16 @@
 Every round times each contender once, in turn, so that a machine whose speed drifts slows all of them alike; ratios
 are medians over the rounds of the ratio within a round. One thread is timed in CPU seconds, which other programs
 disturb less, several by the clock on the wall. The ceiling is ``Tensor.copy_`` between two 256 MiB tensors, counted as
-bytes read plus bytes written, timed in the same rounds. With glibc, memory that a contender frees stays with the
-process: else who is timed behind whom decides who has to fetch fresh pages, which takes longer than the work.
+bytes read plus bytes written, timed in the same rounds.
+
+Memory for results and temporaries comes in two ways:
+
+new   each call is the first one of a process of its own, forked for it, and fetches the pages that it writes: a call
+      whose results are kept, as when a model is pruned, or a batch is scored once (one thread, Linux with glibc)
+held  what is freed stays with the process and is written again: calls in a loop, at best
+
+Which of the two a loop of one's own sees depends on what the process allocated before, for glibc hands memory back
+at thresholds that move.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ import ctypes
 import datetime
 import os
 import statistics
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,26 +39,53 @@ LAYERS, HIDDEN, KV, FFN, VOCABULARY = 30, 576, 192, 1536, 49152
 LAYER = [(HIDDEN, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HIDDEN), (FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)]
 MATRICES = [*LAYER * LAYERS, (VOCABULARY, HIDDEN)]
 HEAD, HEADS, KV_HEADS, CUT = 64, 9, 3, 4
-SLICES = ["rows", "FFN columns", "head columns", "rows and columns", "all of a layer"]
+MODEL = "the whole model"  # all matrices that lose heads or FFN channels, rows and columns
+SLICES = ["rows", "FFN columns", "head columns", "rows and columns", MODEL]
 SLICES += ["embedding rows", "embedding columns"]
 PARTS = ["salience", "slicing", "channels"]
+HEADER = """\
+| what | beside | its ms | ours, ms | ratio | GB/s | percent of a copy |
+|---|---|---|---|---|---|---|"""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+LIBC = ctypes.CDLL(None)
 Contenders = dict[str, Callable[[], object]]
 
 
 def timed(work: Callable[[], object]) -> float:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
-    work()
-    return clock() - start
+    result = work()
+    seconds = clock() - start
+    del result  # freeing is not timed
+    return seconds
 
 
-def rounds_of(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
+def timed_first(work: Callable[[], object]) -> float:
+    """As :func:`timed`, in a child that inherits no free memory."""
+    LIBC.malloc_trim(ctypes.c_size_t(0))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, struct.pack("d", timed(work)))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    answer = os.read(reader, 8)
+    os.close(reader)
+    os.waitpid(child, 0)
+    if len(answer) != 8:
+        raise RuntimeError("a contender failed in its own process")
+    return float(struct.unpack("d", answer)[0])
+
+
+def rounds_of(contenders: Contenders, rounds: int, memory: str) -> dict[str, list[float]]:
     """Seconds of each contender in each round; a first round warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, work in contenders.items():
-            seconds[name].append(timed(work))
+            own = memory == "new" and name != "copy"
+            seconds[name].append(timed_first(work) if own else timed(work))
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -63,6 +99,13 @@ class Copy:
     def __init__(self) -> None:
         self.source = torch.zeros(64 << 20)
         self.dest = torch.ones(64 << 20)
+        if memories():
+            # Pages that were shared with a child cost a fault each when they are written again.
+            page, dont_fork = os.sysconf("SC_PAGE_SIZE"), 10
+            for tensor in (self.source, self.dest):
+                begin = -(-tensor.data_ptr() // page) * page
+                length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
+                LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), dont_fork)
 
     def __call__(self) -> None:
         self.dest.copy_(self.source)
@@ -90,7 +133,7 @@ def eager_16_bit_products(weights: list[Tensor], grads: list[Tensor]) -> list[tu
     return out
 
 
-def salience(dtype: torch.dtype, rounds: int, copy: Copy) -> list[str]:
+def salience(dtype: torch.dtype, rounds: int, memory: str, copy: Copy) -> list[str]:
     weights = [torch.randn(shape).to(dtype) for shape in MATRICES]
     grads = [torch.randn(shape).to(dtype) for shape in MATRICES]
     moved = sum(t.nbytes for t in weights + grads)
@@ -101,8 +144,8 @@ def salience(dtype: torch.dtype, rounds: int, copy: Copy) -> list[str]:
     }
     if dtype == torch.bfloat16:
         contenders["rounded"] = lambda: eager_16_bit_products(weights, grads)
-    seconds = rounds_of(contenders, rounds)
-    name = f"salience, {NAMES[dtype]}"
+    seconds = rounds_of(contenders, rounds, memory)
+    name = f"salience, {NAMES[dtype]}, {memory}"
     share = copy.share(seconds, "ops", moved)
     lines = [line(name, "float32 eager", seconds, "eager", share, moved)]
     if dtype == torch.bfloat16:
@@ -135,7 +178,7 @@ def slices(what: str) -> tuple[list[tuple[int, int]], list[dict[int, np.ndarray]
             ((FFN, HIDDEN), {0: ffn, 1: hidden}), ((HIDDEN, FFN), {0: hidden, 1: ffn}),
         ],
     }  # fmt: skip
-    kept["all of a layer"] = [*kept["rows"], *kept["columns"]]
+    kept[MODEL] = [*kept["rows"], *kept["columns"]]
     cases = kept.get(what, []) * LAYERS
     if what == "embedding columns":
         cases = [((VOCABULARY, HIDDEN), {1: hidden})]
@@ -144,7 +187,7 @@ def slices(what: str) -> tuple[list[tuple[int, int]], list[dict[int, np.ndarray]
     return [shape for shape, _ in cases], [index for _, index in cases]
 
 
-def slicing(dtype: torch.dtype, what: str, rounds: int, copy: Copy) -> list[str]:
+def slicing(dtype: torch.dtype, what: str, rounds: int, memory: str, copy: Copy) -> list[str]:
     shapes, indices = slices(what)
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     positions = [{d: torch.from_numpy(kept) for d, kept in index.items()} for index in indices]
@@ -163,12 +206,12 @@ def slicing(dtype: torch.dtype, what: str, rounds: int, copy: Copy) -> list[str]
         "eager": select,
         "ops": lambda: ops.gather(tensors, indices),
     }
-    seconds = rounds_of(contenders, rounds)
-    name = f"slicing {what}, {NAMES[dtype]}"
+    seconds = rounds_of(contenders, rounds, memory)
+    name = f"slicing {what}, {NAMES[dtype]}, {memory}"
     return [line(name, "index_select", seconds, "eager", copy.share(seconds, "ops", moved), moved)]
 
 
-def channels(dtype: torch.dtype, rounds: int, copy: Copy) -> list[str]:
+def channels(dtype: torch.dtype, rounds: int, memory: str, copy: Copy) -> list[str]:
     """Activations of 32 samples of 1024 tokens at the FFN's width."""
     a, b = (torch.randn(32, 1024, FFN).to(dtype) for _ in range(2))
 
@@ -182,9 +225,9 @@ def channels(dtype: torch.dtype, rounds: int, copy: Copy) -> list[str]:
     }
     lines = []
     for name, (eager, ours, moved) in cases.items():
-        seconds = rounds_of({"copy": copy, "eager": eager, "ops": ours}, rounds)
+        seconds = rounds_of({"copy": copy, "eager": eager, "ops": ours}, rounds, memory)
         share = copy.share(seconds, "ops", moved)
-        lines.append(line(f"{name}, {NAMES[dtype]}", "float32 eager", seconds, "eager", share, moved))
+        lines.append(line(f"{name}, {NAMES[dtype]}, {memory}", "float32 eager", seconds, "eager", share, moved))
     return lines
 
 
@@ -200,10 +243,28 @@ def line(name: str, rival: str, seconds: dict[str, list[float]], eager: str, sha
 def keep_freed_memory() -> None:
     """No allocation of its own mapping, and no trimming of the heap, where the C library is glibc."""
     trim_threshold, mmap_max = -1, -4  # <malloc.h>
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(mmap_max, 0)
+        LIBC.mallopt(trim_threshold, 2**31 - 1)
+
+
+def memories() -> list[str]:
+    """The kinds of memory that can be measured here; ``held`` last, for that stays."""
+    return ["new", "held"] if hasattr(LIBC, "malloc_trim") else ["held"]
+
+
+def load_everything() -> None:
+    """Libraries and operators that a first call loads, which is not what the children measure."""
+    for dtype in NAMES:
+        x = torch.ones(4, 4, dtype=dtype)
+        ops.gather([x], [{0: [0], 1: [1]}])
+        ops.salience("taylor_abs", [x], [x])
+        ops.channel_moments(x)
+        ops.channel_dots(x, x, samples=2)
+        eager_salience([x], [x])
+        eager_16_bit_products([x], [x])
+        (x.float() * x.float()).sum((0, 1))
+        x.index_select(1, torch.tensor([0]))
 
 
 def processor() -> str:
@@ -219,25 +280,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
-    keep_freed_memory()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # children may not inherit a pool of threads
+    load_everything()
     copy = Copy()
     print(
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start,"
     )
     print(f"torch {torch.__version__}, kernels for {ops.backend_info()['cpu_isa']}, {args.rounds} rounds")
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        print(f"\n{threads} thread{'s' if threads > 1 else ''}\n")
-        print("| what | beside | its ms | ours, ms | ratio | GB/s | percent of a copy |\n|---|---|---|---|---|---|---|")
-        for dtype in NAMES:
-            if "salience" in args.only:
-                print("\n".join(salience(dtype, args.rounds, copy)), flush=True)
-            if "channels" in args.only:
-                print("\n".join(channels(dtype, args.rounds, copy)), flush=True)
-            if "slicing" in args.only:
-                for what in SLICES:
-                    print("\n".join(slicing(dtype, what, args.rounds, copy)), flush=True)
+    for memory in memories():
+        if memory == "held":
+            keep_freed_memory()
+        for threads in args.threads if memory == "held" else {1} & set(args.threads):
+            torch.set_num_threads(threads)
+            print(f"\n{threads} thread{'s' if threads > 1 else ''}, {memory} memory\n")
+            print(HEADER)
+            for dtype in NAMES:
+                if "salience" in args.only:
+                    print("\n".join(salience(dtype, args.rounds, memory, copy)), flush=True)
+                if "channels" in args.only:
+                    print("\n".join(channels(dtype, args.rounds, memory, copy)), flush=True)
+                if "slicing" in args.only:
+                    for what in SLICES:
+                        print("\n".join(slicing(dtype, what, args.rounds, memory, copy)), flush=True)
+    print(f"\nLoad at the end: {os.getloadavg()[0]:.1f}.")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ void tile_of(const SalienceTile& t) {
   for (int64_t r = 0; r < t.rows; ++r) {
     Vec<Acc> row = Vec<Acc>::zero();
     int64_t c = 0;
+#pragma GCC unroll 2
     for (; c + kLanes <= t.cols; c += kLanes) {
       const Vec<Acc> wv = load(w + c);
       prefetch(w + c, w_ahead);

@@ -172,7 +172,7 @@ struct Padded {
 
 // Bytes between what is read and what is asked for ahead of it. Short enough to stay in the first-level cache beside
 // the column sums, long enough to hide the latency of memory.
-constexpr int64_t kPrefetchBytes = 6144;
+constexpr int64_t kPrefetchBytes = 4096;
 
 // Elements from a place in a row to the same place some whole rows below, at least kPrefetchBytes of reading later.
 template <class T>

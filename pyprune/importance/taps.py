@@ -227,7 +227,8 @@ class Taps:
                 dy = dy.masked_fill(places == padding, 0)
             if y is not None:
                 y = self._tokens(y)
-                rows = dy.new_zeros(dy.shape[0], weight.shape[0]).scatter_add_(1, places[..., 0], (dy * y).sum(-1))
+                dots = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(-1)
+                rows = dots.new_zeros(dy.shape[0], weight.shape[0]).scatter_add_(1, places[..., 0], dots)
                 self._add(key, rows, channel_dots(dy, y))
             else:
                 hot = dy.new_zeros(*dy.shape[:2], weight.shape[0]).scatter_(2, places, 1.0)

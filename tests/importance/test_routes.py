@@ -186,6 +186,61 @@ def test_bfloat16_activations_are_as_close_to_float64_as_bfloat16_gradients(ids:
     assert float((found[0]["model.layers.1.mlp:ffn"] - found[1]["model.layers.1.mlp:ffn"]).norm() / want.norm()) <= 5e-3
 
 
+def gradients_from_own_passes(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Gradients of linear layers' weights, [samples, ...] float64: exact products of what a 16-bit model's own forward
+    and backward passes hand to each layer. What differs from them is rounded by the scoring, not by the model."""
+    inputs: dict[str, Tensor] = {}
+    out: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, module: nn.Module) -> list[Any]:
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0].detach()[0].double()
+
+        def after(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
+            out.setdefault(f"{name}.weight", []).append(grads[0].detach()[0].double().T @ inputs[name])
+
+        return [module.register_forward_pre_hook(before), module.register_full_backward_hook(after)]
+
+    handles = [h for name, m in model.named_modules() if isinstance(m, nn.Linear) for h in watch(name, m)]
+    for row in ids:
+        cross_entropy(model(input_ids=row[None]).logits[0, :-1].float(), row[1:]).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return {name: torch.stack(grads) for name, grads in out.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_bfloat16_scores_are_within_two_percent_of_float64_from_the_same_activations(criterion: str, seed: int) -> None:
+    ids = torch.randint(3, 97, (5, 9), generator=torch.Generator().manual_seed(3 + seed))
+    model = tiny_llama(seed).to(torch.bfloat16)
+    groups = llama_groups(model.config, model)
+    grads = gradients_from_own_passes(model, ids)
+    double = copy.deepcopy(model).double()
+    for scores in both(model, groups, ids.split(2), criterion, ["ffn"]):
+        for layer in range(3):
+            want = ffn_reference(double, grads, layer, criterion)
+            got = scores[f"model.layers.{layer}.mlp:ffn"][0]
+            assert float((got - want).norm() / want.norm()) <= 2e-2
+
+
+def test_sums_over_an_embeddings_rows_are_not_rounded_to_bfloat16() -> None:
+    """601 has more digits than bfloat16."""
+    from pyprune.importance.collector import Collector
+    from pyprune.importance.registry import get_criterion
+    from pyprune.importance.taps import Key, Taps
+
+    weight = nn.Parameter(torch.ones(3, 1, dtype=torch.bfloat16))
+    criterion = get_criterion("vectorize")
+    taps = Taps({"table": weight}, criterion)
+    taps.collector = Collector(criterion, {"table": weight}, samples=1)
+    y = taps.table(Key("table"), torch.full((1, 601), 2), weight, None)
+    y.backward(torch.ones_like(y))
+    rows, _ = taps.collector.sums["table"]
+    assert rows.tolist() == [0.0, 0.0, 601.0]
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_activations_are_what_one_gets_without_asking(ids: Tensor, criterion: str) -> None:
     model = tiny_llama()
