@@ -20,13 +20,15 @@ from pyprune.compensation.course import Course
 from pyprune.compensation.feeders import Rows, SlopeTaps
 from pyprune.compensation.gauss_newton import Feeder, step
 from pyprune.compensation.refit import Refit, Sums, refit
+from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
 from pyprune.importance.walk import token_weights
 
-TOKENS = 32768  # that a step is fitted to, at most
-BYTES = 384 * 2**20  # of what is kept of them
+TOKENS = 65536  # that a step is fitted to, at most
+BYTES = 400 * 2**20  # of what is kept of them
 PENALTY = 0.1
 ITERATIONS = 6
+TRIM = 16  # steps of the walk; what they leave behind on the heap takes as much as what is kept of them
 
 
 @dataclass
@@ -123,18 +125,23 @@ class InnerRefit:
         return kept[0]
 
     def _found(self, i: int, projection: Projection) -> Refit | None:
+        trim_heap(projection.matrix.device)
         looked = self._look(i, projection)
         if looked is None:
             return None
         targets = looked.targets
+        trim_heap(projection.matrix.device)
         feeders = [Feeder(x, slope) for x, slope in zip(looked.inputs, looked.slopes, strict=True)]
         kept = projection.matrix[:, projection.inputs]
         changes = step(feeders, looked.residual, looked.weights, kept, PENALTY, ITERATIONS)
         del looked, feeders
+        trim_heap(projection.matrix.device)
         if not all(bool(c.isfinite().all()) for c in changes):
             return None
         before = self._add(projection.feeders, changes)
         again = self._refit(i, projection, targets)
+        del targets
+        trim_heap(projection.matrix.device)
         if again is None or not again.after < projection.error:
             for p, value in before:
                 p.copy_(value)
@@ -159,6 +166,8 @@ class InnerRefit:
                 seen, x = taps.take(), uses[0].x if len(uses) == 1 else None
                 if seen is None or x is None or len(x) != self.steps[number].targets.numel():
                     return None
+                if number % TRIM == 0:
+                    trim_heap(p.device)
                 target = _outputs(x, matrix, bias)
                 looked.targets[number].copy_(target)
                 if number not in looked.chosen:
