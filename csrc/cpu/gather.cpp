@@ -11,6 +11,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "../planning/chunks.h"
@@ -237,12 +238,27 @@ void advise_large_pages(void* dest, int64_t bytes) {
 #endif
 }
 
+// Whether a result's memory is there already, judged by the page in its middle. The system clears a new page when it is
+// first written, through the caches: written past them, its lines would go to memory and come back once more.
+bool is_resident(const void* dest, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t middle = (reinterpret_cast<uintptr_t>(dest) + static_cast<uintptr_t>(bytes) / 2) / page * page;
+  unsigned char resident = 1;
+  return mincore(reinterpret_cast<void*>(middle), page, &resident) != 0 || (resident & 1) != 0;
+#else
+  (void)dest, (void)bytes;
+  return true;
+#endif
+}
+
 }  // namespace
 
 void gather_cpu(const GatherTensor* tensors, int64_t count, const Parallel& parallel) {
   const CpuKernels& kernels = cpu_kernels();
   std::vector<Plan> plans;
   std::vector<int64_t> sizes, limits;
+  std::vector<char> resident;
   Permutations permutations(kernels.word_bytes);
   int64_t written = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -251,13 +267,15 @@ void gather_cpu(const GatherTensor* tensors, int64_t count, const Parallel& para
     sizes.push_back(row_bytes == 0 ? 0 : tensors[i].out_batches * tensors[i].out_rows);
     const int64_t bytes = sizes.back() * row_bytes;
     if (bytes >= kLargeBytes) advise_large_pages(tensors[i].dest, bytes);
+    resident.push_back(is_resident(tensors[i].dest, bytes));
     written += bytes;
     limits.push_back(row_bytes == 0 ? 1 : ceil_div(kTaskBytes, row_bytes));
   }
-  const bool past_caches = written >= kStreamBytes;
+  const bool large = written >= kStreamBytes;
   const std::vector<Chunk> tasks = chunk_plan(sizes.data(), limits.data(), count);
   for_each_task(parallel, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Chunk& task = tasks[i];
+    const bool past_caches = large && resident[task.tensor];
     copy_rows(kernels, tensors[task.tensor], plans[task.tensor], past_caches, task.begin, task.end);
     if (past_caches) kernels.drain();
   });

@@ -1,6 +1,6 @@
 """What a least-squares refit gains behind every selector, and how far selectors are apart with and without it.
 
-    python benchmarks/selectors.py MODEL --calibration c4_sample.jsonl.gz --eval_text wikitext2_test.txt.gz
+    python benchmarks/least_squares.py MODEL --calibration c4_sample.jsonl.gz --eval_text wikitext2_test.txt.gz
 
 One row a selector and ratio: the same widths in every layer, KV heads and FFN channels, percent of the parameters that
 are not embeddings, perplexity on the first windows of 1024 tokens without and with the refit, and the held-out error of
