@@ -28,7 +28,6 @@ TOKENS = 65536  # that a step is fitted to, at most
 BYTES = 400 * 2**20  # of what is kept of them
 PENALTY = 0.1
 ITERATIONS = 6
-TRIM = 16  # steps of the walk; what they leave behind on the heap takes as much as what is kept of them
 
 
 @dataclass
@@ -166,8 +165,7 @@ class InnerRefit:
                 seen, x = taps.take(), uses[0].x if len(uses) == 1 else None
                 if seen is None or x is None or len(x) != self.steps[number].targets.numel():
                     return None
-                if number % TRIM == 0:
-                    trim_heap(p.device)
+                trim_heap(p.device)  # steps would leave holes behind, as large as what is kept of them
                 target = _outputs(x, matrix, bias)
                 looked.targets[number].copy_(target)
                 if number not in looked.chosen:
