@@ -2,10 +2,10 @@
 
     python benchmarks/least_squares.py MODEL --calibration c4_sample.jsonl.gz --eval_text wikitext2_test.txt.gz
 
-One row a selector and ratio: the same widths in every layer, KV heads and FFN channels, percent of the parameters that
-are not embeddings, perplexity on the first windows of 1024 tokens without and with the refit, and the held-out error of
-the refitted projections (calibration samples that no refit reads, fraction of the output's power): its mean, and in how
-many of them it fell. ``--done FILE`` keeps finished rows, and a run that was stopped goes on behind them.
+One row a selector and ratio: the same widths in every layer, percent of the parameters that are not embeddings,
+perplexity on the first windows of 1024 tokens without and with the refit, and the held-out error of the refitted
+projections (calibration samples that no refit reads, fraction of the output's power): its mean, and in how many of
+them it fell. ``--done FILE`` keeps finished rows, and a run that was stopped goes on behind them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--eval_text", required=True, help="text that perplexity is measured on")
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--selectors", default=SELECTORS)
+    parser.add_argument("--roles", default="kv_heads,ffn")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples; some of them are held out")
     parser.add_argument("--length", type=int, default=512, help="tokens in each that refits read; scores read 128")
     parser.add_argument("--windows", type=int, default=8, help="windows of 1024 tokens")
@@ -49,6 +50,7 @@ def main() -> None:
     windows, name = read_windows(args.eval_text, tokenizer, length=1024, windows=args.windows)
     dense = pyprune.load(args.model).eval()
     groups = pyprune.discover(dense)
+    roles = args.roles.split(",")
     rows = [] if args.done is None or not args.done.exists() else args.done.read_text().splitlines()
     print(HEADER)
     print("".join(f"{row}\n" for row in rows), end="", flush=True)
@@ -57,9 +59,9 @@ def main() -> None:
         left = [r for r in ratios if not any(row.startswith(f"| {selector} | {r:.0%} |") for row in rows)]
         if not left:
             continue
-        scores = pyprune.score(dense, groups, few, selector)
+        scores = pyprune.score(dense, groups, few, selector, roles=roles)
         for ratio in left:
-            plan = pyprune.select(groups, scores, ratio, allocation="uniform", count_embeddings=False)
+            plan = pyprune.select(groups, scores, ratio, allocation="uniform", roles=roles, count_embeddings=False)
             before = perplexity(pyprune.apply(copy.deepcopy(dense), plan), windows, text=name).perplexity
             model = copy.deepcopy(dense)
             done = compensate(model, plan, batches, "least-squares")

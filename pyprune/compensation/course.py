@@ -104,6 +104,7 @@ class Course:
             if inputs is not None:
                 inputs.append(uses[0].x)
                 self._walk.leave(number, stream)
+            del uses, stream  # before the next step makes its own
 
     def dense_stream(self, number: int) -> Tensor:
         """The dense model's stream behind the block that was run last."""

@@ -58,7 +58,7 @@ class _Looked:
     """What the walk showed.
 
     Attributes:
-        targets: the whole FFN's output at every step, [rows, outputs].
+        targets: the whole FFN's output at every step, [rows, outputs], of the dtype of products.
         chosen: numbers of the steps that the rest is of.
         residual: what is left of the outputs after the projection's refit, [tokens, outputs].
         weights: what tokens count, float32 [tokens], 1 on average.
@@ -168,15 +168,15 @@ class InnerRefit:
                 trim_heap(p.device)  # steps would leave holes behind, as large as what is kept of them
                 target = _outputs(x, matrix, bias)
                 looked.targets[number].copy_(target)
-                if number not in looked.chosen:
-                    continue
-                part = slice(at, at := at + len(x))
-                target -= _outputs(x[:, projection.inputs], kept, projection.bias)
-                looked.residual[part] = target
-                looked.weights[part] = token_weights(self.steps[number], stream, self.weighting)
-                for k, (name, which) in enumerate(zip(names, rows, strict=True)):
-                    looked.slopes[k][part] = seen.slopes[name][:, which]
-                    looked.inputs_of(k, seen.inputs, names)[part] = seen.inputs[name]
+                if number in looked.chosen:
+                    part = slice(at, at := at + len(x))
+                    target -= _outputs(x[:, projection.inputs], kept, projection.bias)
+                    looked.residual[part] = target
+                    looked.weights[part] = token_weights(self.steps[number], stream, self.weighting)
+                    for k, (name, which) in enumerate(zip(names, rows, strict=True)):
+                        looked.slopes[k][part] = seen.slopes[name][:, which]
+                        looked.inputs_of(k, seen.inputs, names)[part] = seen.inputs[name]
+                del seen, x, uses, stream, target  # before the next step makes its own
         looked.weights /= looked.weights.mean()
         return looked
 
@@ -188,7 +188,7 @@ class InnerRefit:
         tokens = sum(self.steps[n].targets.numel() for n in chosen)
         counts = [s.targets.numel() for s in self.steps]
         return _Looked(
-            p.new_empty(sum(counts), outputs).split(counts), chosen, p.new_empty(tokens, outputs, dtype=dtype),
+            p.new_empty(sum(counts), outputs, dtype=dtype).split(counts), chosen, p.new_empty(tokens, outputs, dtype=dtype),
             p.new_empty(tokens, dtype=torch.float32),
             [p.new_empty(tokens, channels, dtype=dtype) for _ in projection.feeders],
         )  # fmt: skip

@@ -77,6 +77,7 @@ class Walk:
             with InputTaps(parameters, step.targets.numel()) as taps:
                 out = self._through(i, number, step)
             yield number, taps.uses, out
+            del taps, out  # before the next step makes its own
 
     @torch.no_grad()
     def once(self, i: int, parameters: Mapping[str, nn.Parameter]) -> list[Use]:
