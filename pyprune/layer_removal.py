@@ -1,4 +1,4 @@
-"""Whole layers before widths: what is asked of each of the two, and what cannot be had together."""
+"""Whole layers, or their attention or FFN, before widths: what is asked of each, and what cannot be had together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pyprune.importance.cache import cached
 from pyprune.importance.depth import score_layers
 from pyprune.importance.scores import Scores
 from pyprune.schedule import requests, without_search
-from pyprune.selection.layers import plan_layers, removable, without
+from pyprune.selection.compose import compose
+from pyprune.selection.layers import layer_kinds, plan_layers, removable, without
 from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count
@@ -55,15 +56,18 @@ def check(recipe: PruneConfig) -> None:
             raise PyPruneError("remove_layers", depth.remove_layers, problem, "Choose another profile.")
 
 
-def trial(recipe: PruneConfig, groups: Groups) -> Plan:
+def trial(recipe: PruneConfig, groups: Groups, kinds: Sequence[str] | None = None) -> Plan:
     """A plan of the sizes that are asked for, made without scores: layers and widths in one.
+
+    Args:
+        kinds: as :func:`pyprune.selection.layers.layer_kinds` gives it.
 
     Raises:
         PyPruneError: the request cannot be met.
     """
     depth, asked = recipe.depth, recipe.select
     assert depth.remove_layers is not None
-    group, count, protected = removable(groups, depth.remove_layers, asked.layers)
+    group, count, protected = removable(groups, depth.remove_layers, asked.layers, depth.layer_part, kinds)
     numbers = [i for i in range(group.units) if i not in protected]
     sizes = {i: sum(groups.numel(p) for p in _counted(groups, asked) if p.startswith(f"{group.modules[i]}."))
              for i in numbers}  # fmt: skip
@@ -76,6 +80,8 @@ def trial(recipe: PruneConfig, groups: Groups) -> Plan:
     left = remaining(asked, groups, first)
     list(requests(left, groups))  # for its errors
     equal = {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
+    if depth.layer_part != "layer":
+        return _with_widths(first, left, groups, equal)
     equal[group.name] = torch.tensor([[0.0 if i in gone else 1.0 for i in range(group.units)]])
     return select(
         groups, equal, target_params=left.target_params, roles=left.roles, round_to=left.round_to,
@@ -85,6 +91,21 @@ def trial(recipe: PruneConfig, groups: Groups) -> Plan:
     )  # fmt: skip
 
 
+def _with_widths(first: Plan, left: SelectConfig, groups: Groups, equal: dict[str, torch.Tensor]) -> Plan:
+    """Widths in the groups that lie outside the sub-blocks which ``first`` removes, and that removal."""
+    gone = tuple(f"{m}." for m in first.removed_modules())
+    after = first.new_shapes(groups.shapes)
+    staying = replace(
+        groups, groups=[g for g in groups if not f"{g.module}.".startswith(gone)],
+        shapes={n: s for n, s in groups.shapes.items() if n in after},
+        parameters=frozenset(n for n in groups.parameters if n in after),
+    )  # fmt: skip
+    widths = select(staying, equal, **without_search(list(requests(left, staying))[-1]))
+    out = compose(groups, first, widths)
+    out.details["layers"] = widths.details["layers"]
+    return out
+
+
 def choose(model: Any, groups: Groups, batches: Any, recipe: PruneConfig) -> tuple[Plan, Scores]:
     """The plan that removes layers, by the criterion that is asked for, and what each layer is worth."""
     depth, asked = recipe.depth, recipe.select
@@ -92,14 +113,15 @@ def choose(model: Any, groups: Groups, batches: Any, recipe: PruneConfig) -> tup
 
     def scored(group: Group, count: int, protected: tuple[int, ...]) -> Scores:
         settings = {
-            "layer_criterion": depth.layer_criterion, "count": count, "protected": protected, "group": group.to_dict()
+            "layer_criterion": depth.layer_criterion, "count": count, "protected": protected, "group": group.to_dict(),
         }  # fmt: skip
         return cached(
             recipe.score.cache, model, batches, settings,
             lambda: score_layers(model, group, batches, count, depth.layer_criterion, protected),
         )  # fmt: skip
 
-    plan, scores = plan_layers(groups, depth.remove_layers, scored, asked.layers)
+    kinds = layer_kinds(model)
+    plan, scores = plan_layers(groups, depth.remove_layers, scored, asked.layers, depth.layer_part, kinds)
     check_room(recipe, groups, plan)
     return plan, scores
 
@@ -129,8 +151,9 @@ def check_room(recipe: PruneConfig, groups: Groups, plan: Plan) -> None:
         return
     size = f"ratio {asked.ratio:g}" if asked.ratio is not None else f"target_params {asked.target_params:,}"
     gone = plan.details["removed_layers"]
+    what = {"layer": "layers", "attention": "attention blocks", "ffn": "FFNs"}[plan.details["layer_part"]]
     problem = (
-        f"{len(gone)} layers alone are {found['ratio']:.4f} of the parameters ({found['after']:,} stay), "
+        f"{len(gone)} {what} alone are {found['ratio']:.4f} of the parameters ({found['after']:,} stay), "
         f"more than {size} removes"
     )
     raise PyPruneError(
@@ -145,7 +168,7 @@ def remaining(asked: SelectConfig, dense: Groups, plan: Plan) -> SelectConfig:
         PyPruneError: ``layers`` names only layers that are gone.
     """
     layers = asked.layers
-    if layers is not None:
+    if layers is not None and plan.details["layer_part"] == "layer":
         gone = plan.details["removed_layers"]
         kept = [i for i in range(layer_count(dense)) if i not in gone]
         wanted = parse_layers(layers, layer_count(dense)) or []
@@ -157,13 +180,13 @@ def remaining(asked: SelectConfig, dense: Groups, plan: Plan) -> SelectConfig:
 
 
 def inside(plan: Plan) -> Plan:
-    """The plan without its removal of layers."""
-    return Plan(tuple(c for c in plan.cuts if c.group.role != "layers"), plan.details)
+    """The plan without its removal of layers or sub-blocks."""
+    return Plan(tuple(c for c in plan.cuts if not c.group.modules), plan.details)
 
 
 def summary(config: DepthConfig, plan: Plan) -> dict[str, Any]:
     """What the report says of the layers that went."""
-    names = ("removed_layers", "removal_order", "layer_scores", "loss", "losses")
+    names = ("layer_part", "removed_layers", "removal_order", "layer_scores", "loss", "losses")
     return {"criterion": config.layer_criterion, **{k: plan.details[k] for k in names if k in plan.details}}
 
 

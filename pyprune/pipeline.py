@@ -41,6 +41,7 @@ from pyprune.schedule import requests, search_options, without_search
 from pyprune.search.plan import check_roles, search_plan
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.compose import compose
+from pyprune.selection.layers import layer_kinds
 from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import measure_budget
 from pyprune.selection.requests import parse_layers
@@ -143,14 +144,14 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         recipe = method.for_groups(recipe, groups)
         asked: list[dict[str, Any]] = []
         if by_depth:
-            trial = layer_removal.trial(recipe, groups)
+            trial = layer_removal.trial(recipe, groups, layer_kinds(dense.model))
         else:
             sizes = recipe.select
             quantity = measure_budget(dense.model, groups, sizes.budget, length=sizes.budget_length)
             asked = [{**request, "budget": quantity} for request in requests(sizes, groups)]
             trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
         if batches is not None and recipe.select.allocation in ON_MODEL:
-            check_roles([r for r in trial.details["roles"] if r != "layers"])
+            check_roles([r for r in trial.details["roles"] if r not in ("layers", "sublayers")])
             check_search_samples(batches)
         if batches is not None and recipe.compensate.compensation != "none":
             check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
@@ -178,7 +179,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     if by_depth:
         with stages("choose layers", bar=False):
             plan, first = layer_removal.choose(smaller, groups, batches, recipe)
-        removed = plan.details["removed_layers"]
+        removed = {k: plan.details[k] for k in ("layer_part", "removed_layers")}
         depth = layer_removal.summary(recipe.depth, plan)
         with stages("remove layers"):
             smaller = apply(smaller, plan, copy=copy)
@@ -229,7 +230,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
     if by_depth:
-        plan.details["removed_layers"] = removed
+        plan.details |= removed
 
     after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
     after["samples"] = ask(smaller, dense.tokenizer, prompts, recipe, stages, " after")

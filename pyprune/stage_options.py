@@ -179,7 +179,7 @@ class ScopeConfig(Stage):
 
 @dataclass
 class DepthConfig(Stage):
-    """Whole layers that go before widths are cut."""
+    """Whole layers, or their attention or FFN, that go before widths are cut."""
 
     remove_layers: int | float | None = option(
         None,
@@ -190,6 +190,11 @@ class DepthConfig(Stage):
         "block_influence",
         parsing.choice("block_influence", "perplexity"),
         "Which go: those that change the stream least, or, one by one, the one whose removal costs least loss.",
+    )
+    layer_part: str = option(
+        "layer",
+        parsing.choice("layer", "attention", "ffn"),
+        "What of those layers goes: all of it, or its attention or its FFN alone.",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pyprune.selection.plan import Plan
-from pyprune.surgery import skeleton
+from pyprune.surgery import skeleton, skip
 
 _MOST_LAYERS = 200
 _OPEN = "How to open it"
@@ -84,9 +84,14 @@ def _opening(model: Any) -> str:
         )
     return (
         f"Its layers have sizes that the stock `{cls}` does not build (see `per_layer_config`, `head_dim`, "
-        "`pyprune_resized` and `pyprune_narrow` in `config.json`), so `AutoModelForCausalLM.from_pretrained` stops "
-        "with mismatched shapes. "
-        "Open it with pyprune:\n\n"
+        "`pyprune_resized`, `pyprune_narrow` and `pyprune_skipped` in `config.json`), so `AutoModelForCausalLM."
+        "from_pretrained` stops with mismatched shapes"
+        + (
+            ", or fills attention and FFN blocks that are gone with random numbers. "
+            if skip.spec_of(model.config)
+            else ". "
+        )
+        + "Open it with pyprune:\n\n"
         '```python\nimport pyprune\n\nmodel = pyprune.load("path/to/this/folder")\n```\n\n'
         "`pyprune export --profile hetero-hf` makes a folder of it that plain transformers opens."
     )

@@ -35,6 +35,9 @@ Examples:
   Three whole layers, those that change the residual stream least, and nothing else:
     pyprune prune MODEL --remove_layers 3 --calibration train.txt --output_dir shorter
 
+  The attention of four layers, and nothing else of them:
+    pyprune prune MODEL --remove_layers 4 --layer_part attention --calibration train.txt --output_dir smaller
+
   A tenth of the layers, one by one where the loss rises least, then widths up to 25% in all:
     pyprune prune MODEL --remove_layers 0.1 --layer_criterion perplexity --ratio 0.25 --calibration train.txt
 

@@ -187,9 +187,9 @@ class InnerRefit:
         chosen = self._chosen(projection, dtype)
         tokens = sum(self.steps[n].targets.numel() for n in chosen)
         counts = [s.targets.numel() for s in self.steps]
+        targets = p.new_empty(sum(counts), outputs, dtype=dtype).split(counts)
         return _Looked(
-            p.new_empty(sum(counts), outputs, dtype=dtype).split(counts), chosen, p.new_empty(tokens, outputs, dtype=dtype),
-            p.new_empty(tokens, dtype=torch.float32),
+            targets, chosen, p.new_empty(tokens, outputs, dtype=dtype), p.new_empty(tokens, dtype=torch.float32),
             [p.new_empty(tokens, channels, dtype=dtype) for _ in projection.feeders],
         )  # fmt: skip
 

@@ -121,10 +121,11 @@ class Group:
         units: units in each of ``outer`` copies; the same number is kept in every copy.
         outer: independent copies.
         within: name of the group whose units are the copies, or None.
-        members: what is cut. Empty for role ``layers``, whose units are the modules ``modules``.
+        members: what is cut. Empty for role ``layers``, whose units are the modules ``modules``, and for ``sublayers``,
+            a role of plans alone: the attention or the FFN of every decoder layer.
         exact: removing a unit equals zeroing it. False where a normalisation runs over the axis.
         frozen: why the group cannot be pruned (op, module, parameter), or None.
-        modules: for role ``layers``: the module paths, one a unit.
+        modules: for roles ``layers`` and ``sublayers``: the module paths, one a unit.
         table: frozen for one reason only: the model computes values by position along the axis (ALiBi slopes). Who
             keeps for every unit the value that it had may prune the group (:meth:`Groups.thaw`).
         min_units: units that must stay in every copy: a router that chooses the best ``k`` experts needs ``k``.

@@ -1,6 +1,8 @@
-"""What whole decoder layers are worth: their influence on the stream, or what the loss says when they are left out.
+"""What whole decoder layers, or their attention or FFN alone, are worth: their influence on the stream, or what the
+loss says when they are left out.
 
-Layers are left out in a trial by handing on the residual stream that entered them. Nothing is changed in the model.
+A layer is left out in a trial by handing on the residual stream that entered it, a sub-block by zeros in place of what
+it gives. Nothing is changed in the model.
 """
 
 from __future__ import annotations
@@ -44,14 +46,15 @@ def score_layers(
     *,
     progress: bool | None = None,
 ) -> Scores:
-    """Which ``count`` decoder layers go first, and what each layer is worth.
+    """Which ``count`` decoder layers, or sub-blocks of layers, go first, and what each is worth.
 
     ``block_influence`` is one minus the mean cosine between what enters a layer and what leaves it, over calibration
     tokens (padding left out); the layers of least influence go, all at once:
 
         BI_i = 1 - mean_t  x_t . y_t / (|x_t| |y_t|)
 
-    Men et al. 2024, "ShortGPT" (arXiv 2403.03853), equation 1. One forward pass.
+    Men et al. 2024, "ShortGPT" (arXiv 2403.03853), equation 1. One forward pass. Of a sub-block, x_t is what leaves its
+    layer without it; each layer is run twice then.
 
     ``perplexity`` removes one layer after the other, each time the one without which the calibration loss (nats per
     token; the mean over samples) is least: Song et al. 2024, "SLEB" (arXiv 2402.09025). ``count`` rounds
@@ -59,7 +62,7 @@ def score_layers(
 
     Args:
         model: a causal LM; it is left as it was.
-        group: of role ``layers``.
+        group: of role ``layers`` or ``sublayers`` (:func:`pyprune.selection.layers.sublayers`).
         batches: what :func:`pyprune.importance.calibration.load_calibration` reads without a tokenizer.
         count: how many go.
         criterion: one of :data:`LAYER_CRITERIA`.
@@ -67,7 +70,7 @@ def score_layers(
         progress: False silences the bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:
-        Scores of the one group, float32 [1, layers]: the influence; or the loss without the layer minus the whole
+        Scores of the one group, float32 [1, units]: the influence; or the loss without the layer minus the whole
         model's, in the round in which the layer went (of those that stay, in the last round; protected ones have the
         largest value). ``details["removed"]`` has the layers in the order in which they go, ``details["calibration"]``
         what was read; for ``perplexity`` also ``details["loss"]`` of the whole model and ``details["losses"]`` after
@@ -81,7 +84,7 @@ def score_layers(
     tried = [i for i in range(group.units) if i not in set(protected)]
     if not 1 <= count <= len(tried) or count >= group.units:
         most = min(len(tried), group.units - 1)
-        raise PyPruneError("remove_layers", count, f"is not between 1 and {most} layers", "Ask for fewer.")
+        raise PyPruneError("remove_layers", count, f"is not between 1 and {most}", "Ask for fewer.")
     calibration = load_calibration(batches)
     check_vocabulary(calibration, model)
     trial = _Trial(model, group, calibration)
@@ -111,12 +114,41 @@ def without_layers(blocks: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def silenced(parts: Sequence[nn.Module], which: Callable[[int], bool] = lambda i: True) -> Iterator[None]:
+    """Within it these modules give zeros in place of the tensor, or of the first of a tuple, that they give.
+
+    Args:
+        which: asked with a module's number at every call: whether it does now.
+    """
+
+    def hook(i: int) -> Any:
+        return lambda module, arguments, out: with_new_stream(out, stream_of(out) * 0) if which(i) else None
+
+    handles = [part.register_forward_hook(hook(i)) for i, part in enumerate(parts)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Trial:
-    """Forward passes over calibration with some of the layers left out."""
+    """Forward passes over calibration with some of the layers, or some of their sub-blocks, left out.
+
+    Attributes:
+        blocks: the decoder layer of every unit.
+        parts: the sub-block of every unit; empty where units are layers.
+        silent: units whose sub-blocks give zeros now.
+    """
 
     def __init__(self, model: nn.Module, group: Group, calibration: Calibration) -> None:
         self.names = group.modules
-        self.blocks = [model.get_submodule(name) for name in group.modules]
+        inner = group.role == "sublayers"
+        homes = [name.rpartition(".")[0] for name in group.modules] if inner else group.modules
+        self.blocks = [model.get_submodule(name) for name in homes]
+        self.parts = [model.get_submodule(name) for name in group.modules] if inner else []
+        self.silent: set[int] = set()
         if len({id(block) for block in self.blocks}) < len(self.blocks):
             raise PyPruneError("remove_layers", None, "layers of this model share modules", "Cut widths only.")
         self.forward = Forward(model)
@@ -134,7 +166,11 @@ class _Trial:
                 counted = _tokens_of(step)
                 tokens += float(counted.sum())
 
-                def compare(j: int, given: Tensor, out: Tensor, counted: Tensor = counted) -> None:
+                def compare(j: int, given: Tensor, out: Tensor, call: Call, counted: Tensor = counted) -> None:
+                    if self.parts:
+                        self.silent = {j}
+                        given = stream_of(call(given))
+                        self.silent = set()
                     if given.shape != out.shape or given.shape[:2] != counted.shape:
                         raise NotSweepable("a layer changes the shape of the residual stream")
                     cosine = cosine_similarity(given.double(), out.double(), dim=-1)
@@ -172,7 +208,7 @@ class _Trial:
         for step in self.steps:
             streams: dict[int, Tensor] = {}
 
-            def remember(j: int, given: Tensor, out: Tensor, streams: dict[int, Tensor] = streams) -> None:
+            def remember(j: int, given: Tensor, out: Tensor, call: Call, streams: dict[int, Tensor] = streams) -> None:
                 streams[j] = given
 
             logits = self._streams(step, gone, remember)
@@ -182,38 +218,41 @@ class _Trial:
                 bar.advance()
         return base / self.samples, {i: total / self.samples for i, total in without.items()}
 
-    def _streams(self, step: Step, gone: Sequence[int], seen: Callable[[int, Tensor, Tensor], None]) -> Tensor:
-        """One forward pass without ``gone``: ``seen(layer, what enters, what leaves)`` for every layer; the logits."""
+    def _streams(self, step: Step, gone: Sequence[int], seen: Callable[[int, Tensor, Tensor, Call], None]) -> Tensor:
+        """One forward pass without ``gone``: ``seen(unit, what enters its layer, what leaves, the layer)`` for every
+        other unit; the logits."""
         calls: list[int] = []
 
         def handler(j: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
             calls.append(j)
             if j in gone:
-                return self.forms[j](given)
+                return call(given) if self.parts else self.forms[j](given)
             out = call(given)
             y = stream_of(out)
             self.forms[j] = like(out)
             if not bool(y.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", self.names[j], "gives NaN or infinity on the calibration text", hint)
-            seen(j, given, y)
+            seen(j, given, y, call)
             return out
 
-        with intercepted(self.blocks, handler):
+        self.silent = set(gone)
+        with intercepted(self.blocks, handler), silenced(self.parts, lambda i: i in self.silent):
             logits = self.forward(step)
         if calls != list(range(len(self.blocks))):
             raise NotSweepable("its layers are not called once each in their order")
         return logits
 
     def _from(self, step: Step, first: int, gone: Sequence[int], stream: Tensor) -> Tensor:
-        """Logits without layers ``first`` and ``gone``, where ``stream`` is what enters layer ``first``."""
+        """Logits without units ``first`` and ``gone``, where ``stream`` is what enters the layer of ``first``."""
 
         def handler(j: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
-            if j > first and j not in gone:
-                return call(given)
-            return self.forms[j](stream if j == first else given)
+            x = stream if j == first else given
+            stays = self.parts or j not in (first, *gone)
+            return call(x) if j >= first and stays else self.forms[j](x)
 
-        with intercepted(self.blocks, handler):
+        self.silent = {first, *gone}
+        with intercepted(self.blocks, handler), silenced(self.parts, lambda i: i in self.silent):
             return self.forward(step)
 
     def _summed(self, logits: Tensor, step: Step, layer: int | None) -> float:

@@ -24,8 +24,9 @@ def report_tables(report: Report) -> list[RenderableType]:
     if report.continuation is not None:
         parts.append(_continuations(report.continuation))
     if report.depth is not None:
-        gone = report.depth["removed_layers"]
-        parts.append(Text(f"layers removed: {spans(gone)} ({len(gone)}, by {report.depth['criterion']})"))
+        gone, part = report.depth["removed_layers"], report.depth["layer_part"]
+        what = {"layer": "layers removed", "attention": "attention removed in layers", "ffn": "FFN removed in layers"}
+        parts.append(Text(f"{what[part]}: {spans(gone)} ({len(gone)}, by {report.depth['criterion']})"))
     parts += [Text(f"note: {w}") for w in report.warnings]
     if report.output_dir is not None:
         parts.append(Text(f"saved in {report.output_dir}"))

@@ -42,7 +42,8 @@ def compose(groups: Groups, first: Plan, second: Plan) -> Plan:
                 "plan", None, problem, "Compose plans of one model, in the order in which they were made."
             )
         cuts[name] = _through(group, done.get(name), done.get(group.within or ""), cut)
-    plan = Plan(without_removed_layers(cuts[g.name] for g in groups if g.name in cuts))
+    apart = [c for c in first.cuts if c.group.role == "sublayers"]  # no group of the model is of that role
+    plan = Plan(without_removed_layers([*apart, *(cuts[g.name] for g in groups if g.name in cuts)]))
     steps = _steps(first) + _steps(second)
     roles = list(dict.fromkeys(role for step in steps for role in step.get("roles", ())))
     plan.details = {

@@ -33,6 +33,10 @@ class Cut:
         """Units kept in each copy."""
         return len(self.kept[0])
 
+    def removed_modules(self) -> list[str]:
+        """Paths of the modules that go; empty unless the units are modules."""
+        return [m for i, m in enumerate(self.group.modules) if i not in set(self.kept[0])]
+
     def removed_positions(self) -> list[tuple[str, int, np.ndarray]]:
         """(tensor, dim, int64 positions that go) for every member."""
         gone = np.ones((self.group.outer, self.group.units), dtype=bool)
@@ -59,13 +63,13 @@ class Plan:
                 return cut
         raise KeyError(f"the plan does not cut a group named {name!r}")
 
-    def removed_modules(self) -> list[str]:
-        """Paths of the decoder layers that go (role ``layers``)."""
-        out: list[str] = []
-        for cut in self.cuts:
-            if cut.group.role == "layers":
-                out += [m for i, m in enumerate(cut.group.modules) if i not in set(cut.kept[0])]
-        return out
+    def removed_modules(self, *roles: str) -> list[str]:
+        """Paths of the decoder layers (role ``layers``) and of the sub-blocks (role ``sublayers``) that go.
+
+        Args:
+            roles: those wanted; none: both.
+        """
+        return [m for c in self.cuts if not roles or c.group.role in roles for m in c.removed_modules()]
 
     def kept_positions(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, np.ndarray]]:
         """tensor -> dim -> ascending int64 positions that stay, for every tensor and dimension that loses any.
@@ -84,7 +88,7 @@ class Plan:
         return out
 
     def new_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Shapes after the cut; tensors of removed layers are absent."""
+        """Shapes after the cut; tensors of removed layers and sub-blocks are absent."""
         kept = self.kept_positions(shapes)
         gone = tuple(m + "." for m in self.removed_modules())
         out = {}

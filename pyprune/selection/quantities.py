@@ -160,6 +160,8 @@ def _cached(model: nn.Module) -> list[tuple[int, torch.Tensor, torch.Tensor, int
         cache = None
     found: list[tuple[int, torch.Tensor, torch.Tensor, int | None]] = []
     for i, layer in enumerate(getattr(cache, "layers", ())):
+        if not getattr(layer, "is_initialized", True):
+            continue  # its attention is gone
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.dim() != 4:
             found.clear()

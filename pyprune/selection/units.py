@@ -60,12 +60,9 @@ def keep(group: Group, order: np.ndarray, width: int) -> Cut:
 
 
 def without_removed_layers(cuts: Iterable[Cut]) -> tuple[Cut, ...]:
-    """``cuts`` without those of groups that lie in layers which are removed whole."""
+    """``cuts`` without those of groups that lie in layers or sub-blocks which are removed whole."""
     cuts = tuple(cuts)
-    gone: set[str] = set()
-    for cut in cuts:
-        if cut.group.role == "layers":
-            gone.update(m for i, m in enumerate(cut.group.modules) if i not in set(cut.kept[0]))
+    gone = {m for cut in cuts for m in cut.removed_modules()}
     return tuple(c for c in cuts if not _inside(c.group.module, gone))
 
 

@@ -1,6 +1,6 @@
 """The last word on a cut: the smaller model computes what the old one computes with the removed weights set to zero.
 
-Removed layers hand on the stream that enters them."""
+Removed layers hand on the stream that enters them, removed sub-blocks give zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import NotSweepable
-from pyprune.importance.depth import without_layers
+from pyprune.importance.depth import silenced, without_layers
 from pyprune.selection.plan import Plan
 from pyprune.surgery.decoder import text_config
 
@@ -28,14 +28,15 @@ COARSE = 0.1
 
 def checkable(model: Any, plan: Plan) -> bool:
     """Whether masking and slicing are the same thing for this plan, and the model's weights are here."""
-    exact = all(c.group.exact or c.group.role == "layers" for c in plan.cuts)
+    exact = all(c.group.exact or c.group.modules for c in plan.cuts)
     return exact and hasattr(text_config(model.config), "vocab_size") and not any(p.is_meta for p in model.parameters())
 
 
 def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
     """Logits of ``model`` with the removed positions of every parameter set to zero: float32 [1, TOKENS, vocabulary].
 
-    Layers that the plan removes are passed by. None where that cannot be done from outside the model.
+    Layers that the plan removes are passed by, sub-blocks give zeros. None where that cannot be done from outside the
+    model.
 
     Args:
         restore: put the removed weights back afterwards (they are kept aside meanwhile).
@@ -52,9 +53,9 @@ def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
                 if restore:
                     aside.append((weight, dim, index, weight.index_select(dim, index)))
                 weight.index_fill_(dim, index, 0)
-        removed = [model.get_submodule(path) for path in plan.removed_modules()]
+        layers, parts = ([model.get_submodule(p) for p in plan.removed_modules(r)] for r in ("layers", "sublayers"))
         try:
-            with without_layers(removed):
+            with without_layers(layers), silenced(parts):
                 return logits(model)
         except NotSweepable:
             return None

@@ -17,7 +17,7 @@ from torch import nn
 from pyprune import families
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut, Plan
-from pyprune.surgery import narrow, resize, skeleton
+from pyprune.surgery import check, narrow, resize, skeleton, skip
 from pyprune.surgery.counts import resizable
 from pyprune.surgery.decoder import layers_path, scalars, shorten, structure, text_config
 from pyprune.surgery.layers import solve_layers, solve_model
@@ -66,9 +66,12 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
     if len(names.kept) < count:
         config = shorten(config, list(names.kept))
     _refuse_narrow_again(model.config, plan)
-    for kind in (resize, narrow):
+    for kind in (resize, narrow, skip):
         if kind.spec_of(config):
             setattr(config, kind.FIELD, _renamed(kind.spec_of(config), names))
+
+    skipped = plan.removed_modules("sublayers")
+    spec = skip.forms(model, skipped, lambda: check.logits(model)) if skipped else {}
 
     failed = [c for c in plan.cuts if c.group.table and c.group.role not in _tables(config)]
     across, inside = _placed([c for c in plan.cuts if c not in failed], path, tensors)
@@ -78,6 +81,8 @@ def rebuild(model: Any, plan: Plan, stock_only: bool = False) -> Rebuilt:
     failed = _unmet(failed, plan, stock, config, names, tensors) if failed else []
     if failed and stock_only:
         raise _inexpressible(stock, tensors, plan, failed)
+    if spec:
+        setattr(config, skip.FIELD, {**skip.spec_of(config), **_renamed(spec, names)})
     return _assembled(stock, config, names, tensors, plan, failed)
 
 
@@ -86,7 +91,7 @@ def _cut_names(tensors: Tensors, plan: Plan) -> set[str]:
     return {name for name, first in tensors.first.items() if first in cut}
 
 
-def _renamed(spec: dict[str, Any], names: LayerNames) -> dict[str, Any]:
+def _renamed(spec: Mapping[str, Any], names: LayerNames) -> dict[str, Any]:
     new = names.new(list(spec))
     return {new[path]: values for path, values in spec.items() if path in new}
 
@@ -173,7 +178,7 @@ def _checked(tensors: Tensors, stock: nn.Module, plan: Plan) -> Tensors:
 
 def _kept_layers(plan: Plan, path: str, count: int) -> tuple[int, ...]:
     gone = set()
-    for module in plan.removed_modules():
+    for module in plan.removed_modules("layers"):
         head, _, index = module.rpartition(".")
         if head != path or not index.isdigit() or int(index) >= count:
             raise PyPruneError("plan", module, "is not one of the model's decoder layers")
@@ -195,7 +200,7 @@ def _refuse_narrow_again(config: Config, plan: Plan) -> None:
 
 
 def _placed(cuts: Sequence[Cut], path: str, tensors: Tensors) -> tuple[list[Cut], dict[int, list[Cut]]]:
-    """Cuts across the model, and cuts that one decoder layer holds, by its index. Removed layers are no cuts here.
+    """Cuts across the model, and cuts that one decoder layer holds, by its index. Removed modules are no cuts here.
 
     A cut of a module that several layers share is in each of them.
     """
@@ -207,7 +212,7 @@ def _placed(cuts: Sequence[Cut], path: str, tensors: Tensors) -> tuple[list[Cut]
         inner = path and name.startswith(prefix)
         layers.setdefault(first, set()).add(int(name[len(prefix) :].split(".", 1)[0]) if inner else -1)
     for cut in cuts:
-        if cut.group.role == "layers":
+        if not cut.group.members:
             continue
         places = [layers[tensors.first[m.tensor]] for m in cut.group.members]
         if -1 in places[0] or any(other != places[0] for other in places):

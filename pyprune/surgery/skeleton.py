@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from pyprune import families
-from pyprune.surgery import narrow, resize
+from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.attributes import Attribute
 from pyprune.surgery.decoder import (
     construct_layer,
@@ -37,7 +37,7 @@ def is_stock(config: Config) -> bool:
     """Whether the class alone builds what this configuration asks for."""
     text = text_config(config)
     family = families.find(text)
-    usual = not layer_overrides(text) and not narrow.spec_of(config) and not resize.spec_of(config)
+    usual = not layer_overrides(text) and not any(kind.spec_of(config) for kind in (narrow, resize, skip))
     return usual and (family is None or not family.applies(text))
 
 
@@ -164,8 +164,8 @@ def _fit(model: Any, cls: type, config: Config, plain: Config) -> None:
 
 
 def _fit_modules(module: nn.Module, config: Config, prefix: str, done: tuple[str, ...] = ()) -> None:
-    """Resized modules and narrow layers, of those under ``prefix`` and not under one of ``done``."""
-    for kind in (resize, narrow):
+    """Resized modules, narrow layers and skipped modules, of those under ``prefix`` and not under one of ``done``."""
+    for kind in (resize, narrow, skip):
         spec = kind.spec_of(config)
         paths = [p for p in spec if p.startswith(prefix) and not p.startswith(done)]
         on_meta(kind.install, module, {p[len(prefix) :]: spec[p] for p in paths})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyprune.errors import PyPruneError
-from pyprune.surgery import narrow, resize
+from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.decoder import structure
 
 SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
@@ -36,6 +36,9 @@ def llama_blocks(outline: Any, profile: str) -> list[Block]:
         raise PyPruneError("profile", profile, f"cannot hold a {cls}", hint)
     if config.hidden_act not in ("silu", "swish"):
         raise PyPruneError("profile", profile, f"has SiLU in its FFN, and the model {config.hidden_act}")
+    if skip.spec_of(config):
+        problem = f"is written for layers with attention and FFN, and {next(iter(skip.spec_of(config)))} is gone"
+        raise PyPruneError("profile", profile, problem, "Remove whole layers (layer_part layer), or use hetero-hf.")
     for spec, what in ((narrow.spec_of(config), "narrow layers"), (resize.spec_of(config), "resized modules")):
         if spec:
             hint = "Prune kv_heads, query_heads, ffn, hidden or layers, or use hetero-hf."

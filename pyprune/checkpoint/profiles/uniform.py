@@ -9,7 +9,7 @@ from typing import Any
 from pyprune import families
 from pyprune.checkpoint.profiles.configuration import edit_config
 from pyprune.errors import PyPruneError
-from pyprune.surgery import narrow, resize
+from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.attributes import read
 from pyprune.surgery.decoder import layer_overrides, text_config
 
@@ -31,8 +31,8 @@ def check(outline: Any) -> None:
     if overrides:
         raise PyPruneError("profile", "uniform", *_uneven(text, overrides))
     hint = "Prune kv_heads, query_heads, ffn, hidden or layers, or use hetero-hf."
-    for spec, what in ((narrow.spec_of(outline.config), "narrow"), (resize.spec_of(outline.config), "resized")):
-        if spec:
+    for kind, what in ((narrow, "narrow"), (resize, "resized"), (skip, "gone")):
+        if spec := kind.spec_of(outline.config):
             problem = f"holds what the stock class builds, and {next(iter(spec))} is {what}"
             raise PyPruneError("profile", "uniform", problem, hint)
     family = families.find(text)

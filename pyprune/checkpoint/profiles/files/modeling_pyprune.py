@@ -4,7 +4,8 @@
 
 The model's class is that of transformers with the same name; its forward pass is not touched. After the stock
 constructor has run, decoder layers are constructed again with their entries of ``per_layer_config``, and the rest
-follows ``pyprune_build`` (and ``pyprune_narrow``) in ``config.json``:
+follows ``pyprune_build`` (and ``pyprune_narrow``, and ``pyprune_skipped``: attention or FFN blocks that are gone, which
+give zeros here) in ``config.json``:
 
 - ``stock``: configuration values for the stock constructor, where it refuses the true ones;
 - ``layers``: path of the decoder layers to construct again, or null;
@@ -85,6 +86,8 @@ def _fit(model: Any, config: Any, plain: Any) -> None:
         _narrow(model.get_submodule(path), sides)
     for path, spec in build["tables"].items():
         _take_rows(model.get_submodule(path), *spec)
+    for path, values in (getattr(config, "pyprune_skipped", None) or {}).items():
+        _skip(model.get_submodule(path), values)
 
 
 def _layer_config(config: Any, plain: Any, values: dict[str, Any]) -> Any:
@@ -155,6 +158,20 @@ def _narrow(layer: Any, sides: dict[str, list[int]]) -> None:
         return wide.index_copy(-1, self.kept_out, outputs)
 
     layer.__class__ = type(f"Narrow{own.__name__}", (own,), {"forward": forward, "__module__": __name__})
+
+
+def _skip(module: Any, values: int) -> None:
+    """A module that is gone: zeros in place of what it gave, a tensor or a tuple of so many values."""
+    own: Any = type(module)
+    for held in (module._modules, module._parameters, module._buffers):
+        held.clear()
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        zeros = torch.zeros_like(arguments[0] if arguments else named["hidden_states"])
+        return (zeros, *[None] * (values - 1)) if values else zeros
+
+    # No subclass: initialisers ask for the class, and fill in matrices that are not there.
+    module.__class__ = type(own.__name__, (nn.Module,), {"forward": forward, "__module__": own.__module__})
 
 
 def _take_rows(attention: Any, argument: str, position: int, rows: int, batched: bool) -> None:
