@@ -15,7 +15,7 @@ from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import token_weights, weights_for
 
-STEP_TOKENS = 4096
+STEP_TOKENS = 2048  # in one pass through a block: what its backward pass holds is in memory besides all that is kept
 HELD_OUT = 5  # one in so many calibration samples chooses the penalty
 
 
