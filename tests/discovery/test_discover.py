@@ -342,6 +342,6 @@ def test_a_model_the_size_of_seven_billion_takes_seconds():
         return time.process_time() - start
 
     seconds(2)
-    small, large = seconds(8), seconds(32)
+    small, large = (min(seconds(layers) for _ in range(3)) for layers in (8, 32))  # other tests' garbage is collected
     assert large < 8 * small, "cost must be linear in layers"
     assert large < 20
