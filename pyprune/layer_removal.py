@@ -16,7 +16,7 @@ from pyprune.importance.depth import score_layers
 from pyprune.importance.scores import Scores
 from pyprune.schedule import requests, without_search
 from pyprune.selection.compose import compose
-from pyprune.selection.layers import layer_kinds, plan_layers, removable, without
+from pyprune.selection.layers import plan_layers, removable, without
 from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count
@@ -56,18 +56,18 @@ def check(recipe: PruneConfig) -> None:
             raise PyPruneError("remove_layers", depth.remove_layers, problem, "Choose another profile.")
 
 
-def trial(recipe: PruneConfig, groups: Groups, kinds: Sequence[str] | None = None) -> Plan:
+def trial(recipe: PruneConfig, groups: Groups, config: Any = None) -> Plan:
     """A plan of the sizes that are asked for, made without scores: layers and widths in one.
 
     Args:
-        kinds: as :func:`pyprune.selection.layers.layer_kinds` gives it.
+        config: of the model, as in :func:`pyprune.selection.layers.removable`.
 
     Raises:
         PyPruneError: the request cannot be met.
     """
     depth, asked = recipe.depth, recipe.select
     assert depth.remove_layers is not None
-    group, count, protected = removable(groups, depth.remove_layers, asked.layers, depth.layer_part, kinds)
+    group, count, protected = removable(groups, depth.remove_layers, asked.layers, depth.layer_part, config)
     numbers = [i for i in range(group.units) if i not in protected]
     sizes = {i: sum(groups.numel(p) for p in _counted(groups, asked) if p.startswith(f"{group.modules[i]}."))
              for i in numbers}  # fmt: skip
@@ -120,8 +120,7 @@ def choose(model: Any, groups: Groups, batches: Any, recipe: PruneConfig) -> tup
             lambda: score_layers(model, group, batches, count, depth.layer_criterion, protected),
         )  # fmt: skip
 
-    kinds = layer_kinds(model)
-    plan, scores = plan_layers(groups, depth.remove_layers, scored, asked.layers, depth.layer_part, kinds)
+    plan, scores = plan_layers(groups, depth.remove_layers, scored, asked.layers, depth.layer_part, model.config)
     check_room(recipe, groups, plan)
     return plan, scores
 

@@ -41,7 +41,6 @@ from pyprune.schedule import requests, search_options, without_search
 from pyprune.search.plan import check_roles, search_plan
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.compose import compose
-from pyprune.selection.layers import layer_kinds
 from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import measure_budget
 from pyprune.selection.requests import parse_layers
@@ -144,7 +143,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         recipe = method.for_groups(recipe, groups)
         asked: list[dict[str, Any]] = []
         if by_depth:
-            trial = layer_removal.trial(recipe, groups, layer_kinds(dense.model))
+            trial = layer_removal.trial(recipe, groups, dense.model.config)
         else:
             sizes = recipe.select
             quantity = measure_budget(dense.model, groups, sizes.budget, length=sizes.budget_length)

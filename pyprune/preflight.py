@@ -63,7 +63,7 @@ def check_request(recipe: PruneConfig) -> None:
         raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
     for name, default in (("layer_part", "layer"), ("layer_criterion", "block_influence")):
         value = getattr(recipe.depth, name)
-        if recipe.depth.remove_layers is None and value != default:
+        if not by_depth and value != default:
             hint = "Say how many with remove_layers, or leave it out."
             raise PyPruneError(name, value, "says what goes of layers, and none are removed", hint)
     if asked.allocation_criterion is not None:

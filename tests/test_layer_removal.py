@@ -97,9 +97,8 @@ def test_the_cut_model_is_the_old_one_with_those_blocks_passed_by(family: str, t
     assert torch.equal(with_cache, smaller.generate(ids(2, 9), use_cache=True, **options))
 
 
-def test_logits_are_compared_when_layers_go(monkeypatch) -> None:
-    """The cut model's are held against those of the old one with the layers passed by."""
-    model = tiny("llama")
+def double_a_matrix(monkeypatch) -> None:
+    """From now on a cut model has one matrix twice as large as it should be."""
     home = sys.modules["pyprune.surgery.apply"]
     real = home.transfer
 
@@ -108,6 +107,12 @@ def test_logits_are_compared_when_layers_go(monkeypatch) -> None:
         new.model.layers[1].mlp.down_proj.weight.data.mul_(2)
 
     monkeypatch.setattr(home, "transfer", wrong)
+
+
+def test_logits_are_compared_when_layers_go(monkeypatch) -> None:
+    """The cut model's are held against those of the old one with the layers passed by."""
+    model = tiny("llama")
+    double_a_matrix(monkeypatch)
     with pytest.raises(PyPruneError, match="the smaller model is not the old one"):
         apply(model, without_plan(model, [1]), copy=True)
 

@@ -9,14 +9,14 @@ import torch
 from helpers_fresh import ask, fresh_answers, own_answer
 from helpers_run import tiny_llama as saved_llama
 from helpers_surgery import tiny
-from test_layer_removal import MODELS, blocks_of, ids, tokens
+from test_layer_removal import MODELS, blocks_of, double_a_matrix, ids, tokens
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import pyprune
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
 from pyprune.importance.depth import score_layers
-from pyprune.selection.layers import layer_kinds, removable, without
+from pyprune.selection.layers import removable, without
 from pyprune.selection.quantities import measure_budget
 from pyprune.surgery import apply
 
@@ -45,7 +45,7 @@ def giving_zeros(model, family: str, gone: list[tuple[str, int]]):
 
 def plan_for(model, part: str, gone: list[int]):
     groups = discover(model)
-    return without(groups, removable(groups, len(gone), None, part, layer_kinds(model))[0], gone)
+    return without(groups, removable(groups, len(gone), None, part, model.config)[0], gone)
 
 
 def generated(model, **options):
@@ -134,9 +134,9 @@ def test_perplexity_removes_the_block_whose_absence_costs_least_one_after_the_ot
 
 def test_the_attention_that_a_cache_is_measured_by_stays() -> None:
     gemma = MODELS["gemma3"]()  # kinds: sliding, sliding, full, twice
-    assert removable(discover(gemma), 1, None, "attention", layer_kinds(gemma))[2] == (0, 2)
+    assert removable(discover(gemma), 1, None, "attention", gemma.config)[2] == (0, 2)
     llama = tiny("llama")
-    assert removable(discover(llama), 1, None, "attention", layer_kinds(llama))[2] == (0,)
+    assert removable(discover(llama), 1, None, "attention", llama.config)[2] == (0,)
     with pytest.raises(PyPruneError, match=r"remove_layers 4: is too many: the model has 4 layers with attention, 1"):
         pyprune.select_layers(llama, discover(llama), ids(), 4, part="attention")
 
@@ -169,6 +169,20 @@ def test_a_cut_model_is_cut_again_layers_and_widths_and_blocks() -> None:
     assert sorted(second.model.config.pyprune_skipped) == [f"model.layers.{i}.self_attn" for i in (1, 2, 3)]
 
 
+def test_no_layer_without_attention_comes_first() -> None:
+    """A cache would be taken for empty: tokens behind it would get wrong positions."""
+    model = tiny("llama")
+    first = apply(model, plan_for(model, "attention", [1]), copy=True)
+    groups = discover(first)
+    assert removable(groups, 1, None, "layer", first.config)[2] == (0,)
+    assert removable(groups, 1, None, "ffn", first.config)[2] == ()
+    group = removable(groups, 1)[0]
+    with pytest.raises(PyPruneError, match="says other things with a KV cache"):
+        apply(first, without(groups, group, [0]), copy=True)
+    fine = apply(first, without(groups, group, [2]), copy=True)
+    assert torch.equal(generated(fine, use_cache=True), generated(fine, use_cache=False))
+
+
 def test_a_budget_of_memory_counts_no_cache_of_attention_that_is_gone() -> None:
     model = tiny("llama")
     smaller = apply(model, plan_for(model, "attention", [1, 2]), copy=True)
@@ -177,16 +191,8 @@ def test_a_budget_of_memory_counts_no_cache_of_attention_that_is_gone() -> None:
 
 
 def test_a_wrong_cut_is_noticed(monkeypatch) -> None:
-    import sys
-
-    model, home = tiny("llama"), sys.modules["pyprune.surgery.apply"]
-    real = home.transfer
-
-    def wrong(old, new, *rest, **more):
-        real(old, new, *rest, **more)
-        new.model.layers[1].mlp.down_proj.weight.data.mul_(2)
-
-    monkeypatch.setattr(home, "transfer", wrong)
+    model = tiny("llama")
+    double_a_matrix(monkeypatch)
     with pytest.raises(PyPruneError, match="the smaller model is not the old one"):
         apply(model, plan_for(model, "attention", [1]), copy=True)
 

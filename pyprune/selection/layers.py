@@ -57,15 +57,15 @@ def select_layers(
     def scored(group: Group, count: int, protected: tuple[int, ...]) -> Scores:
         return score_layers(model, group, batches, count, criterion, protected, progress=progress)
 
-    return plan_layers(groups, remove, scored, layers, part, layer_kinds(model))[0]
+    return plan_layers(groups, remove, scored, layers, part, model.config)[0]
 
 
 def plan_layers(
     groups: Groups, remove: Amount, scored: Score, layers: LayerSpec | None = None, part: str = "layer",
-    kinds: Sequence[str] | None = None,
+    config: Any = None,
 ) -> tuple[Plan, Scores]:  # fmt: skip
     """:func:`select_layers` with its scores from ``scored``: (group, how many go, layers that stay) -> scores."""
-    group, count, protected = removable(groups, remove, layers, part, kinds)
+    group, count, protected = removable(groups, remove, layers, part, config)
     scores = scored(group, count, protected)
     plan = without(groups, group, scores.details["removed"])
     plan.details |= {"criterion": scores.criterion, "layer_scores": scores[group.name][0].tolist()}
@@ -73,21 +73,14 @@ def plan_layers(
     return plan, scores
 
 
-def layer_kinds(model: Any) -> Sequence[str] | None:
-    """Kind of attention of every decoder layer, where the configuration lists it."""
-    kinds: Sequence[str] | None = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    return kinds
-
-
 def removable(
-    groups: Groups, remove: Amount, layers: LayerSpec | None = None, part: str = "layer",
-    kinds: Sequence[str] | None = None,
+    groups: Groups, remove: Amount, layers: LayerSpec | None = None, part: str = "layer", config: Any = None
 ) -> tuple[Group, int, tuple[int, ...]]:  # fmt: skip
     """The group of the layers or sub-blocks, how many of them go, and which units stay in any case.
 
     Args:
-        kinds: as :func:`layer_kinds` gives it. A KV cache is measured by its first layer of each kind, so that the
-            attention of those stays.
+        config: of the model. transformers measures a KV cache by the first layer of each of its kinds
+            (``layer_types``); where the attention of some layers goes or is gone, those layers keep theirs.
 
     Raises:
         PyPruneError: the model has no layers or sub-blocks that can be removed, or not so many.
@@ -100,11 +93,12 @@ def removable(
     only = None if layers is None else parse_layers(layers, layer_count(groups))
     stay = {*protected_units(group, only), *_lenders(groups, group)}
     why = "outside layers= or sharing weights"
+    if part == "attention" or (part == "layer" and getattr(config, "pyprune_skipped", None)):
+        stay |= _first_of_each(sublayers(groups, group, "attention")[1], config)
+        why += ", or the first of their kind"
     if part != "layer":
         group, numbers = sublayers(groups, group, part)
-        first = _first_of_each(numbers, kinds) if part == "attention" else set()
-        stay = {unit for unit, layer in enumerate(numbers) if layer in stay | first}
-        why += ", or the first of their kind" if part == "attention" else ""
+        stay = {unit for unit, layer in enumerate(numbers) if layer in stay}
     protected = tuple(sorted(stay))
     count = remove if isinstance(remove, int) else max(1, int(remove * group.units + 0.5))
     most = min(group.units - 1, group.units - len(protected))
@@ -145,8 +139,9 @@ def _others(part: str) -> tuple[str, ...]:
     return tuple(role for other, roles in PARTS.items() if other != part for role in roles)
 
 
-def _first_of_each(numbers: Sequence[int], kinds: Sequence[str] | None) -> set[int]:
+def _first_of_each(numbers: Sequence[int], config: Any) -> set[int]:
     """Of these layers the first of each kind."""
+    kinds = None if config is None else getattr(config.get_text_config(decoder=True), "layer_types", None)
     first: dict[str, int] = {}
     for i in numbers:
         first.setdefault(kinds[i] if kinds else "", i)

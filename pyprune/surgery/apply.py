@@ -10,7 +10,8 @@ import torch
 
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
-from pyprune.surgery.check import checkable, compare, masked_logits
+from pyprune.surgery import skip
+from pyprune.surgery.check import checkable, compare, compare_cached, masked_logits
 from pyprune.surgery.gguf import drop_config_marks, is_from_gguf
 from pyprune.surgery.names import Tensors
 from pyprune.surgery.rebuild import rebuild
@@ -66,6 +67,8 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
     carry(model, new, rebuilt.names.old)
     if expected is not None:
         compare(expected, new, dtype)
+        if skip.spec_of(new.config):
+            compare_cached(new, dtype)
     return new
 
 

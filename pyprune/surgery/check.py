@@ -66,12 +66,29 @@ def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
 
 def logits(model: Any) -> Tensor:
     """Logits of fixed random tokens, without dropout: float32 [1, TOKENS, vocabulary] on the CPU."""
-    text = text_config(model.config)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, text.vocab_size, (1, TOKENS), generator=generator).to(model.device)
     with _evaluating(model), torch.no_grad():
-        out: Tensor = model(input_ids=tokens, use_cache=False).logits
+        out: Tensor = model(input_ids=_tokens(model), use_cache=False).logits
     return out.float().cpu() if out.dtype != torch.float64 else out.cpu()
+
+
+def _tokens(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, text_config(model.config).vocab_size, (1, TOKENS), generator=generator).to(model.device)
+
+
+def compare_cached(model: Any, dtype: torch.dtype) -> None:
+    """Raises PyPruneError when a token's logits behind a KV cache are not those without one."""
+    tokens = _tokens(model)
+    with _evaluating(model), torch.no_grad():
+        past = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+        behind = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True).logits[:, -1].cpu()
+    plain = logits(model)[:, -1]
+    scale = max(1.0, float(plain.abs().max()))
+    if not float((plain - behind).abs().max()) <= TOLERANCE.get(dtype, COARSE) * scale:
+        problem = (
+            "the smaller model says other things with a KV cache: a cache is measured by the first layer of a kind"
+        )
+        raise PyPruneError("plan", None, problem, "Keep the attention of the first layer of each kind (layers=).")
 
 
 def compare(masked: Tensor, model: Any, dtype: torch.dtype) -> None:

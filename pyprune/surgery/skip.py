@@ -74,12 +74,8 @@ def forms(model: nn.Module, paths: Sequence[str], run: Any) -> Spec:
         def hook(module: nn.Module, arguments: Any, named: Any, out: Any) -> None:
             x = arguments[0] if arguments else named.get("hidden_states")
             first = out[0] if isinstance(out, tuple) and out else out
-            if (
-                isinstance(x, Tensor)
-                and isinstance(first, Tensor)
-                and first.shape == x.shape
-                and first.dtype == x.dtype
-            ):
+            tensors = isinstance(x, Tensor) and isinstance(first, Tensor)
+            if tensors and (first.shape, first.dtype) == (x.shape, x.dtype):
                 seen[path] = len(out) if isinstance(out, tuple) else 0
 
         return hook
