@@ -113,7 +113,7 @@ def choose(model: Any, groups: Groups, batches: Any, recipe: PruneConfig) -> tup
 
     def scored(group: Group, count: int, protected: tuple[int, ...]) -> Scores:
         settings = {
-            "layer_criterion": depth.layer_criterion, "count": count, "protected": protected, "group": group.to_dict(),
+            "layer_criterion": depth.layer_criterion, "count": count, "protected": protected, "group": group.to_dict()
         }  # fmt: skip
         return cached(
             recipe.score.cache, model, batches, settings,

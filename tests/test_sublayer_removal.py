@@ -142,7 +142,12 @@ def test_the_attention_that_a_cache_is_measured_by_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"ratio": 0.35}, {"ratio": 0.35, "compensation": "least-squares", "criterion": "wanda"}]
+    "more",
+    [
+        {"ratio": 0.35},
+        {"ratio": 0.35, "iterative_steps": 2},
+        {"ratio": 0.35, "compensation": "least-squares", "criterion": "wanda"},
+    ],
 )
 @pytest.mark.parametrize("part", PARTS)
 def test_blocks_first_and_widths_then_come_to_the_total_asked_for(part: str, more) -> None:

@@ -123,7 +123,9 @@ def silenced(parts: Sequence[nn.Module], which: Callable[[int], bool] = lambda i
     """
 
     def hook(i: int) -> Any:
-        return lambda module, arguments, out: with_new_stream(out, stream_of(out) * 0) if which(i) else None
+        return lambda module, arguments, out: (
+            with_new_stream(out, torch.zeros_like(stream_of(out))) if which(i) else None
+        )
 
     handles = [part.register_forward_hook(hook(i)) for i, part in enumerate(parts)]
     try:
