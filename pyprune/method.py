@@ -1,6 +1,7 @@
 """The method ``best``: what measured best at the size that is asked for (docs/results.md), settled for a model.
 
-Up to about a third of the parameters FFN channels go, where their loss is least; beyond that heads go too, and more in
+Up to about a third of the parameters FFN channels go, as many in each layer as measured on the model, or, where that
+would take much memory or has too little text, where their expected loss is least; beyond that heads go too, and more in
 later layers. Heads go also where the budget is not one of parameters. Options that the user gives stay as they are; an
 allocation ``knapsack`` by ``group_fisher`` is taken for the method's own, whoever named it.
 """
@@ -13,8 +14,9 @@ from typing import Any
 from pyprune.checkpoint.profiles import get_profile
 from pyprune.compensation.checks import INSIDE, REFITS
 from pyprune.config import PruneConfig
-from pyprune.discovery.groups import Groups
+from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError
+from pyprune.search.plan import LEAST_SAMPLES
 from pyprune.selection.global_ranking import FLOORS
 from pyprune.selection.scope import roles_to_share
 from pyprune.stage_options import METHODS
@@ -22,6 +24,7 @@ from pyprune.surgery.skeleton import is_stock
 
 CHANNELS = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
+MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
 OPEN = METHODS["best"]["allocation"], METHODS["best"]["allocation_criterion"]  # an allocation that nobody named
 
 
@@ -29,11 +32,15 @@ def for_profile(recipe: PruneConfig) -> PruneConfig:
     """With the same widths in every layer where the profile holds no others."""
     if recipe.select.method != "best" or recipe.save.profile is None or not get_profile(recipe.save.profile).EVEN:
         return recipe
-    return _allocated(recipe, "uniform")
+    return _allocated(recipe, "uniform", None)
 
 
-def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
-    """Roles, allocation, and whether a refit can help, for a model."""
+def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig:
+    """Roles, allocation, and whether a refit can help, for a model.
+
+    Args:
+        samples: sequences in the calibration.
+    """
     asked = recipe.select
     if asked.method != "best":
         return recipe
@@ -41,7 +48,7 @@ def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
     if goes > LIGHT_UP_TO:
-        recipe = _allocated(recipe, "log_depth")
+        recipe = _allocated(recipe, "log_depth", None)
     elif sized and asked.roles is None and asked.budget == "parameters":
         channels = groups.prunable(CHANNELS)
         room = sum(int(g.units * (1 - FLOORS[g.role])) * g.outer * groups.parameters_per_unit(g) for g in channels)
@@ -54,7 +61,10 @@ def for_groups(recipe: PruneConfig, groups: Groups) -> PruneConfig:
         how = replace(how, compensation="none")
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
-    return replace(recipe, compensate=how)
+    recipe = replace(recipe, compensate=how)
+    if goes <= LIGHT_UP_TO and _can_measure(recipe, cut, samples):
+        recipe = _allocated(recipe, "descent", OPEN[1])
+    return recipe
 
 
 def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
@@ -75,8 +85,16 @@ def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
     return replace(recipe, save=replace(save, profile="hetero-hf"))
 
 
-def _allocated(recipe: PruneConfig, allocation: str) -> PruneConfig:
+def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
+    """Whether widths can be measured on the model: channels, with a refit, in one step, in memory that is there."""
+    sums = sum(4 * g.outer * g.units**2 for g in cut)
+    refitted = recipe.compensate.compensation in REFITS and all(g.role in CHANNELS for g in cut)
+    return refitted and samples >= LEAST_SAMPLES and recipe.select.iterative_steps == 1 and sums <= MEASURED_UP_TO
+
+
+def _allocated(recipe: PruneConfig, allocation: str, criterion: str | None) -> PruneConfig:
+    """With ``allocation``, and ``criterion`` to start it with, where the user named none."""
     asked = recipe.select
     if (asked.allocation, asked.allocation_criterion) != OPEN:
         return recipe
-    return replace(recipe, select=replace(asked, allocation=allocation, allocation_criterion=None))
+    return replace(recipe, select=replace(asked, allocation=allocation, allocation_criterion=criterion))

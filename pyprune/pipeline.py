@@ -140,7 +140,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         windows, text = _windows(recipe.evaluation, dense)
     with stages("discover"):
         groups = _groups(dense.model)
-        recipe = method.for_groups(recipe, groups)
+        recipe = method.for_groups(recipe, groups, 0 if batches is None else batches.samples)
         asked: list[dict[str, Any]] = []
         if by_depth:
             trial = layer_removal.trial(recipe, groups, dense.model.config)

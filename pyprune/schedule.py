@@ -82,6 +82,7 @@ def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str,
         "steps": recipe.search.search_steps,
         "minutes": recipe.search.search_minutes,
         "seed": recipe.calibration.seed,
+        "cache": recipe.score.cache,
         "overwrite": recipe.save.overwrite,
     }
 

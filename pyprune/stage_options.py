@@ -228,7 +228,8 @@ class SelectConfig(ScopeConfig):
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth and "
         "linear_depth (more in later layers), divergence (each layer measured alone at several widths on the model, "
-        "then a knapsack), search (tried out on the model, as the options of Search say).",
+        "then a knapsack), descent (the best of these, then along slopes measured on the model), search (tried out on "
+        "the model, as the options of Search say).",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."

@@ -16,15 +16,16 @@ from pyprune import discover, method
 from pyprune.config import PruneConfig, ScoringConfig
 from pyprune.errors import PyPruneError
 
-LIGHT = ("wanda", "knapsack", "group_fisher", "obs")
+LIGHT = ("wanda", "descent", "group_fisher", "obs")
+UNMEASURED = ("wanda", "knapsack", "group_fisher", "obs")
 HEAVY = ("wanda", "log_depth", None, "obs")
 EVEN = ("wanda", "uniform", None, "obs")
 PLAIN = ("param_first", "uniform", None, "none")
 
 
-def settled(model: Any, **options: Any) -> PruneConfig:
+def settled(model: Any, samples: int = 128, **options: Any) -> PruneConfig:
     recipe = PruneConfig.build({"calibration": "text.txt", "method": "best", **options})
-    return method.for_groups(method.for_profile(recipe), discover(model))
+    return method.for_groups(method.for_profile(recipe), discover(model), samples)
 
 
 def said(recipe: PruneConfig) -> tuple[Any, ...]:
@@ -35,7 +36,7 @@ def said(recipe: PruneConfig) -> tuple[Any, ...]:
 def test_a_ratio_alone_gets_the_best_method() -> None:
     alone = PruneConfig.build({"ratio": 0.1})
     assert alone.select.method == "best"
-    assert said(method.for_groups(method.for_profile(alone), discover(tiny_llama()))) == LIGHT
+    assert said(method.for_groups(method.for_profile(alone), discover(tiny_llama()), 128)) == LIGHT
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_ratio_alone_gets_the_best_method() -> None:
 def test_who_says_how_to_prune_gets_no_more_than_that(option: dict[str, Any]) -> None:
     recipe = PruneConfig.build({"ratio": 0.2, **option})
     assert recipe.select.method == "plain"
-    assert said(method.for_groups(method.for_profile(recipe), discover(tiny_llama()))) == PLAIN
+    assert said(method.for_groups(method.for_profile(recipe), discover(tiny_llama()), 128)) == PLAIN
 
 
 def test_what_feeds_projections_is_refitted_where_those_are() -> None:
@@ -75,6 +76,19 @@ def test_it_says_nothing_to_other_verbs(tmp_path: Path) -> None:
 def test_a_small_ratio_takes_channels_where_their_loss_is_least() -> None:
     recipe = settled(tiny_llama(), ratio=0.1)
     assert said(recipe) == LIGHT and recipe.select.roles == ("ffn",) and recipe.score.score_tokens == 8192
+
+
+def test_widths_are_measured_only_where_there_is_text_and_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    assert said(settled(model, samples=4, ratio=0.1)) == LIGHT
+    assert said(settled(model, samples=3, ratio=0.1)) == UNMEASURED
+    assert said(settled(model, ratio=0.1, iterative_steps=2)) == UNMEASURED
+    assert said(settled(model, ratio=0.1, roles=["kv_heads", "ffn"])) == UNMEASURED
+    sums = sum(4 * g.units**2 for g in discover(model) if g.role == "ffn")
+    monkeypatch.setattr(method, "MEASURED_UP_TO", sums)
+    assert said(settled(model, ratio=0.1)) == LIGHT
+    monkeypatch.setattr(method, "MEASURED_UP_TO", sums - 1)
+    assert said(settled(model, ratio=0.1)) == UNMEASURED
 
 
 def test_a_large_ratio_takes_heads_too_and_more_in_later_layers() -> None:
@@ -107,7 +121,7 @@ def test_channels_of_experts_are_channels() -> None:
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [({"criterion": "flap"}, ("flap", *LIGHT[1:])), ({"allocation": "global"}, (LIGHT[0], "global", *LIGHT[2:])),
-     ({"compensation": "none"}, (*LIGHT[:3], "none")), ({"roles": ["hidden"]}, (*LIGHT[:3], "none"))],
+     ({"compensation": "none"}, (*UNMEASURED[:3], "none")), ({"roles": ["hidden"]}, (*UNMEASURED[:3], "none"))],
     ids=["criterion", "allocation", "compensation", "roles"],
 )  # fmt: skip
 def test_what_the_user_says_stays(option: dict[str, Any], wanted: tuple[Any, ...]) -> None:
@@ -127,7 +141,7 @@ def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_pat
 
     out = pyprune.prune(tiny_llama(), ratio=0.2, method="best", calibration=ids(), output_dir=tmp_path / "out")
     assert out.report.parameters["with_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.005)
-    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("knapsack", "group_fisher")
+    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("descent", "group_fisher")
     assert len({c.width for c in out.plan.cuts}) > 1 and out.report.compensation is not None
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     again = pyprune.load(tmp_path / "out")

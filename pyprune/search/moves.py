@@ -34,7 +34,7 @@ class Moves:
         self.step = {g.name: max(1, budget.cost[g.name] * budget.limits[g.name].step) for g in groups}
         self.tolerance = min(self.step.values()) / 2
         self._quantum = sum(budget.cost[g.name] * g.units for g in groups) / len(self.groups) / PARTS
-        self._finest_first = sorted(self.groups, key=lambda g: self.step[g.name])
+        self.finest_first = sorted(self.groups, key=lambda g: self.step[g.name])
 
     def _cost(self, group: Group) -> int:
         return max(1, self.budget.cost[group.name])
@@ -82,7 +82,7 @@ class Moves:
             out[donor.name] = self.moved(donor, out[donor.name] - amount / self._cost(donor))
             out = self.mended(out, [taker])
         if not self.fits(out):
-            others = list(self._finest_first)
+            others = list(self.finest_first)
             rng.shuffle(others)
             others.sort(key=lambda g: self.step[g.name])
             out = self.mended(out, others)
@@ -97,7 +97,7 @@ class Moves:
         found = {name: ALLOCATIONS[name].allocate(self.groups, scores, self.budget) for name in MEASURED}
         found["linear_depth"] = self._by_depth(self.groups, lambda depth: 0.5 + depth)
         found["spared_ends"] = self._by_depth(self.groups, lambda depth: float(0.1 < depth < 0.99))
-        fine = [g for g in self.groups if g.role == self._finest_first[0].role]
+        fine = [g for g in self.groups if g.role == self.finest_first[0].role]
         if len(fine) < len(self.groups) and self.budget.count(self._least(fine)) <= self.budget.target:
             for name in ("uniform", "log_depth"):
                 alone = ALLOCATIONS[name].allocate(fine, scores, self.budget)
@@ -107,7 +107,7 @@ class Moves:
         self.tolerance = max(self.tolerance, min(misses.values()))
         out: dict[str, Widths] = {}
         for name, widths in found.items():
-            mended = self.mended(widths, self._finest_first)
+            mended = self.mended(widths, self.finest_first)
             if self.fits(mended) and mended not in out.values():
                 out[name] = mended
         return out

@@ -30,9 +30,11 @@ from pyprune.importance.calibration import (
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
 from pyprune.search.curves import allocate_by_curves, measure_curves
-from pyprune.search.evolution import Evolution, Limit
+from pyprune.search.descent import descend
+from pyprune.search.evolution import Evolution, Limit, Measure
 from pyprune.search.fitness import Fitness
 from pyprune.search.masking import Masking
+from pyprune.search.measurements import Remembered
 from pyprune.search.moves import Moves, Widths
 from pyprune.search.refits import PENALTY, Refits
 from pyprune.search.sites import Sites, find_sites
@@ -84,15 +86,17 @@ def search_plan(
     minutes: float | None = None,
     seed: int = 0,
     file: str | Path | None = None,
+    cache: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Plan:
     """A plan in which how many units each group keeps was searched for; which units, ``scores`` say.
 
     Or, with ``allocation="divergence"``, every group is measured alone at several widths, and the widths of least total
-    divergence are taken (:mod:`pyprune.search.curves`). The measure is the Kullback-Leibler divergence of the dense
-    model's next-token distributions from the candidate's, on calibration samples that nothing is fitted on. The weights
-    of ``model`` are never changed.
+    divergence are taken (:mod:`pyprune.search.curves`); with ``allocation="descent"``, the best plain allocation,
+    bettered along measured slopes (:mod:`pyprune.search.descent`). The measure is the Kullback-Leibler divergence of
+    the dense model's next-token distributions from the candidate's, on calibration samples that nothing is fitted on.
+    The weights of ``model`` are never changed.
 
     Args:
         model: a causal LM, dense.
@@ -103,7 +107,8 @@ def search_plan(
         ratio, target_params, widths, roles, layers, round_to, count_embeddings, min_keep, budget: as in
             :func:`pyprune.select`.
         allocation_scores: what the score-driven first candidates read in place of ``scores``.
-        allocation: ``"search"``, or ``"divergence"``, which takes no ``steps``, ``minutes`` and ``file``.
+        allocation: ``"search"``, or ``"divergence"`` or ``"descent"``, which take no ``steps``, ``minutes`` and
+            ``file``.
         compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``bias`` or
             ``none``.
         token_weighting: of the refits, as in :func:`pyprune.compensation.compensate`.
@@ -111,11 +116,12 @@ def search_plan(
         minutes: time, of all runs of the same search together.
         seed: of the moves. With a limit in steps alone the plan is the same whenever the seed is.
         file: JSON file that keeps the search's state; where it holds one of the same search, that goes on.
+        cache: folder that keeps what a descent measured; a killed one goes on, and the same one again measures nothing.
         overwrite: begin anew where ``file`` holds something else.
         progress: False silences the progress bar.
 
     Returns:
-        The plan; ``plan.details["search"]`` (or ``["divergence"]``) says what was tried and found.
+        The plan; ``plan.details["search"]`` (or ``["divergence"]``, ``["descent"]``) says what was tried and found.
 
     Raises:
         PyPruneError: what :func:`pyprune.select` refuses; roles whose units cannot be masked; too little calibration;
@@ -123,7 +129,7 @@ def search_plan(
     """
     check_limits(steps, minutes)
     for name, value in (("search_steps", steps), ("search_minutes", minutes), ("search_file", file)):
-        if allocation == "divergence" and value is not None:
+        if allocation != "search" and value is not None:
             raise PyPruneError(name, str(value), "is for allocation search", "Leave it out.")
     for option, value, known in (
         ("compensation", compensation, MODES),
@@ -137,10 +143,10 @@ def search_plan(
     check_vocabulary(calibration, model)
     searcher = _Searcher(
         model, groups, scores, calibration, compensation, token_weighting, Limit(steps, minutes), seed,
-        None if file is None else Path(file), overwrite,
+        None if file is None else Path(file), overwrite, None if cache is None else Path(cache),
     )  # fmt: skip
-    allocate = searcher.allocate if allocation == "search" else searcher.by_divergence
-    chosen = Allocation(allocation, allocate, by_layer=True, min_keep=ALLOCATIONS[allocation].min_keep)
+    ways = {"search": searcher.allocate, "divergence": searcher.by_divergence, "descent": searcher.by_descent}
+    chosen = Allocation(allocation, ways[allocation], by_layer=True, min_keep=ALLOCATIONS[allocation].min_keep)
     with bars.shown(progress is not False):
         plan = select(
             groups, scores, ratio, target_params=target_params, widths=widths, allocation=chosen, roles=roles,
@@ -180,12 +186,12 @@ class _Searcher:
 
     def __init__(
         self, model: nn.Module, groups: Groups, scores: Mapping[str, Any], calibration: Calibration, mode: str,
-        weighting: str, limit: Limit, seed: int, file: Path | None, overwrite: bool,
+        weighting: str, limit: Limit, seed: int, file: Path | None, overwrite: bool, cache: Path | None,
     ) -> None:  # fmt: skip
         self.model, self.groups, self.scores, self.calibration = model, groups, scores, calibration
         self.mode, self.weighting, self.seed = mode, weighting, seed
         self.limit = limit if (limit.steps, limit.minutes) != (None, None) else Limit(STEPS, None)
-        self.file, self.overwrite = file, overwrite
+        self.file, self.overwrite, self.cache = file, overwrite, cache
         self.reports: list[dict[str, Any]] = []
 
     def allocate(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
@@ -200,11 +206,7 @@ class _Searcher:
         file = self.file
         if file is not None and self.reports:  # a second search, when widths name several roles
             file = file.with_name(f"{file.name}.{len(self.reports) + 1}")
-        settings = [
-            {n: torch.from_numpy(o.copy()) for n, o in orders.items()}, {n: vars(v) for n, v in budget.limits.items()},
-            [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), seeds,
-            list(self.calibration.batches), self.mode, self.weighting, self.seed,
-        ]  # fmt: skip
+        settings = self._settings(groups, orders, budget, seeds)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         state = load_state(file, fingerprint(self.model, settings), self.overwrite)
@@ -239,6 +241,34 @@ class _Searcher:
         })  # fmt: skip
         return best
 
+    def by_descent(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
+        """Widths of ``groups`` from the best plain allocation along measured slopes."""
+        before = [self.groups[name] for name in budget.kept]
+        check_roles([g.role for g in (*groups, *before)])
+        orders = {n: removal_order(v) for n, v in checked_scores([*groups, *before], self.scores).items()}
+        moves = Moves(groups, budget)
+        seeds = moves.seeds(costs)
+        with self._measuring([*groups, *before], orders) as (fitness, refits, masking, sites, fit):
+            measure: Measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
+            if self.cache is not None:
+                of = fingerprint(self.model, self._settings(groups, orders, budget, seeds))
+                self.cache.mkdir(parents=True, exist_ok=True)
+                measure = Remembered(measure, self.cache / f"measured-{of[:32]}.json", of)
+            best, found = descend(moves, measure, seeds, _anchor(seeds))
+        self.reports.append({**found, **self._protocol(fitness, sites, fit)})
+        log.info("descent: divergence %.4f after %d rounds", found["divergence"], len(found["rounds"]) - 1)
+        return best
+
+    def _settings(
+        self, groups: Sequence[Group], orders: Mapping[str, np.ndarray], budget: Budget, seeds: Mapping[str, Widths]
+    ) -> list[Any]:
+        """All that a measurement depends on beside the model."""
+        return [
+            {n: torch.from_numpy(o.copy()) for n, o in orders.items()}, {n: vars(v) for n, v in budget.limits.items()},
+            [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), seeds,
+            list(self.calibration.batches), self.mode, self.weighting, self.seed,
+        ]  # fmt: skip
+
     @contextmanager
     def _measuring(
         self, groups: Sequence[Group], orders: Mapping[str, np.ndarray]
@@ -250,9 +280,12 @@ class _Searcher:
         parameters = dict(self.model.named_parameters())
         masking = Masking({n: parameters[n] for n in {**sites.read, **sites.made}})
         refits = Refits(self.model, sites, self.mode)
-        with walking(self.model, masking.watched):
-            blocks = walk.blocks if walk.whole is None else None
-            yield Fitness(self.model, blocks, refits, masking, held), refits, masking, sites, fit
+        try:
+            with walking(self.model, masking.watched):
+                blocks = walk.blocks if walk.whole is None else None
+                yield Fitness(self.model, blocks, refits, masking, held), refits, masking, sites, fit
+        finally:
+            refits.clear()  # the largest of what would else wait for the garbage collector
 
     def _report(self, state: State, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:
         return {
@@ -262,13 +295,19 @@ class _Searcher:
             "evaluations": state.evaluations,
             "seconds": round(state.seconds, 1),
             "seed": self.seed,
+            **self._protocol(fitness, sites, fit),
+            "history": state.history,
+        }
+
+    def _protocol(self, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:
+        """How candidates were measured."""
+        return {
             "compensation": self.mode,
-            "penalty": PENALTY if self.mode == "least-squares" else None,
+            "penalty": PENALTY if self.mode in ("least-squares", "obs") else None,
             "held_out_tokens": sum(fitness.tokens),
             "screening_tokens": sum(fitness.tokens[: (len(fitness.tokens) + 1) // 2]),
             "fitted_tokens": sum(s.targets.numel() for s in fit) if self.mode != "none" else 0,
             "masked_matrices": len(sites.read) + len(sites.made),
-            "history": state.history,
         }
 
 

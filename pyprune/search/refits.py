@@ -18,7 +18,7 @@ from pyprune.search.masking import Exchanged, Masking, zero_columns
 from pyprune.search.sites import Sites
 
 PENALTY = 0.03  # in the middle of what the compensation stage chooses on held-out tokens
-CACHE_BYTES = 512 << 20
+CACHED = 1.5  # refitted matrices that are kept, in multiples of all matrices that are refitted
 
 
 class Refits:
@@ -28,16 +28,20 @@ class Refits:
         model: the dense model.
         sites: where units are masked.
         mode: ``least-squares``, ``bias`` or ``none``, as in :func:`pyprune.compensation.compensate`.
-        cache_bytes: of refitted matrices that are kept, those used last.
+        cache_bytes: of refitted matrices that are kept, those used last; None: 1.5 times what all of them take.
 
     Attributes:
         grams: matrix -> sums over its inputs, float32 [inputs, inputs] (one row and column more where a bias is
             added): the memory that the search takes beside the model, as long as ``mode`` asks for them.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites, mode: str, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, model: nn.Module, sites: Sites, mode: str, cache_bytes: int | None = None) -> None:
         self.model = model
-        self.sites, self.mode, self.cache_bytes = sites, mode, cache_bytes
+        self.sites, self.mode = sites, mode
+        if cache_bytes is None:
+            parameters = dict(model.named_parameters())
+            cache_bytes = int(CACHED * sum(parameters[n].numel() * parameters[n].element_size() for n in sites.read))
+        self.cache_bytes = cache_bytes
         self.grams: dict[Key, Sums] = {}
         self._whole: set[str] = set()  # sites that are not masked yet, while inputs are collected
         self._cache: OrderedDict[tuple[Key, tuple[int, ...]], Exchanged] = OrderedDict()
@@ -56,6 +60,12 @@ class Refits:
 
         masking.exchange = exchange
 
+    def clear(self) -> None:
+        """Drop all sums and what was made from them."""
+        self.grams.clear()
+        self._cache.clear()
+        self._bytes = 0
+
     def collect(self, steps: Sequence[Step], masking: Masking, weighting: str, anchor: Mapping[str, int]) -> None:
         """Gram matrices over ``steps``.
 
@@ -65,9 +75,7 @@ class Refits:
         Raises:
             PyPruneError: inputs with NaN or infinity.
         """
-        self.grams.clear()
-        self._cache.clear()
-        self._bytes = 0
+        self.clear()
         self._whole = set(self.sites.read) if self.mode != "none" else set()
         if self.mode == "none":
             return

@@ -65,20 +65,28 @@ class State:
         Raises:
             PyPruneError: it cannot be written.
         """
-        if file is None:
-            return
-        work = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        try:
-            with work.open("w", encoding="utf-8") as out:
-                json.dump({"format": FORMAT, "version": VERSION, **asdict(self)}, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(work, file)
-        except OSError as error:
-            with suppress(OSError):
-                work.unlink()
-            hint = "Name a file in a folder that can be written, on a disk with room."
-            raise PyPruneError("search_file", str(file), f"cannot be written: {error.strerror}", hint) from error
+        if file is not None:
+            write_json(file, {"format": FORMAT, "version": VERSION, **asdict(self)}, "search_file")
+
+
+def write_json(file: Path, data: Any, option: str) -> None:
+    """A JSON file that is whole at any time.
+
+    Raises:
+        PyPruneError: it cannot be written; ``option`` is what the user named it by.
+    """
+    work = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with work.open("w", encoding="utf-8") as out:
+            json.dump(data, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(work, file)
+    except OSError as error:
+        with suppress(OSError):
+            work.unlink()
+        hint = "Name a file in a folder that can be written, on a disk with room."
+        raise PyPruneError(option, str(file), f"cannot be written: {error.strerror}", hint) from error
 
 
 def load_state(file: Path | None, fingerprint: str, overwrite: bool = False) -> State:
