@@ -87,7 +87,7 @@ def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
 
 def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
     """Whether widths can be measured on the model: channels, with a refit, in one step, in memory that is there."""
-    sums = sum(4 * g.outer * g.units**2 for g in cut)
+    sums = sum(2 * g.outer * g.units**2 for g in cut)
     refitted = recipe.compensate.compensation in REFITS and all(g.role in CHANNELS for g in cut)
     return refitted and samples >= LEAST_SAMPLES and recipe.select.iterative_steps == 1 and sums <= MEASURED_UP_TO
 

@@ -84,7 +84,7 @@ def test_widths_are_measured_only_where_there_is_text_and_memory_for_it(monkeypa
     assert said(settled(model, samples=3, ratio=0.1)) == UNMEASURED
     assert said(settled(model, ratio=0.1, iterative_steps=2)) == UNMEASURED
     assert said(settled(model, ratio=0.1, roles=["kv_heads", "ffn"])) == UNMEASURED
-    sums = sum(4 * g.units**2 for g in discover(model) if g.role == "ffn")
+    sums = sum(2 * g.units**2 for g in discover(model) if g.role == "ffn")
     monkeypatch.setattr(method, "MEASURED_UP_TO", sums)
     assert said(settled(model, ratio=0.1)) == LIGHT
     monkeypatch.setattr(method, "MEASURED_UP_TO", sums - 1)

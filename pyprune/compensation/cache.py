@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pyprune.compensation.gather import Gathered
 from pyprune.compensation.refit import Sums
+from pyprune.compensation.triangle import mirrored, upper
 from pyprune.importance.cache import keep_file, running_versions
 from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.taps import Key
@@ -194,7 +195,7 @@ def _closed(gathered: Gathered, parameters: Mapping[str, nn.Parameter]) -> tuple
         entry: dict[str, Any] = {"expert": key.expert, "bias": _where(gathered.biases.get(key), parameters)}
         for part, sums in (("train", train), ("held", gathered.held[key])):
             gram = sums.gram.cpu()
-            tensors[f"{place}{part}.gram"] = _upper(gram) if torch.equal(gram, gram.t()) else gram.contiguous()
+            tensors[f"{place}{part}.gram"] = upper(gram) if torch.equal(gram, gram.t()) else gram.contiguous()
             if sums.cross is not None:
                 tensors[f"{place}{part}.cross"] = sums.cross.cpu().contiguous()
             entry[part] = {"inputs": len(gram), "power": sums.power, "rows": sums.rows}
@@ -213,7 +214,7 @@ def _opened(
         place = "" if key.expert is None else f"{key.expert}."
         for part, into in (("train", found.train), ("held", found.held)):
             gram, cross = tensors[f"{place}{part}.gram"], tensors.get(f"{place}{part}.cross")
-            gram = gram if gram.dim() == 2 else _mirrored(gram, entry[part]["inputs"])
+            gram = gram if gram.dim() == 2 else mirrored(gram, entry[part]["inputs"])
             cross = None if cross is None else cross.to(device)
             into[key] = Sums(gram.to(device), cross, entry[part]["power"], entry[part]["rows"])
         if entry["bias"] is not None:
@@ -237,20 +238,3 @@ def _there(place: list[Any], parameters: Mapping[str, nn.Parameter]) -> Tensor:
     name, offset, sizes, strides = place
     p = parameters[name]
     return torch.as_strided(p.detach(), sizes, strides, p.storage_offset() + offset)
-
-
-def _upper(gram: Tensor) -> Tensor:
-    """The upper triangle of a symmetric matrix [n, n], row after row: [n (n + 1) / 2]."""
-    return torch.cat([row[i:] for i, row in enumerate(gram)])
-
-
-def _mirrored(upper: Tensor, n: int) -> Tensor:
-    """The matrix [n, n] of an upper triangle, element for element."""
-    out = upper.new_empty(n, n)
-    start = 0
-    for i in range(n):
-        row = upper[start : start + n - i]
-        out[i, i:] = row
-        out[i:, i] = row
-        start += n - i
-    return out

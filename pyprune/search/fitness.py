@@ -64,7 +64,12 @@ class Fitness:
             if not bool(logits.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
-            self._dense.append(_summary(logits[self._real[number]]))
+            self._dense.append(_summary(self._scored(number, logits)))
+
+    def _scored(self, number: int, logits: Tensor) -> Tensor:
+        """Those of the tokens that count, [tokens, vocabulary]; no copy where all of them do."""
+        mask = self._real[number]
+        return logits.flatten(0, -2) if bool(mask.all()) else logits[mask]
 
     @property
     def tokens(self) -> list[int]:
@@ -81,7 +86,7 @@ class Fitness:
         for number in range(first, last):
             start = max((j for j in self._streams[number] if j <= changed), default=0)
             logits = self._logits(number, start, self._streams[number].get(start))
-            total += _divergence(logits[self._real[number]], *self._dense[number])
+            total += _divergence(self._scored(number, logits), *self._dense[number])
         return total if math.isfinite(total) else math.inf
 
     def of(self, widths: Mapping[str, int]) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pyprune import progress as bars
 from pyprune.compensation.refit import Sums, solve
+from pyprune.compensation.triangle import mirrored, upper
 from pyprune.errors import PyPruneError
 from pyprune.importance.steps import Step
 from pyprune.importance.taps import Key
@@ -18,7 +20,17 @@ from pyprune.search.masking import Exchanged, Masking, zero_columns
 from pyprune.search.sites import Sites
 
 PENALTY = 0.03  # in the middle of what the compensation stage chooses on held-out tokens
-CACHED = 1.5  # refitted matrices that are kept, in multiples of all matrices that are refitted
+CACHED = 1.2  # refitted matrices that are kept, in multiples of all matrices that are refitted
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """Mean products of a matrix's inputs, [size, size], the upper half of it: float32 [size (size + 1) / 2]; from how
+    many inputs."""
+
+    values: Tensor
+    size: int
+    rows: int
 
 
 class Refits:
@@ -28,11 +40,11 @@ class Refits:
         model: the dense model.
         sites: where units are masked.
         mode: ``least-squares``, ``bias`` or ``none``, as in :func:`pyprune.compensation.compensate`.
-        cache_bytes: of refitted matrices that are kept, those used last; None: 1.5 times what all of them take.
+        cache_bytes: of refitted matrices that are kept, those used last; None: 1.2 times what all of them take.
 
     Attributes:
-        grams: matrix -> sums over its inputs, float32 [inputs, inputs] (one row and column more where a bias is
-            added): the memory that the search takes beside the model, as long as ``mode`` asks for them.
+        grams: matrix -> mean products of its inputs (and of a one where a bias is added), float32: the memory that the
+            search takes beside the model, as long as ``mode`` asks for them.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, mode: str, cache_bytes: int | None = None) -> None:
@@ -42,7 +54,7 @@ class Refits:
             parameters = dict(model.named_parameters())
             cache_bytes = int(CACHED * sum(parameters[n].numel() * parameters[n].element_size() for n in sites.read))
         self.cache_bytes = cache_bytes
-        self.grams: dict[Key, Sums] = {}
+        self.grams: dict[Key, Triangle] = {}
         self._whole: set[str] = set()  # sites that are not masked yet, while inputs are collected
         self._cache: OrderedDict[tuple[Key, tuple[int, ...]], Exchanged] = OrderedDict()
         self._bytes = 0
@@ -105,7 +117,7 @@ class Refits:
                 raise PyPruneError("model", key.name, "is given inputs with NaN or infinity", hint)
             # Scale changes nothing in a refit, and mean values keep float32 from running over.
             sums.gram /= max(1, sums.rows)
-        self.grams.update(found)
+            self.grams[key] = Triangle(upper(sums.gram), len(sums.gram), sums.rows)
         self._whole.discard(name)
 
     def _matrix(self, key: Key, weight: Tensor, bias: Tensor | None, widths: Mapping[str, int]) -> Exchanged:
@@ -127,14 +139,15 @@ class Refits:
         return found
 
     def _exchanged(self, key: Key, weight: Tensor, bias: Tensor | None, gone: Tensor) -> Exchanged:
-        sums = self.grams.get(key)
+        half = self.grams.get(key)
         plain = Exchanged(zero_columns(weight, gone))
-        if sums is None or not sums.rows:  # nothing asked for, or an expert that no token reached
+        if half is None or not half.rows:  # nothing asked for, or an expert that no token reached
             return plain
+        gram = mirrored(half.values, half.size)
         if self.mode == "bias":
             if bias is None:
                 return plain
-            means = sums.gram[:-1, -1].double() / sums.gram[-1, -1].double()
+            means = gram[:-1, -1].double() / gram[-1, -1].double()
             moved = bias.double() + weight[:, gone].double() @ means[gone]
             return Exchanged(plain.weight, moved.to(bias.dtype))
         wide = weight.double()
@@ -144,9 +157,9 @@ class Refits:
             wide = torch.cat([wide, bias.double()[:, None]], dim=1)
             stays = torch.cat([stays, stays.new_ones(1)])
         kept = stays.nonzero()[:, 0]
-        rows = sums.gram[kept].double()
+        rows = gram[kept].double()
         here = torch.arange(len(kept), device=kept.device)
-        fitted = solve(rows[:, kept], rows @ wide.t(), wide[:, kept], here, penalty(len(kept), sums.rows))
+        fitted = solve(rows[:, kept], rows @ wide.t(), wide[:, kept], here, penalty(len(kept), half.rows))
         if fitted is None or not bool(fitted.isfinite().all()):
             return plain
         out = torch.zeros_like(wide)

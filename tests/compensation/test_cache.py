@@ -23,8 +23,8 @@ from pyprune import discover, score, select
 from pyprune.compensation import compensate
 from pyprune.compensation import gather as gathering
 from pyprune.compensation import stage as stages
-from pyprune.compensation.cache import _mirrored, _upper
 from pyprune.compensation.stage import Compensation
+from pyprune.compensation.triangle import mirrored, upper
 from pyprune.errors import PyPruneError
 from pyprune.importance.steps import Forward
 from pyprune.selection.plan import Plan
@@ -298,8 +298,8 @@ def test_a_triangle_gives_the_matrix_back_bit_for_bit(dtype: torch.dtype) -> Non
     x = torch.randn(30, 7, dtype=dtype, generator=torch.Generator().manual_seed(1))
     gram = x.t() @ x
     gram = gram.triu() + gram.triu(1).t()
-    upper = _upper(gram)
-    assert upper.shape == (28,) and torch.equal(_mirrored(upper, 7), gram)
+    half = upper(gram)
+    assert half.shape == (28,) and torch.equal(mirrored(half, 7), gram)
 
 
 def test_held_out_samples_that_change_change_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
