@@ -64,6 +64,8 @@ def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig
     recipe = replace(recipe, compensate=how)
     if goes <= LIGHT_UP_TO and _can_measure(recipe, cut, samples):
         recipe = _allocated(recipe, "descent", OPEN[1])
+    if recipe.select.allocation == "descent" and recipe.score.score_tokens == METHODS["best"]["score_tokens"]:
+        recipe = replace(recipe, score=replace(recipe.score, score_tokens=None))  # measured is what these order
     return recipe
 
 
@@ -97,4 +99,8 @@ def _allocated(recipe: PruneConfig, allocation: str, criterion: str | None) -> P
     asked = recipe.select
     if (asked.allocation, asked.allocation_criterion) != OPEN:
         return recipe
-    return replace(recipe, select=replace(asked, allocation=allocation, allocation_criterion=criterion))
+    tokens = asked.allocation_tokens if criterion is not None else None
+    return replace(
+        recipe,
+        select=replace(asked, allocation=allocation, allocation_criterion=criterion, allocation_tokens=tokens),
+    )

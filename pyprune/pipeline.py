@@ -170,7 +170,8 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     depth: dict[str, Any] | None = None
     costs = None
     if recipe.select.allocation_criterion is not None:
-        costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None)
+        tokens = recipe.select.allocation_tokens or recipe.score.score_tokens
+        costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None, score_tokens=tokens)
     plan, smaller, now = Plan(), dense.model, groups
     made: list[Compensation] = []
     if dense.mine:

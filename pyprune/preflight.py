@@ -66,6 +66,9 @@ def check_request(recipe: PruneConfig) -> None:
         if not by_depth and value != default:
             hint = "Say how many with remove_layers, or leave it out."
             raise PyPruneError(name, value, "says what goes of layers, and none are removed", hint)
+    if asked.allocation_tokens is not None and asked.allocation_criterion is None:
+        hint = "Name allocation_criterion too, or use score_tokens."
+        raise PyPruneError("allocation_tokens", asked.allocation_tokens, "is for a criterion that is not named", hint)
     if asked.allocation_criterion is not None:
         check_scoring(
             replace(recipe.score, criterion=asked.allocation_criterion, route=None), recipe.calibration.calibration

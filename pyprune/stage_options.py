@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
         "criterion": "wanda", "allocation": "knapsack", "allocation_criterion": "group_fisher", "compensation": "obs",
-        "compensation_scope": "ffn", "score_tokens": 8192,
+        "compensation_scope": "ffn", "score_tokens": 8192, "allocation_tokens": 8192,
     },
     "plain": {},
 }  # fmt: skip
@@ -233,6 +233,9 @@ class SelectConfig(ScopeConfig):
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."
+    )
+    allocation_tokens: int | None = option(
+        None, parsing.tokens(), "score_tokens of allocation_criterion, where that reads fewer. Left out: score_tokens."
     )
     round_to: Any = option(None, parsing.multiples("round_to"), "Keep channels in multiples of N, or by role.")
     min_keep: Any = option(

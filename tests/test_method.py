@@ -75,7 +75,10 @@ def test_it_says_nothing_to_other_verbs(tmp_path: Path) -> None:
 
 def test_a_small_ratio_takes_channels_where_their_loss_is_least() -> None:
     recipe = settled(tiny_llama(), ratio=0.1)
-    assert said(recipe) == LIGHT and recipe.select.roles == ("ffn",) and recipe.score.score_tokens == 8192
+    assert said(recipe) == LIGHT and recipe.select.roles == ("ffn",)
+    assert recipe.score.score_tokens is None and recipe.select.allocation_tokens == 8192
+    assert settled(tiny_llama(), ratio=0.1, score_tokens=64).score.score_tokens == 64
+    assert settled(tiny_llama(), ratio=0.5).score.score_tokens == 8192
 
 
 def test_widths_are_measured_only_where_there_is_text_and_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

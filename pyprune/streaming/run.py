@@ -45,6 +45,8 @@ _WITHOUT = {
     "remove_layers": "Remove layers of a model that fits into memory, or leave it out.",
     "cache": "Finished work is kept beside the output in any case.",
     "activation_memory": "Leave it out: everything is recomputed.",
+    "allocation_criterion": "Leave it out: one criterion is measured.",
+    "score_tokens": "Bound what is read with samples and length.",
 }
 
 
@@ -179,6 +181,9 @@ def _check(recipe: PruneConfig, model: Any) -> Path:
     if recipe.select.scores_file is None and get_criterion(criterion).forward_only:
         hint = "Choose random, l1, l2 or one of the Taylor and Fisher criteria."
         raise PyPruneError("criterion", criterion, "does not go with stream", hint)
+    if recipe.compensate.compensation != "none":
+        how = recipe.compensate.compensation
+        raise PyPruneError("compensation", how, "does not go with stream", "Leave it out, or leave stream out.")
     given = recipe.to_dict()
     for name, hint in _WITHOUT.items():
         if given[name] is not None:

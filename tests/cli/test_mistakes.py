@@ -54,6 +54,11 @@ def test_other_unknown_names(call, place, option: str, value: str, nearest: str)
     assert f"--{option} '{value}': is not known. Did you mean '{nearest}'?" in line
 
 
+def test_tokens_for_an_allocation_criterion_that_is_not_named(call, place) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--criterion", "l2", "--allocation_tokens", "256")
+    assert "--allocation_tokens 256: is for a criterion that is not named" in line
+
+
 def test_text_too_short_for_the_samples(call, place) -> None:
     line = refused(
         call,

@@ -14,7 +14,7 @@ from helpers_mixtures import mixture
 from torch import Tensor, nn
 
 import pyprune
-from pyprune import apply, discover, score, select
+from pyprune import apply, discover, pipeline, score, select
 from pyprune.compensation import compensate
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.errors import PyPruneError
@@ -270,6 +270,25 @@ def test_a_criterion_of_its_own_decides_how_much_each_layer_loses() -> None:
     assert out.scores.criterion == alone.scores.criterion == "wanda"
     assert out.plan.details["widths"] != alone.plan.details["widths"]
     assert "score for allocation" in [s["name"] for s in out.report.stages]
+
+
+def test_what_it_reads_may_be_bounded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, real = {}, pipeline.score
+
+    def watched(model, groups, batches, **options):
+        read[options["criterion"]] = batches.tokens
+        return real(model, groups, batches, **options)
+
+    monkeypatch.setattr(pipeline, "score", watched)
+    options = {
+        "widths": {"ffn": 0.5}, "calibration": ids(20), "criterion": "wanda", "allocation": "knapsack",
+        "allocation_criterion": "group_fisher",
+    }  # fmt: skip
+    length = ids(20).shape[1]
+    pyprune.prune(tiny_llama(), allocation_tokens=4 * length, **options)
+    assert read == {"wanda": 20 * length, "group_fisher": 4 * length}
+    pyprune.prune(tiny_llama(), score_tokens=6 * length, **options)
+    assert read == {"wanda": 6 * length, "group_fisher": 6 * length}
 
 
 def test_weights_of_16_bits_are_refitted_and_keep_their_type() -> None:

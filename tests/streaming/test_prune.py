@@ -105,6 +105,9 @@ def test_a_scores_file_is_used(sharded, text, tmp_path) -> None:
         ({"profile": "uniform"}, "profile"),
         ({"iterative_steps": 2}, "iterative_steps"),
         ({"activation_memory": 64.0}, "activation_memory"),
+        ({"compensation": "least-squares", "calibration": torch.zeros(4, 8, dtype=torch.long)}, "compensation"),
+        ({"allocation_criterion": "group_fisher", "calibration": torch.zeros(4, 8).long()}, "allocation_criterion"),
+        ({"score_tokens": 64}, "score_tokens"),
         ({"output_dir": None}, "output_dir"),
     ],
 )
