@@ -23,7 +23,7 @@ from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
 
 TOP = 256
-STREAM_BYTES = 128 << 20  # of residual streams at the borders of blocks
+STREAM_BYTES = 64 << 20  # of residual streams at the borders of blocks
 PIECE_BYTES = 32 << 20  # of wide logits at a time
 
 

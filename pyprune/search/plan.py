@@ -331,8 +331,8 @@ class _Measure:
     def anchor(self, widths: Mapping[str, int]) -> bool:
         if self._refits.mode == "none":
             return False
-        self._refits.collect(self._fit, self._masking, self._weighting, {**self._kept, **widths})
         self._fitness.forget()
+        self._refits.collect(self._fit, self._masking, self._weighting, {**self._kept, **widths})
         return True
 
 
