@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real_model
 def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(call, smollm2_path: Path, tmp_path: Path) -> None:
     train, test = write_text(tmp_path / "train.txt", 40_000), write_text(tmp_path / "test.txt", 8_000, skip=60_000)
     ended = call(
-        "prune", str(smollm2_path), "--ratio", "0.2", "--calibration", str(train), "--samples", "4", "--length", "128",
+        "prune", str(smollm2_path), "--ratio", "0.2", "--calibration", str(train), "--samples", "3", "--length", "170",
         "--eval_text", str(test), "--eval_length", "128", "--eval_windows", "4", "--prompt", "The for statement is",
         "--prompt_tokens", "12", "--output_dir", str(tmp_path / "out"), "--json",
     )  # fmt: skip
