@@ -2,8 +2,7 @@
 
 Up to about a third of the parameters FFN channels go, as many in each layer as measured on the model, or, where that
 would take much memory or has too little text, where their expected loss is least; beyond that heads go too, and more in
-later layers. Heads go also where the budget is not one of parameters. Options that the user gives stay as they are; an
-allocation ``knapsack`` by ``group_fisher`` is taken for the method's own, whoever named it.
+later layers. Heads go also where the budget is not one of parameters. Options that the user gives stay as they are.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ from pyprune.errors import PyPruneError
 from pyprune.search.plan import LEAST_SAMPLES
 from pyprune.selection.global_ranking import FLOORS
 from pyprune.selection.scope import roles_to_share
-from pyprune.stage_options import METHODS
+from pyprune.stage_options import AUTO
 from pyprune.surgery.skeleton import is_stock
 
 CHANNELS = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
 MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
-OPEN = METHODS["best"]["allocation"], METHODS["best"]["allocation_criterion"]  # an allocation that nobody named
+SCORE_TOKENS = 8192  # what criteria read where they order units that nothing is measured with
+SCORELESS = ("uniform", "log_depth", "linear_depth", "divergence")  # allocations that no criterion is asked for
 
 
 def for_profile(recipe: PruneConfig) -> PruneConfig:
     """With the same widths in every layer where the profile holds no others."""
     if recipe.select.method != "best" or recipe.save.profile is None or not get_profile(recipe.save.profile).EVEN:
         return recipe
-    return _allocated(recipe, "uniform", None)
+    return _allocated(recipe, "uniform")
 
 
 def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig:
@@ -48,7 +48,7 @@ def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
     if goes > LIGHT_UP_TO:
-        recipe = _allocated(recipe, "log_depth", None)
+        recipe = _allocated(recipe, "log_depth")
     elif sized and asked.roles is None and asked.budget == "parameters":
         channels = groups.prunable(CHANNELS)
         room = sum(int(g.units * (1 - FLOORS[g.role])) * g.outer * groups.parameters_per_unit(g) for g in channels)
@@ -62,10 +62,12 @@ def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)
-    if goes <= LIGHT_UP_TO and _can_measure(recipe, cut, samples):
-        recipe = _allocated(recipe, "descent", OPEN[1])
-    if recipe.select.allocation == "descent" and recipe.score.score_tokens == METHODS["best"]["score_tokens"]:
-        recipe = replace(recipe, score=replace(recipe.score, score_tokens=None))  # measured is what these order
+    recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else "knapsack")
+    if recipe.select.allocation in SCORELESS:
+        recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=None, allocation_tokens=None))
+    if recipe.score.score_tokens is None and recipe.select.allocation != "descent":
+        # A descent measures widths of units in this order, so that a better order is worth all tokens there.
+        recipe = replace(recipe, score=replace(recipe.score, score_tokens=SCORE_TOKENS))
     return recipe
 
 
@@ -94,13 +96,7 @@ def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
     return refitted and samples >= LEAST_SAMPLES and recipe.select.iterative_steps == 1 and sums <= MEASURED_UP_TO
 
 
-def _allocated(recipe: PruneConfig, allocation: str, criterion: str | None) -> PruneConfig:
-    """With ``allocation``, and ``criterion`` to start it with, where the user named none."""
+def _allocated(recipe: PruneConfig, allocation: str) -> PruneConfig:
+    """With ``allocation`` where none is settled yet."""
     asked = recipe.select
-    if (asked.allocation, asked.allocation_criterion) != OPEN:
-        return recipe
-    tokens = asked.allocation_tokens if criterion is not None else None
-    return replace(
-        recipe,
-        select=replace(asked, allocation=allocation, allocation_criterion=criterion, allocation_tokens=tokens),
-    )
+    return recipe if asked.allocation != AUTO else replace(recipe, select=replace(asked, allocation=allocation))

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError, unknown_name
-from pyprune.stage_options import ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
+from pyprune.stage_options import AUTO, ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
 
 OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
 
@@ -47,7 +47,11 @@ def check_request(recipe: PruneConfig) -> None:
         check_source("calibration", recipe.calibration.calibration)
         if recipe.score.cache is not None:
             check_folder(recipe.score.cache)
-    if asked.allocation not in ALLOCATIONS:
+    if asked.allocation == AUTO:
+        if asked.method != "best":
+            hint = "Give method best, or name an allocation."
+            raise PyPruneError("allocation", AUTO, "is what method best settles, and it is not asked for", hint)
+    elif asked.allocation not in ALLOCATIONS:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
     check_budget(recipe)
     check_search(recipe)
@@ -172,9 +176,8 @@ def hold_to_profile(asked: SelectConfig, profile: str) -> None:
     from pyprune.selection.select import ALLOCATIONS
 
     module = get_profile(profile)
-    allocation = ALLOCATIONS[asked.allocation]
     hint = "Choose another profile: gguf and hetero-hf hold different widths in different layers."
-    if module.EVEN and allocation.by_layer:
+    if module.EVEN and ALLOCATIONS[asked.allocation].by_layer:
         problem = f"gives layers different widths, which profile {profile} does not hold"
         raise PyPruneError("allocation", asked.allocation, problem, f"Use uniform. {hint}")
     sized = asked.ratio is not None or asked.target_params is not None

@@ -37,10 +37,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Recipe name -> options."""
+AUTO = "auto"  # the allocation that a method settles when it knows the model and the size
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
-        "criterion": "wanda", "allocation": "knapsack", "allocation_criterion": "group_fisher", "compensation": "obs",
-        "compensation_scope": "ffn", "score_tokens": 8192, "allocation_tokens": 8192,
+        "criterion": "wanda", "allocation": AUTO, "allocation_criterion": "group_fisher", "allocation_tokens": 8192,
+        "compensation": "obs", "compensation_scope": "ffn",
     },
     "plain": {},
 }  # fmt: skip
@@ -228,14 +229,17 @@ class SelectConfig(ScopeConfig):
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth and "
         "linear_depth (more in later layers), divergence (each layer measured alone at several widths on the model, "
-        "then a knapsack), descent (the best of these, then along slopes measured on the model), search (tried out on "
-        "the model, as the options of Search say).",
+        "then a knapsack), descent (whichever of uniform, the depth schedules, global and knapsack measures best, then "
+        "wider and narrower along slopes measured on the model), search (tried out on the model, as the options of "
+        "Search say); auto, with method best only: by the size and the model.",
     )
     allocation_criterion: str | None = option(
         None, parsing.text(), "Criterion that says how much each layer loses, as group_fisher. Left out: criterion."
     )
     allocation_tokens: int | None = option(
-        None, parsing.tokens(), "score_tokens of allocation_criterion, where that reads fewer. Left out: score_tokens."
+        None,
+        parsing.tokens(),
+        "Score with allocation_criterion on the first N tokens of the calibration only. Left out: as score_tokens.",
     )
     round_to: Any = option(None, parsing.multiples("round_to"), "Keep channels in multiples of N, or by role.")
     min_keep: Any = option(

@@ -37,3 +37,10 @@ def make(model: nn.Module | None = None, roles: tuple[str, ...] = ("kv_heads", "
     model = tiny_llama() if model is None else model
     groups = discover(model)
     return Case(model, groups, score(model, groups, ids(8, vocabulary=vocabulary), "wanda", roles=list(roles)))
+
+
+def divergence(dense: nn.Module, cut: nn.Module, tokens: Tensor) -> float:
+    """Kullback-Leibler divergence over the whole vocabulary, nats a token."""
+    with torch.no_grad():
+        p, q = (m(tokens).logits.log_softmax(-1) for m in (dense, cut))
+    return float((p.exp() * (p - q)).sum(-1).mean())

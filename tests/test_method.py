@@ -67,6 +67,18 @@ def test_a_saved_recipe_says_the_method_that_was_taken() -> None:
     assert PruneConfig.build(recipe.to_dict()) == recipe
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_a_settled_recipe_settles_to_itself(ratio: float) -> None:
+    recipe = settled(tiny_llama(), ratio=ratio)
+    again = method.for_groups(PruneConfig.build(recipe.to_dict()), discover(tiny_llama()), 128)
+    assert again == recipe
+
+
+def test_an_allocation_is_settled_by_the_method_only() -> None:
+    with pytest.raises(PyPruneError, match="allocation 'auto': is what method best settles"):
+        pyprune.prune(tiny_llama(), ratio=0.2, criterion="l2", allocation="auto")
+
+
 def test_it_says_nothing_to_other_verbs(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("method: best\n")
@@ -78,6 +90,7 @@ def test_a_small_ratio_takes_channels_where_their_loss_is_least() -> None:
     assert said(recipe) == LIGHT and recipe.select.roles == ("ffn",)
     assert recipe.score.score_tokens is None and recipe.select.allocation_tokens == 8192
     assert settled(tiny_llama(), ratio=0.1, score_tokens=64).score.score_tokens == 64
+    assert settled(tiny_llama(), ratio=0.1, allocation="knapsack").score.score_tokens == 8192
     assert settled(tiny_llama(), ratio=0.5).score.score_tokens == 8192
 
 
@@ -124,8 +137,9 @@ def test_channels_of_experts_are_channels() -> None:
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [({"criterion": "flap"}, ("flap", *LIGHT[1:])), ({"allocation": "global"}, (LIGHT[0], "global", *LIGHT[2:])),
+     ({"allocation": "knapsack"}, UNMEASURED), ({"allocation": "uniform"}, EVEN),
      ({"compensation": "none"}, (*UNMEASURED[:3], "none")), ({"roles": ["hidden"]}, (*UNMEASURED[:3], "none"))],
-    ids=["criterion", "allocation", "compensation", "roles"],
+    ids=["criterion", "allocation", "knapsack", "uniform", "compensation", "roles"],
 )  # fmt: skip
 def test_what_the_user_says_stays(option: dict[str, Any], wanted: tuple[Any, ...]) -> None:
     assert said(settled(tiny_llama(), ratio=0.1, **option)) == wanted

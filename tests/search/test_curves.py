@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_families import build
 from helpers_llama import tiny_llama
-from helpers_mixtures import mixture
-from helpers_search import ids, make
+from helpers_search import divergence, ids, make
 from helpers_selection import llama_groups
 
 import pyprune
-from pyprune import apply, discover, measure_budget, select
-from pyprune.errors import PyPruneError
+from pyprune import apply, discover, select
 from pyprune.search import search_plan
 from pyprune.search.curves import BROKEN, allocate_by_curves, levels, unit_prices
 from pyprune.selection.accounting import Accounting
@@ -69,12 +66,6 @@ def test_the_choice_is_the_best_of_all_choices_of_measured_widths() -> None:
         assert sum(known[n][w] for n, w in found.items()) == pytest.approx(min(every))
 
 
-def divergence(model: torch.nn.Module, cut: torch.nn.Module, x: torch.Tensor) -> float:
-    with torch.no_grad():
-        p, q = (m(x).logits.log_softmax(-1) for m in (model, cut))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
 def test_a_curve_holds_the_divergence_of_the_model_with_that_group_alone_cut() -> None:
     model = tiny_llama()
     groups = discover(model)
@@ -117,28 +108,6 @@ def test_it_ends_nearer_to_the_dense_model_than_equal_widths_on_other_tokens() -
     assert found[0] < found[1]
 
 
-def test_the_budget_is_met_in_its_unit_and_the_weights_stay() -> None:
-    case = make(tiny_llama(intermediate_size=96), roles=("ffn",))
-    before = [p.clone() for p in case.model.parameters()]
-    macs = measure_budget(case.model, case.groups, "macs")
-    for budget in ("parameters", macs):
-        plan = search_plan(
-            case.model, case.groups, case.scores, ids(), 0.3, roles=["ffn"], allocation="divergence", budget=budget
-        )
-        spent = plan.details["budget"] or plan.details["achieved"]["with_embeddings"]
-        assert abs(spent["after"] - 0.7 * spent["before"]) <= 3 * 32
-    assert all(torch.equal(a, b) for a, b in zip(before, case.model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("family", ["GPT-2", "Mixtral"])
-def test_other_families_are_measured(family: str, tmp_path: Any) -> None:
-    model = mixture("mixtral") if family == "Mixtral" else build(family, tmp_path)
-    roles = ("expert_ffn",) if family == "Mixtral" else ("kv_heads", "ffn")
-    case = make(model, roles=roles, vocabulary=97)
-    plan = search_plan(case.model, case.groups, case.scores, ids(), 0.1, roles=roles, allocation="divergence")
-    assert plan.cuts and plan.details["allocation"] == "divergence"
-
-
 def test_the_whole_line_measures_and_repeats() -> None:
     options: dict[str, Any] = {
         "ratio": 0.2, "calibration": ids(16), "criterion": "wanda", "allocation": "divergence",
@@ -150,23 +119,3 @@ def test_the_whole_line_measures_and_repeats() -> None:
     assert one.report.plan["divergence"]["evaluations"] == 3 * (1 + 6)
     fixed = pyprune.prune(tiny_llama(), **{**options, "ratio": 0.25}, widths={"kv_heads": 1}, roles="ffn")
     assert fixed.plan.details["widths"]["kv_heads"] == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "option"),
-    [
-        ({"search_steps": 3}, "search_steps"),
-        ({"iterative_steps": 2}, "iterative_steps"),
-        ({"calibration": None, "criterion": "l2"}, "calibration"),
-        ({"calibration": ids(3)}, "samples"),
-        ({"roles": "hidden"}, "roles"),
-    ],
-)
-def test_mistakes_are_named(options: dict[str, Any], option: str) -> None:
-    given = {"ratio": 0.1, "calibration": ids(), "criterion": "l2", "allocation": "divergence", **options}
-    with pytest.raises(PyPruneError) as error:
-        pyprune.prune(tiny_llama(), **given)
-    assert error.value.option == option
-    case = make()
-    with pytest.raises(PyPruneError, match="needs a model and text"):
-        select(case.groups, case.scores, 0.2, allocation="divergence")
