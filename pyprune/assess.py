@@ -26,7 +26,7 @@ from pyprune.evaluation.speed import speeds
 from pyprune.evaluation.stages import Stages
 from pyprune.evaluation.stock import STOCK, check_installed, stock_accuracies
 from pyprune.evaluation.tasks import Accuracy, Task, accuracy, is_task_file, read_task, requests_of
-from pyprune.pipeline import _Dense, _measure, _open, _windows
+from pyprune.pipeline import _Dense, _measure, _open
 from pyprune.report.data import versions
 from pyprune.stage_options import ModelConfig, ResultConfig, SpeedConfig, TaskConfig
 
@@ -194,7 +194,7 @@ def _read_tasks(config: TaskConfig) -> list[Task | str]:
 
 def _figures(recipe: EvaluationConfig, one: _Dense, tasks: Sequence[Task | str], stages: Stages) -> dict[str, Any]:
     with stages("read text"):
-        windows, text = _windows(recipe.evaluation, one)
+        windows, text = preflight.windows(recipe.evaluation, one.model, one.tokenizer)
     speed = recipe.speed
     if speed.speed:
         _check_prompt(speed, one.model)

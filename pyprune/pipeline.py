@@ -28,8 +28,7 @@ from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation, paired_samples
 from pyprune.evaluation.overlap import overlap_notes
-from pyprune.evaluation.perplexity import perplexity, read_windows
-from pyprune.evaluation.protocols import PROTOCOLS
+from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.cache import cached
 from pyprune.importance.calibration import SCORE_LENGTH, Calibration, first_tokens, load_calibration
@@ -137,7 +136,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         batches = None
         if _reads_batches(recipe, scored=ready is None):
             batches = _calibration(recipe.calibration, dense)
-        windows, text = _windows(recipe.evaluation, dense)
+        windows, text = preflight.windows(recipe.evaluation, dense.model, dense.tokenizer)
     with stages("discover"):
         groups = _groups(dense.model)
         recipe = method.for_groups(recipe, groups, 0 if batches is None else batches.samples)
@@ -320,24 +319,10 @@ def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
     found = load_calibration(
         calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
         batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
-        longest=preflight.positions(dense.model),
+        longest=preflight.positions(dense.model), bos=calibration.bos,
     )  # fmt: skip
     preflight.check_length("length", found.length, dense.model)
     return found
-
-
-def _windows(config: EvalConfig, dense: _Dense) -> tuple[Tensor | None, str]:
-    """Windows of the evaluation text and its name; None without one."""
-    if config.prompt is not None and dense.tokenizer is None:
-        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
-    if config.eval_text is None:
-        return None, ""
-    preflight.check_length("eval_length", config.eval_length, dense.model)
-    return read_windows(
-        config.eval_text, dense.tokenizer, length=config.eval_length, windows=config.eval_windows,
-        field=config.eval_text_field,
-        special_tokens=config.protocol is not None and PROTOCOLS[config.protocol].special_tokens,
-    )  # fmt: skip
 
 
 def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
@@ -392,7 +377,7 @@ def _measure(
         with stages("perplexity" + when, bar=False):
             found = perplexity(
                 model, windows, text=text, batch_size=config.eval_batch_size, label="perplexity" + when,
-                protocol=config.protocol,
+                protocol=config.protocol, prefix=preflight.window_prefix(config, dense.tokenizer),
             )  # fmt: skip
         out["perplexity"] = found.to_dict()
     if config.prompt is not None:

@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError, unknown_name
-from pyprune.stage_options import AUTO, ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
+from pyprune.evaluation.protocols import PROTOCOLS
+from pyprune.stage_options import AUTO, EvalConfig, ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
 
@@ -264,6 +268,37 @@ def check_length(option: str, length: int, model: Any) -> None:
     known = positions(model)
     if known is not None and known < length:
         raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
+
+
+def windows(config: EvalConfig, model: Any, tokenizer: Any) -> tuple[Tensor | None, str]:
+    """Windows of the evaluation text, without what each is begun with, and its name; None without one."""
+    from pyprune.evaluation.perplexity import read_windows
+
+    if config.prompt is not None and tokenizer is None:
+        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
+    if config.eval_text is None:
+        return None, ""
+    check_length("eval_length", config.eval_length, model)
+    return read_windows(
+        config.eval_text, tokenizer, length=config.eval_length - len(window_prefix(config, tokenizer)),
+        windows=config.eval_windows, field=config.eval_text_field,
+        special_tokens=config.protocol is not None and PROTOCOLS[config.protocol].special_tokens,
+    )  # fmt: skip
+
+
+def window_prefix(config: EvalConfig, tokenizer: Any) -> list[int]:
+    """Token ids that every evaluation window begins with."""
+    from pyprune.importance.sources import text_prefix
+
+    if not config.eval_bos:
+        return []
+    prefix = text_prefix(tokenizer)
+    if not prefix:
+        raise PyPruneError("eval_bos", True, "adds nothing: the tokenizer puts no token before texts", "Leave it out.")
+    if len(prefix) >= config.eval_length:
+        problem = f"leaves no text behind the {len(prefix)} tokens that the tokenizer puts before it"
+        raise PyPruneError("eval_length", config.eval_length, problem, "Give a greater length.")
+    return prefix
 
 
 def positions(model: Any) -> int | None:

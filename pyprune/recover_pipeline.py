@@ -19,9 +19,8 @@ import yaml
 from pyprune import preflight
 from pyprune.checkpoint.save import IMPORTANCE, save
 from pyprune.config import RecoverConfig
-from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation, paired_samples
-from pyprune.evaluation.perplexity import perplexity, read_windows
+from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.stages import Stages
 from pyprune.recover_preflight import Ready, Start, check, check_room, open_start, prepare, work_folder
 from pyprune.recovery import adapter
@@ -90,7 +89,7 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     processes = Processes(wanted)
     start = open_start(recipe, stages, processes, wanted, model, tokenizer)
     check_room(recipe, start)
-    windows, text_name = _windows(recipe, start)
+    windows, text_name = preflight.windows(recipe.evaluation, start.model, start.tokenizer)
     prompts = preflight.prompts(recipe, start.tokenizer, start.report.get("samples") or ())
     merging = recipe.adapter.adapter is not None
     ready = None if merging else prepare(recipe, start, stages, processes)
@@ -202,24 +201,14 @@ def _figure(nll: float) -> dict[str, float]:
     return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
 
 
-def _windows(recipe: RecoverConfig, start: Start) -> tuple[Any, str]:
-    config = recipe.evaluation
-    if config.prompt is not None and start.tokenizer is None:
-        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
-    if config.eval_text is None:
-        return None, ""
-    preflight.check_length("eval_length", config.eval_length, start.model)
-    return read_windows(
-        config.eval_text, start.tokenizer, length=config.eval_length, windows=config.eval_windows,
-        field=config.eval_text_field,
-    )  # fmt: skip
-
-
 def _measure(start: Start, recipe: RecoverConfig, windows: Any, text: str, stages: Stages, when: str) -> dict[str, Any]:
     config, out = recipe.evaluation, dict[str, Any]()
     if windows is not None:
         with stages("perplexity" + when, bar=False):
-            found = perplexity(start.model, windows, text=text, batch_size=config.eval_batch_size)
+            found = perplexity(
+                start.model, windows, text=text, batch_size=config.eval_batch_size, protocol=config.protocol,
+                prefix=preflight.window_prefix(config, start.tokenizer),
+            )  # fmt: skip
         out["perplexity"] = found.to_dict()
     if config.prompt is not None:
         with stages("generate" + when):

@@ -98,6 +98,9 @@ class CalibrationConfig(Stage):
     length: int | None = option(
         None, parsing.integer(2), "Tokens in each. Left out: 512 of a text, fewer of a short one; all of token ids."
     )
+    bos: bool = option(
+        True, parsing.flag(), "Begin every sample of a text as the tokenizer begins texts: a BOS token, or nothing."
+    )
     batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
     seed: int = option(0, parsing.integer(0), SEED_HELP)
 
@@ -285,6 +288,11 @@ class EvalConfig(Stage):
         None, parsing.integer(2), f"Tokens in each window; the protocol's, or {DEFAULT_LENGTH} without one."
     )
     eval_windows: int | None = option(None, parsing.integer(1), "Score the first N windows only.")
+    eval_bos: bool = option(
+        False,
+        parsing.flag(),
+        "Begin every window as the tokenizer begins texts (a BOS token), as Gemma needs; publications mostly do not.",
+    )
     eval_batch_size: int = option(1, parsing.integer(1), "Windows in one forward pass.")
     prompt: str | None = option(None, parsing.text(), "Text that the model continues greedily, shown in the report.")
     prompt_tokens: int = option(32, parsing.integer(1), PROMPT_TOKENS_HELP)
@@ -297,6 +305,9 @@ class EvalConfig(Stage):
         elif self.protocol is not None and self.eval_length != length:
             problem = f"contradicts protocol {self.protocol}, which has windows of {length} tokens"
             raise PyPruneError("eval_length", self.eval_length, problem, "Give one of them.")
+        if self.eval_bos and self.protocol is not None and PROTOCOLS[self.protocol].special_tokens:
+            problem = f"contradicts protocol {self.protocol}, which begins the whole text so, and no window"
+            raise PyPruneError("eval_bos", True, problem, "Give one of them.")
 
 
 @dataclass

@@ -5,13 +5,15 @@ scored given those before them in the same window:
 
     perplexity = exp( -1/N * sum over windows, sum_{t=2..n} log p(x_t | x_1 .. x_{t-1}) ),   N = windows * (length - 1)
 
-A figure means nothing without the text, the length and the number of windows, so :class:`Perplexity` carries them.
+Windows may begin with tokens that belong to no text (BOS); these are read and not scored. A figure means nothing
+without the text, the length and the number of windows, so :class:`Perplexity` carries them.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
 from pyprune.evaluation.protocols import PROTOCOLS
+from pyprune.importance.losses import IGNORED
 from pyprune.importance.sources import check_tokens, read_tokens
 from pyprune.progress import track
 
@@ -35,11 +38,12 @@ class Perplexity:
         nll: mean negative log-likelihood of a scored token, in nats.
         tokens: tokens scored.
         windows: windows read.
-        length: tokens in a window.
+        length: tokens in a window, what it begins with included.
         text: name of the text.
         dtype: type of the weights that were run.
         special_tokens: whether the text was tokenised with the tokenizer's special tokens.
         name: the named protocol that was asked for, if one was.
+        prefix: tokens that every window begins with and that are not scored.
     """
 
     perplexity: float
@@ -51,14 +55,17 @@ class Perplexity:
     dtype: str
     special_tokens: bool = False
     name: str | None = None
+    prefix: int = 0
 
     @property
     def protocol(self) -> str:
         special = "the tokenizer's special tokens" if self.special_tokens else "no special tokens"
+        if self.prefix:
+            special = "each begun as the tokenizer begins texts"
         named = f", protocol {self.name}" if self.name else ""
         return (
             f"{self.text}: {self.windows} windows of {self.length} tokens, no overlap, {special}, "
-            f"tokens 2..{self.length} scored ({self.tokens:,}), {self.dtype}{named}"
+            f"tokens {max(1, self.prefix) + 1}..{self.length} scored ({self.tokens:,}), {self.dtype}{named}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def read_windows(
 @torch.no_grad()
 def perplexity(
     model: nn.Module, windows: Tensor, *, text: str = "text", batch_size: int = 1, label: str = "perplexity",
-    protocol: str | None = None,
+    protocol: str | None = None, prefix: Sequence[int] = (),
 ) -> Perplexity:  # fmt: skip
     """Perplexity of ``model`` on windows of tokens.
 
@@ -135,8 +142,11 @@ def perplexity(
         batch_size: windows in one forward pass.
         label: what the progress bar says.
         protocol: name of the protocol that made the windows, one of :data:`PROTOCOLS`.
+        prefix: token ids that every window is begun with.
     """
     weight = next(model.parameters())
+    own = torch.tensor(prefix, dtype=torch.int64)
+    windows = torch.cat([own.expand(len(windows), -1), windows], dim=1)
     training = model.training
     model.eval()
     try:
@@ -144,11 +154,13 @@ def perplexity(
         total = 0.0
         for batch in track(windows.split(batch_size), label):
             ids = batch.to(weight.device)
+            targets = ids.clone()
+            targets[:, : len(own)] = IGNORED
             for at, logits in logit_pieces(model, ids, split):
-                total += _nll(logits, ids, at)
+                total += _nll(logits, targets, at)
     finally:
         model.train(training)
-    scored = windows.shape[0] * (windows.shape[1] - 1)
+    scored = windows.shape[0] * (windows.shape[1] - max(1, len(own)))
     mean = total / scored
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
@@ -160,14 +172,14 @@ def perplexity(
         dtype=str(weight.dtype).removeprefix("torch."),
         special_tokens=protocol is not None and PROTOCOLS[protocol].special_tokens,
         name=protocol,
+        prefix=len(own),
     )
 
 
-def _nll(logits: Tensor, ids: Tensor, at: slice) -> float:
-    """Sum of -log p of the tokens that the logits at positions ``at`` predict; the last position predicts none."""
-    targets = ids[:, at.start + 1 : at.stop + 1]
+def _nll(logits: Tensor, targets: Tensor, at: slice) -> float:
+    """Sum of -log p of the targets that the logits at positions ``at`` predict; the last position predicts none."""
     total = 0.0
-    for row, wanted in zip(logits, targets, strict=True):
+    for row, wanted in zip(logits, targets[:, at.start + 1 : at.stop + 1], strict=True):
         for part, goal in zip(row[: wanted.numel()].split(512), wanted.split(512), strict=True):
             total += cross_entropy(part.float(), goal, reduction="sum").double().item()
     return total

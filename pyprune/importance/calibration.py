@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.importance.losses import IGNORED
-from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file
+from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file, text_prefix
 
 SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
 BETWEEN = "\n\n"  # documents are joined by blank lines
@@ -34,6 +34,7 @@ class Calibration:
         length: tokens of the longest sequence, padding included.
         tokens: tokens in all sequences, padding excluded.
         seed: what the crops were drawn with, or None where nothing was drawn.
+        prefix: tokens at the beginning of every sequence that the tokenizer puts before a text, such as BOS.
     """
 
     batches: tuple[dict[str, Any], ...]
@@ -42,6 +43,7 @@ class Calibration:
     length: int
     tokens: int
     seed: int | None = None
+    prefix: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.batches)
@@ -53,7 +55,7 @@ class Calibration:
         """What a report says of it; JSON-serialisable."""
         return {
             "source": self.source, "samples": self.samples, "length": self.length, "tokens": self.tokens,
-            "seed": self.seed, "batches": len(self.batches),
+            "seed": self.seed, "batches": len(self.batches), "prefix": self.prefix,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -72,6 +74,7 @@ def load_calibration(
     field: str = "text",
     option: str = "calibration",
     longest: int | None = None,
+    bos: bool = True,
 ) -> Calibration:
     """Calibration batches from whatever ``source`` is.
 
@@ -82,6 +85,9 @@ def load_calibration(
       ``length`` tokens of each. Token ids [T] are cropped as a text.
     - Any iterable of batches (mappings, or token ids [batch, length]): taken as they are, until there are ``samples``
       sequences. They keep their own length and batch size.
+
+    Every sample of a text begins with what the tokenizer puts before texts, within its ``length``: a model that was
+    trained with a BOS token computes something else without one.
 
     Args:
         source: see above. A :class:`Calibration` is returned unchanged.
@@ -94,6 +100,7 @@ def load_calibration(
         field: field of the records that holds the text.
         option: which option the source came from, for errors.
         longest: the most that ``length`` is when nothing is said, as the positions that the model knows.
+        bos: False leaves out what the tokenizer puts before texts.
 
     Raises:
         PyPruneError: a source that is missing, empty, unreadable or too short for the samples asked.
@@ -104,7 +111,7 @@ def load_calibration(
     if isinstance(source, Calibration):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _from_name(os.fspath(source), tokenizer, samples, length, batch_size, seed, field, option, longest)
+        return _from_name(os.fspath(source), tokenizer, samples, length, batch_size, seed, field, option, longest, bos)
     if isinstance(source, np.ndarray):
         source = torch.from_numpy(source)
     if isinstance(source, Tensor):
@@ -142,17 +149,19 @@ def check_vocabulary(calibration: Calibration, model: nn.Module, option: str = "
 
 def _from_name(
     source: str, tokenizer: Any, samples: int | None, length: int | None, size: int, seed: int, field: str, option: str,
-    longest: int | None,
+    longest: int | None, bos: bool,
 ) -> Calibration:  # fmt: skip
     kind = kind_of(source, option)
     name = os.path.basename(source) if kind != "dataset" else source
     if kind == "tokens":
         return _from_tokens(read_token_file(source, option), name, samples, length, size, seed, option, longest)
+    prefix = torch.tensor(text_prefix(tokenizer) if bos else [], dtype=torch.int64)
     if kind == "text":
         rng = torch.Generator().manual_seed(seed)
         text = next(read_documents(source, field, None, option))
         ids = encode(tokenizer, text, source, option)
-        return _pack(_crops(ids, *_sizes(ids, samples, length, longest), rng, name, option), name, size, seed)
+        count, long = _sizes(ids, samples, length, longest)
+        return _pack(_crops(ids, count, _behind(prefix, long), rng, name, option), name, size, seed, prefix)
     # A dataset may be endless and a file large: no more documents than samples are spread over.
     parts, have = [], 0
     enough = SPREAD * (samples or SAMPLES) * (length or min(LENGTH, longest or LENGTH))
@@ -163,9 +172,18 @@ def _from_name(
             break
     stream = torch.cat(parts)
     count, long = _sizes(stream, samples, length, longest)
+    long = _behind(prefix, long)
     _check_enough(stream, count, long, name, option)
     rows = stream[: have // long * long].view(-1, long)
-    return _pack(rows[torch.arange(count) * (len(rows) - 1) // max(1, count - 1)], name, size, seed)
+    return _pack(rows[torch.arange(count) * (len(rows) - 1) // max(1, count - 1)], name, size, seed, prefix)
+
+
+def _behind(prefix: Tensor, length: int) -> int:
+    """Tokens of text in a sample of ``length`` that begins with ``prefix``."""
+    if length <= len(prefix):
+        problem = f"leaves no text behind the {len(prefix)} tokens that the tokenizer puts before it"
+        raise PyPruneError("length", length, problem, "Give a greater length, or no_bos.")
+    return length - len(prefix)
 
 
 def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int | None) -> tuple[int, int]:
@@ -221,11 +239,14 @@ def _from_tokens(
     return _pack(tokens[:samples, :length], name, size, None)
 
 
-def _pack(rows: Tensor, source: str, size: int, seed: int | None) -> Calibration:
+def _pack(rows: Tensor, source: str, size: int, seed: int | None, prefix: Tensor | None = None) -> Calibration:
+    if prefix is not None:
+        rows = torch.cat([prefix.expand(len(rows), -1), rows], dim=1)
     if rows.shape[1] < 2:
         raise PyPruneError("length", rows.shape[1], "leaves nothing to predict", "Give sequences of 2 tokens or more.")
     batches = tuple({"input_ids": part.contiguous()} for part in rows.split(size))
-    return Calibration(batches, source, rows.shape[0], rows.shape[1], rows.numel(), seed)
+    own = 0 if prefix is None else len(prefix)
+    return Calibration(batches, source, rows.shape[0], rows.shape[1], rows.numel(), seed, own)
 
 
 def _from_batches(source: Iterable[Any], samples: int | None, option: str) -> Calibration:
@@ -314,7 +335,7 @@ def first_tokens(calibration: Calibration, tokens: int, length: int | None = Non
         rows = batch_rows(batch)
         wanted = min(rows, -(-tokens * rows // batch_tokens(batch)))
         part = take(batch, slice(0, wanted))
-        batches += [part] if length is None else in_pieces(part, length)
+        batches += [part] if length is None else in_pieces(part, length, calibration.prefix)
         tokens -= batch_tokens(part)
     if not batches:
         raise PyPruneError("score_tokens", asked, "hold no token to predict", "Give more of them, or other text.")
@@ -323,16 +344,18 @@ def first_tokens(calibration: Calibration, tokens: int, length: int | None = Non
     return replace(calibration, batches=tuple(batches), samples=samples, tokens=real, length=longest)
 
 
-def in_pieces(batch: Mapping[str, Any], length: int) -> list[dict[str, Any]]:
+def in_pieces(batch: Mapping[str, Any], length: int, prefix: int = 0) -> list[dict[str, Any]]:
     """A batch of token ids, masks and labels [batch, tokens], cut along the tokens into pieces [<= batch, <= length].
 
-    Sequences with nothing to predict in a piece are left out of it. A batch that holds anything else is not cut.
+    Every piece begins with the first ``prefix`` tokens of its sequences. Sequences with nothing to predict in a piece
+    are left out of it. A batch that holds anything else is not cut.
     """
     if not set(batch) <= {"input_ids", "attention_mask", "labels"}:
         return [dict(batch)]
     out = []
-    for start in range(0, batch["input_ids"].shape[1], length):
-        piece = {k: v[:, start : start + length] for k, v in batch.items() if v is not None}
+    for start in range(prefix, batch["input_ids"].shape[1], max(1, length - prefix)):
+        end = start + max(1, length - prefix)
+        piece = {k: torch.cat([v[:, :prefix], v[:, start:end]], dim=1) for k, v in batch.items() if v is not None}
         real = piece.get("attention_mask", torch.ones_like(piece["input_ids"])) != 0
         told = real[:, 1:] & real[:, :-1]
         if "labels" in piece:

@@ -139,6 +139,17 @@ def encode(tokenizer: Any, text: str, source: str, option: str = "calibration", 
     return torch.tensor(ids, dtype=torch.int64).reshape(-1)
 
 
+def text_prefix(tokenizer: Any) -> list[int]:
+    """Token ids that the tokenizer puts before every text of its own accord: a BOS token (Llama, Gemma) or none."""
+    if tokenizer is None:
+        return []
+    probe = "1"
+    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(probe)["input_ids"])
+    starts = range(len(whole) - len(bare) + 1)
+    return whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+
+
 def _open(source: str) -> IO[str]:
     if source.lower().endswith(".gz"):
         return gzip.open(source, "rt", encoding="utf-8")

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.sources import text_prefix
 
 # The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which Alpaca-cleaned and LLM-Pruner keep.
 WITH_INPUT = (
@@ -59,9 +60,7 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.tokenizer, self.field, self.option = tokenizer, field, option
         self.chat, self.prompts = instruction_format == "chat", train_on_prompts
-        probe = [] if tokenizer is None else tokenizer("a")["input_ids"]
-        bos = getattr(tokenizer, "bos_token_id", None)
-        self.start = [bos] if bos is not None and probe[:1] == [bos] else []
+        self.start = text_prefix(tokenizer)
         end = getattr(tokenizer, "eos_token_id", None)
         self.end = [] if end is None else [end]
 

@@ -13,6 +13,7 @@ from pyprune import progress as bars
 from pyprune.compensation.refit import Sums, solve
 from pyprune.compensation.triangle import mirrored, upper
 from pyprune.errors import PyPruneError
+from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import Walk, token_weights, weights_for
@@ -100,6 +101,8 @@ class Refits:
                     self._add(walk, i, name, masking.watched[name], weighting)
                 walk.advance(i)
                 bar.advance()
+        del walk
+        trim_heap(steps[0].targets.device)  # its steps are longer than those that candidates are measured on
 
     def _add(self, walk: Walk, i: int, name: str, p: nn.Parameter, weighting: str) -> None:
         found: dict[Key, Sums] = {}

@@ -205,7 +205,7 @@ def _calibration(recipe: PruneConfig, tokenizer: Any, model: Any) -> Calibration
     asked = recipe.calibration
     found = load_calibration(
         asked.calibration, tokenizer, samples=asked.samples, length=asked.length, batch_size=asked.batch_size,
-        seed=asked.seed, field=asked.text_field, longest=preflight.positions(model),
+        seed=asked.seed, field=asked.text_field, longest=preflight.positions(model), bos=asked.bos,
     )  # fmt: skip
     preflight.check_length("length", found.length, model)
     return found

@@ -6,11 +6,13 @@ import json
 import sys
 
 import pytest
+import torch
 from helpers_run import tiny_llama
 from helpers_tasks import records, trained_tokenizer, write_task
 
 import pyprune
 from pyprune.evaluation.loglikelihood import loglikelihoods
+from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.tasks import accuracy, read_task, requests_of
 
 SPEED = ("--speed", "--speed_prompt", "16", "--speed_tokens", "4", "--speed_rounds", "2")
@@ -48,6 +50,27 @@ def test_the_protocol_reads_the_text_with_the_tokenizers_special_tokens(call, pl
     assert [f["length"] for f in found] == [128, 128]
     assert [f["special_tokens"] for f in found] == [True, False]
     assert found[0]["nll"] != found[1]["nll"]  # the windows are one token further
+
+
+def test_windows_begin_with_a_bos_token_where_that_is_asked(call, place) -> None:
+    tokenizer = trained_tokenizer(bos=True)
+    pyprune.save(tiny_llama(vocab_size=400), tokenizer, place / "bos")
+    found = json.loads(
+        call("eval", "bos", "--eval_text", "test.txt", "--eval_length", "64", "--eval_windows", "2", "--eval_bos",
+             "--json").out
+    )["perplexity"]  # fmt: skip
+    text = tokenizer((place / "test.txt").read_text(), add_special_tokens=False)["input_ids"]
+    want = perplexity(
+        pyprune.load(place / "bos"), torch.tensor(text[:126]).view(2, 63), prefix=[tokenizer.bos_token_id]
+    )
+    assert found["nll"] == pytest.approx(want.nll, rel=1e-6) and (found["length"], found["tokens"]) == (64, 126)
+
+
+def test_a_bos_token_that_cannot_be_is_refused(call, place) -> None:
+    line = refused(call, place, "--eval_text", "test.txt", "--eval_length", "64", "--eval_bos")
+    assert "--eval_bos True: adds nothing: the tokenizer puts no token before texts" in line
+    line = refused(call, place, "--eval_text", "test.txt", "--eval_bos", "--protocol", "llm-pruner")
+    assert "--eval_bos True: contradicts protocol llm-pruner" in line
 
 
 def test_a_protocol_and_another_length_are_refused(call, place) -> None:

@@ -39,6 +39,21 @@ def test_matches_the_definition_token_by_token() -> None:
     assert (result.windows, result.length, result.tokens, result.text, result.dtype) == (6, 16, 90, "x.txt", "float32")
 
 
+@pytest.mark.parametrize("prefix", [[1], [3, 5]])
+def test_what_windows_begin_with_is_read_and_not_scored(prefix: list[int]) -> None:
+    model, windows = tiny_llama(), cut_windows(tokens(90), 15)
+    result = perplexity(model, windows, prefix=prefix)
+    total = 0.0
+    with torch.no_grad():
+        for window in windows:
+            out = model(torch.cat([torch.tensor(prefix), window])[None]).logits[0].double().log_softmax(-1)
+            total -= out[len(prefix) - 1 : -1].gather(1, window[:, None]).sum().item()
+    assert result.nll == pytest.approx(total / windows.numel(), rel=1e-5)
+    assert (result.length, result.tokens, result.prefix) == (15 + len(prefix), 90, len(prefix))
+    assert f"tokens {len(prefix) + 1}..{15 + len(prefix)} scored (90)" in result.protocol
+    assert "each begun as the tokenizer begins texts" in result.protocol
+
+
 @pytest.mark.parametrize("batch_size", [2, 4, 100])
 def test_batch_size_does_not_change_it(batch_size: int) -> None:
     model, windows = tiny_llama(), cut_windows(tokens(100), 16)

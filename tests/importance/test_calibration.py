@@ -21,10 +21,20 @@ from pyprune.importance.calibration import SPREAD, first_tokens
 from pyprune.importance.sources import read_tokens
 
 
-def tokenizer(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
-    """A word is a token; it is its own number. Special tokens would be 999."""
-    ids = [int(word) for word in text.split()]
-    return {"input_ids": [999, *ids] if add_special_tokens else ids}
+def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+    """A word is a token; it is its own number."""
+    return {"input_ids": [int(word) for word in text.split()]}
+
+
+def beginning(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    """As ``tokenizer``, with 9998 and 9999 before every text and 9997 behind it."""
+    ids = tokenizer(text)["input_ids"]
+    return {"input_ids": [99998, 9999, *ids, 99997] if add_special_tokens else ids}
+
+
+def ending(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    ids = tokenizer(text)["input_ids"]
+    return {"input_ids": [*ids, 99997] if add_special_tokens else ids}
 
 
 def words(start: int, count: int) -> str:
@@ -117,7 +127,7 @@ def test_of_many_records_no_more_are_tokenised_than_samples_spread_over(tmp_path
         return tokenizer(text, **options)
 
     made = load_calibration(path, counting, samples=4, length=25)
-    assert (made.samples, made.length) == (4, 25) and len(read) == SPREAD * 4 * 25 // 50
+    assert (made.samples, made.length) == (4, 25) and sum(len(r) > 9 for r in read) == SPREAD * 4 * 25 // 50
 
 
 def test_another_field_of_the_records_can_be_named(tmp_path: Path) -> None:
@@ -220,7 +230,7 @@ def test_an_endless_stream_of_batches_ends_with_the_samples_asked() -> None:
 def test_a_calibration_describes_itself(text: Path) -> None:
     made = load_calibration(text, tokenizer, samples=9, length=20, batch_size=4, seed=3)
     assert str(made) == "train.txt: 9 samples of 20 tokens, seed 3"
-    want = {"source": "train.txt", "samples": 9, "length": 20, "tokens": 180, "seed": 3, "batches": 3}
+    want = {"source": "train.txt", "samples": 9, "length": 20, "tokens": 180, "seed": 3, "batches": 3, "prefix": 0}
     assert made.to_dict() == want and json.loads(json.dumps(want)) == want
     assert load_calibration(made) is made
 
@@ -381,3 +391,36 @@ def test_the_first_tokens_in_shorter_samples_are_the_same_tokens() -> None:
     assert [tuple(b["input_ids"].shape) for b in few] == [(2, 8), (1, 8), (1, 4), (1, 8), (1, 8), (1, 4)]
     assert torch.equal(torch.cat([b["input_ids"] for b in few][3:], dim=1), ids[2:])
     assert (few.length, few.tokens, few.samples) == (8, 48, 7)
+
+
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_every_sample_begins_as_the_tokenizer_begins_texts(kind: str, text: Path, tmp_path: Path) -> None:
+    source = text if kind == "text" else records(tmp_path / "records.jsonl", [40, 20] * 40)
+    made = load_calibration(source, beginning, samples=5, length=12)
+    assert (made.samples, made.length, made.tokens, made.prefix) == (5, 12, 60, 2)
+    assert (rows(made)[:, :2] == torch.tensor([99998, 9999])).all()
+    assert not rows(made)[:, 2:].eq(9998).any()
+    plain = load_calibration(source, tokenizer, samples=5, length=12)
+    for without in (load_calibration(source, beginning, samples=5, length=12, bos=False),
+                    load_calibration(source, ending, samples=5, length=12)):  # fmt: skip
+        assert without.prefix == 0 and torch.equal(rows(without), rows(plain))
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(40).reshape(4, 10))
+    made = load_calibration(str(tmp_path / "ids.npy"), beginning)
+    assert made.prefix == 0 and torch.equal(rows(made), torch.arange(40).reshape(4, 10))
+
+
+def test_a_length_that_the_beginning_takes_up_is_refused(text: Path) -> None:
+    with pytest.raises(PyPruneError, match="length 2: leaves no text behind the 2 tokens"):
+        load_calibration(text, beginning, samples=2, length=2)
+    assert rows(load_calibration(text, beginning, samples=2, length=3)).shape == (2, 3)
+
+
+def test_shorter_samples_of_the_first_tokens_begin_so_too(text: Path) -> None:
+    whole = load_calibration(text, beginning, samples=3, length=22)
+    few = first_tokens(whole, 66, 8)
+    assert [tuple(b["input_ids"].shape) for b in few] == [(1, 8), (1, 8), (1, 8), (1, 4)] * 3
+    assert all(b["input_ids"][0, :2].tolist() == [99998, 9999] for b in few)
+    assert torch.equal(torch.cat([b["input_ids"][0, 2:] for b in few]), rows(whole)[:, 2:].flatten())

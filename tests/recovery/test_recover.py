@@ -53,7 +53,7 @@ def test_a_pruned_folder_becomes_a_better_one_that_plain_transformers_opens(prun
 
 
 def test_plan_report_recipe_and_card_are_carried_on_and_extended(pruned, tmp_path) -> None:
-    quick(pruned, output_dir=tmp_path / "out", eval_text=torch.arange(64), eval_length=32)
+    quick(pruned, output_dir=tmp_path / "out", eval_text=torch.arange(256) % 97, protocol="llm-pruner")
     out = tmp_path / "out"
     plans = [Plan.from_json((f / "pyprune_plan.json").read_text()) for f in (pruned, out)]
     assert plans[0].cuts == plans[1].cuts and plans[0].cuts
@@ -62,7 +62,8 @@ def test_plan_report_recipe_and_card_are_carried_on_and_extended(pruned, tmp_pat
     assert after == before
     assert (out / "pyprune_recipe.yaml").read_bytes() == (pruned / "pyprune_recipe.yaml").read_bytes()
     assert yaml.safe_load((out / "pyprune_recover.yaml").read_text())["lora_r"] == 4
-    assert recovery["validation"]["best_step"] > 0 and recovery["perplexity"]["after"]["tokens"] == 62
+    assert recovery["validation"]["best_step"] > 0 and recovery["perplexity"]["after"]["tokens"] == 2 * 127
+    assert recovery["perplexity"]["after"]["name"] == "llm-pruner"
     card = (out / "README.md").read_text()
     for piece in (
         "made from `LlamaForCausalLM` by structural pruning",
