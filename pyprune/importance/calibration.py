@@ -74,7 +74,7 @@ def load_calibration(
     field: str = "text",
     option: str = "calibration",
     longest: int | None = None,
-    bos: bool = True,
+    bos: bool = False,
 ) -> Calibration:
     """Calibration batches from whatever ``source`` is.
 
@@ -86,8 +86,7 @@ def load_calibration(
     - Any iterable of batches (mappings, or token ids [batch, length]): taken as they are, until there are ``samples``
       sequences. They keep their own length and batch size.
 
-    Every sample of a text begins with what the tokenizer puts before texts, within its ``length``: a model that was
-    trained with a BOS token computes something else without one.
+    With ``bos``, every sample of a text begins with what the tokenizer puts before texts, within its ``length``.
 
     Args:
         source: see above. A :class:`Calibration` is returned unchanged.
@@ -100,7 +99,7 @@ def load_calibration(
         field: field of the records that holds the text.
         option: which option the source came from, for errors.
         longest: the most that ``length`` is when nothing is said, as the positions that the model knows.
-        bos: False leaves out what the tokenizer puts before texts.
+        bos: begin samples of a text as the tokenizer begins texts: with a BOS token, or nothing.
 
     Raises:
         PyPruneError: a source that is missing, empty, unreadable or too short for the samples asked.
@@ -182,7 +181,7 @@ def _behind(prefix: Tensor, length: int) -> int:
     """Tokens of text in a sample of ``length`` that begins with ``prefix``."""
     if length <= len(prefix):
         problem = f"leaves no text behind the {len(prefix)} tokens that the tokenizer puts before it"
-        raise PyPruneError("length", length, problem, "Give a greater length, or no_bos.")
+        raise PyPruneError("length", length, problem, "Give a greater length, or leave bos out.")
     return length - len(prefix)
 
 

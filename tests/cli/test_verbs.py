@@ -7,8 +7,11 @@ import json
 import pytest
 import torch
 import yaml
-from helpers_run import python
+from helpers_run import python, tiny_llama
+from helpers_tasks import trained_tokenizer
 from transformers import AutoModelForCausalLM
+
+import pyprune
 
 PRUNE = ("prune", "model", "--calibration", "train.txt", "--samples", "4", "--length", "64")
 
@@ -21,6 +24,17 @@ def test_the_achieved_ratio_is_the_one_asked_for(call, place, ratio: str, alloca
     counts = json.loads(ended.out)["parameters"]["with_embeddings"]
     assert counts["ratio"] == pytest.approx(float(ratio), abs=0.005)
     assert counts["ratio"] == pytest.approx(1 - counts["after"] / counts["before"])
+
+
+@pytest.mark.parametrize("where", [(), ("--stream", "--output_dir", "out")], ids=["memory", "stream"])
+def test_samples_begin_with_a_bos_token_where_that_is_asked(call, place, where: tuple[str, ...]) -> None:
+    pyprune.save(tiny_llama(vocab_size=400), trained_tokenizer(bos=True), place / "begun")
+    line = ("prune", "begun", *PRUNE[2:], "--ratio", "0.2", "--criterion", "param_first", "--json", *where)
+    for more, prefix in (((), 0), (("--bos", "--overwrite"), 1)):
+        ended = call(*line, *more)
+        assert ended.status == 0, ended.err
+        told = json.loads(ended.out)["scores"]["calibration"]
+        assert (told["prefix"], told["length"]) == (prefix, 64)
 
 
 def test_the_pruned_folder_opens_in_stock_transformers_with_the_same_logits(call, place) -> None:
