@@ -128,8 +128,9 @@ class ScoreConfig(Stage):
     )
     token_weights: str = option(
         "inverse",
-        parsing.choice("inverse", "equal"),
-        "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power) or equal.",
+        parsing.choice("inverse", "sink", "equal"),
+        "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power), sink (as "
+        "inverse, but the first of a sample, which the others attend to, as an eighth of them), or equal.",
     )
     score_tokens: int | None = option(
         None,

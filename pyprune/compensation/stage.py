@@ -69,7 +69,8 @@ def compensate(
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer.
         mode: ``"least-squares"``, ``"obs"`` or ``"bias"``.
         token_weighting: ``"inverse"``: a token counts 1 / mean(h^2), h its residual stream behind the block;
-            ``"equal"``. Mode ``bias`` always counts tokens equally, so that the mean is the mean.
+            ``"sink"``: the same, the first token of each sequence as an eighth of its tokens; ``"equal"``. Mode
+            ``bias`` always counts tokens equally, so that the mean is the mean.
         target: what a refit aims at: ``"own"``, the layer's own output with all its columns, on the same inputs;
             ``"stream"``, that output plus what the residual stream behind the block lacks to the dense model's, for
             projections whose output is added to that stream as it is. The held-out error decides between the two and

@@ -95,7 +95,8 @@ def score(
         activation_memory: MiB of saved activations that may stay alive in place of being recomputed: more is faster.
             None: as much as the model's weights take, but no more than a quarter of the free memory.
         token_weights: of the criteria that read inputs: ``"inverse"`` (each token counts 1 / mean(h^2), h its residual
-            stream behind the block) or ``"equal"``.
+            stream behind the block), ``"sink"`` (the same, the first token of each sequence as an eighth of its
+            tokens) or ``"equal"``.
         progress: False silences the progress bar; None leaves it to :mod:`pyprune.progress`.
 
     Returns:

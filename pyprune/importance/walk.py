@@ -23,7 +23,8 @@ from pyprune.importance.taps import experts_one_by_one
 
 log = logging.getLogger(__name__)
 
-TOKEN_WEIGHTS = ("inverse", "equal")
+TOKEN_WEIGHTS = ("inverse", "sink", "equal")
+SINK = 8  # a sequence's first token counts as much as one in so many of its tokens, with weights "sink"
 
 
 class _Left(Exception):
@@ -177,13 +178,19 @@ def token_weights(step: Step, stream: Tensor | None, how: str) -> Tensor:
         stream: [batch, length, hidden], what leaves the block.
         how: ``"equal"``: 1. ``"inverse"``: 1 / mean(h^2), h the token's residual stream: the normalisation behind it
             makes what is added there weigh by that, and a few tokens have streams a thousand times as long as others.
+            ``"sink"``: the same, and the first token of each sequence times an eighth of the sequence's tokens: all
+            others attend to it (Xiao et al., arXiv 2309.17453), so what it loses is lost to each of them.
     """
     weights = torch.ones(step.targets.shape, device=step.targets.device)
-    if how == "inverse" and stream is not None:
+    if how != "equal" and stream is not None:
         weights = stream.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
     mask = step.inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == step.targets.shape:
         weights = weights * (mask != 0)
+    if how == "sink":
+        real = weights != 0
+        first = real & (real.cumsum(1) == 1)
+        weights = torch.where(first, weights * (real.sum(1, keepdim=True) / SINK).clamp_min(1.0), weights)
     return weights.reshape(-1)
 
 

@@ -13,6 +13,8 @@ from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.importance import score
 from pyprune.importance.criteria.obs import DAMPING
+from pyprune.importance.steps import make_steps
+from pyprune.importance.walk import token_weights
 
 LAYER = 1
 FFN, HEADS = f"model.layers.{LAYER}.mlp:ffn", f"model.layers.{LAYER}.self_attn:kv_heads"
@@ -56,13 +58,15 @@ def units(columns: Tensor, count: int) -> Tensor:
     return columns.reshape(count, -1).sum(1)[None]
 
 
-@pytest.mark.parametrize("weighting", ["equal", "inverse"])
+@pytest.mark.parametrize("weighting", ["equal", "inverse", "sink"])
 @pytest.mark.parametrize("criterion", ["wanda", "flap"])
 def test_moment_criteria_are_their_formulas(
     model: nn.Module, groups: Groups, ids: Tensor, seen: dict[str, Tensor], criterion: str, weighting: str
 ) -> None:
     got = score(model, groups, ids, criterion, roles=["ffn", "kv_heads"], token_weights=weighting)
     w = torch.ones(len(ids.flatten())).double() if weighting == "equal" else 1 / seen["stream"].square().mean(1)
+    if weighting == "sink":
+        w[:: ids.shape[1]] *= ids.shape[1] / 8
     for name, kind, count in ((FFN, "ffn", 24), (HEADS, "heads", 2)):
         x = seen[kind]
         centre = 0 if criterion == "wanda" else (w[:, None] * x).sum(0) / w.sum()
@@ -148,3 +152,16 @@ def test_mistakes_are_named(model: nn.Module, groups: Groups, ids: Tensor) -> No
         with pytest.raises(PyPruneError) as error:
             score(model, options.pop("groups", groups), options.pop("batches"), "wanda", **options)
         assert error.value.option == option
+
+
+def test_the_first_token_behind_padding_is_the_sink() -> None:
+    mask = torch.ones(3, 32, dtype=torch.int64)
+    mask[1, :8] = 0
+    mask[2, 4:] = 0
+    batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+    (step,) = make_steps([batch], torch.device("cpu"), tokens=96)
+    stream = 1 + torch.rand(3, 32, 5, generator=torch.Generator().manual_seed(0))
+    plain, found = (token_weights(step, stream, how).view(3, 32) for how in ("inverse", "sink"))
+    want = torch.ones(3, 32)
+    want[0, 0], want[1, 8] = 32 / 8, 24 / 8  # of four tokens an eighth is less than one: no less than before
+    assert torch.equal(found, plain * want) and (plain[mask == 0] == 0).all()
