@@ -273,32 +273,25 @@ def check_length(option: str, length: int, model: Any) -> None:
 def windows(config: EvalConfig, model: Any, tokenizer: Any) -> tuple[Tensor | None, str]:
     """Windows of the evaluation text, without what each is begun with, and its name; None without one."""
     from pyprune.evaluation.perplexity import read_windows
+    from pyprune.importance.sources import behind_prefix
 
     if config.prompt is not None and tokenizer is None:
         raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
     if config.eval_text is None:
         return None, ""
     check_length("eval_length", config.eval_length, model)
+    length = behind_prefix(window_prefix(config, tokenizer), config.eval_length, "eval_length")
     return read_windows(
-        config.eval_text, tokenizer, length=config.eval_length - len(window_prefix(config, tokenizer)),
-        windows=config.eval_windows, field=config.eval_text_field,
+        config.eval_text, tokenizer, length=length, windows=config.eval_windows, field=config.eval_text_field,
         special_tokens=config.protocol is not None and PROTOCOLS[config.protocol].special_tokens,
     )  # fmt: skip
 
 
 def window_prefix(config: EvalConfig, tokenizer: Any) -> list[int]:
     """Token ids that every evaluation window begins with."""
-    from pyprune.importance.sources import text_prefix
+    from pyprune.importance.sources import asked_prefix
 
-    if not config.eval_bos:
-        return []
-    prefix = text_prefix(tokenizer)
-    if not prefix:
-        raise PyPruneError("eval_bos", True, "adds nothing: the tokenizer puts no token before texts", "Leave it out.")
-    if len(prefix) >= config.eval_length:
-        problem = f"leaves no text behind the {len(prefix)} tokens that the tokenizer puts before it"
-        raise PyPruneError("eval_length", config.eval_length, problem, "Give a greater length.")
-    return prefix
+    return asked_prefix(tokenizer, "eval_bos") if config.eval_bos else []
 
 
 def positions(model: Any) -> int | None:

@@ -99,7 +99,7 @@ class CalibrationConfig(Stage):
         None, parsing.integer(2), "Tokens in each. Left out: 512 of a text, fewer of a short one; all of token ids."
     )
     bos: bool = option(
-        False, parsing.flag(), "Begin every sample of a text as the tokenizer begins texts: a BOS token, or nothing."
+        False, parsing.flag(), "Begin every sample of a text as the tokenizer begins texts, with a BOS token."
     )
     batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
     seed: int = option(0, parsing.integer(0), SEED_HELP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.importance.losses import IGNORED
-from pyprune.importance.sources import check_tokens, encode, kind_of, read_documents, read_token_file, text_prefix
+from pyprune.importance.sources import (
+    asked_prefix,
+    behind_prefix,
+    check_tokens,
+    encode,
+    kind_of,
+    read_documents,
+    read_token_file,
+)
 
 SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
 BETWEEN = "\n\n"  # documents are joined by blank lines
@@ -99,10 +107,11 @@ def load_calibration(
         field: field of the records that holds the text.
         option: which option the source came from, for errors.
         longest: the most that ``length`` is when nothing is said, as the positions that the model knows.
-        bos: begin samples of a text as the tokenizer begins texts: with a BOS token, or nothing.
+        bos: begin samples of a text as the tokenizer begins texts, with a BOS token.
 
     Raises:
-        PyPruneError: a source that is missing, empty, unreadable or too short for the samples asked.
+        PyPruneError: a source that is missing, empty, unreadable or too short for the samples asked; ``bos`` where the
+            tokenizer puts nothing before texts.
     """
     for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
         if value is not None and value < (2 if name == "length" else 1):
@@ -154,13 +163,14 @@ def _from_name(
     name = os.path.basename(source) if kind != "dataset" else source
     if kind == "tokens":
         return _from_tokens(read_token_file(source, option), name, samples, length, size, seed, option, longest)
-    prefix = torch.tensor(text_prefix(tokenizer) if bos else [], dtype=torch.int64)
     if kind == "text":
         rng = torch.Generator().manual_seed(seed)
         text = next(read_documents(source, field, None, option))
         ids = encode(tokenizer, text, source, option)
         count, long = _sizes(ids, samples, length, longest)
-        return _pack(_crops(ids, count, _behind(prefix, long), rng, name, option), name, size, seed, prefix)
+        prefix = asked_prefix(tokenizer, "bos") if bos else []
+        rows = _crops(ids, count, behind_prefix(prefix, long, "length"), rng, name, option)
+        return _pack(rows, name, size, seed, prefix)
     # A dataset may be endless and a file large: no more documents than samples are spread over.
     parts, have = [], 0
     enough = SPREAD * (samples or SAMPLES) * (length or min(LENGTH, longest or LENGTH))
@@ -171,18 +181,11 @@ def _from_name(
             break
     stream = torch.cat(parts)
     count, long = _sizes(stream, samples, length, longest)
-    long = _behind(prefix, long)
+    prefix = asked_prefix(tokenizer, "bos") if bos else []
+    long = behind_prefix(prefix, long, "length")
     _check_enough(stream, count, long, name, option)
     rows = stream[: have // long * long].view(-1, long)
     return _pack(rows[torch.arange(count) * (len(rows) - 1) // max(1, count - 1)], name, size, seed, prefix)
-
-
-def _behind(prefix: Tensor, length: int) -> int:
-    """Tokens of text in a sample of ``length`` that begins with ``prefix``."""
-    if length <= len(prefix):
-        problem = f"leaves no text behind the {len(prefix)} tokens that the tokenizer puts before it"
-        raise PyPruneError("length", length, problem, "Give a greater length, or leave bos out.")
-    return length - len(prefix)
 
 
 def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int | None) -> tuple[int, int]:
@@ -238,14 +241,12 @@ def _from_tokens(
     return _pack(tokens[:samples, :length], name, size, None)
 
 
-def _pack(rows: Tensor, source: str, size: int, seed: int | None, prefix: Tensor | None = None) -> Calibration:
-    if prefix is not None:
-        rows = torch.cat([prefix.expand(len(rows), -1), rows], dim=1)
+def _pack(rows: Tensor, source: str, size: int, seed: int | None, prefix: Sequence[int] = ()) -> Calibration:
+    rows = torch.cat([torch.tensor(prefix, dtype=rows.dtype).expand(len(rows), -1), rows], dim=1)
     if rows.shape[1] < 2:
         raise PyPruneError("length", rows.shape[1], "leaves nothing to predict", "Give sequences of 2 tokens or more.")
     batches = tuple({"input_ids": part.contiguous()} for part in rows.split(size))
-    own = 0 if prefix is None else len(prefix)
-    return Calibration(batches, source, rows.shape[0], rows.shape[1], rows.numel(), seed, own)
+    return Calibration(batches, source, rows.shape[0], rows.shape[1], rows.numel(), seed, len(prefix))
 
 
 def _from_batches(source: Iterable[Any], samples: int | None, option: str) -> Calibration:

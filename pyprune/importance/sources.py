@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -148,6 +148,23 @@ def text_prefix(tokenizer: Any) -> list[int]:
     whole = list(tokenizer(probe)["input_ids"])
     starts = range(len(whole) - len(bare) + 1)
     return whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+
+
+def asked_prefix(tokenizer: Any, option: str) -> list[int]:
+    """:func:`text_prefix` where ``option`` asks for it; raises PyPruneError where there is none."""
+    prefix = text_prefix(tokenizer)
+    if not prefix:
+        raise PyPruneError(option, True, "adds nothing: the tokenizer puts no token before texts", "Leave it out.")
+    return prefix
+
+
+def behind_prefix(prefix: Sequence[int], length: int, option: str) -> int:
+    """Tokens of text in a sequence of ``length`` tokens that begins with ``prefix``; raises PyPruneError naming
+    ``option``, which gave the length, where there are none."""
+    if length <= len(prefix):
+        problem = f"leaves no text behind the {len(prefix)} tokens that the tokenizer puts before it"
+        raise PyPruneError(option, length, problem, "Give a greater length.")
+    return length - len(prefix)
 
 
 def _open(source: str) -> IO[str]:
