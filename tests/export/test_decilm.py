@@ -16,6 +16,7 @@ import pyprune
 from pyprune.checkpoint.profiles import decilm
 from pyprune.checkpoint.profiles.source import of_model
 from pyprune.errors import PyPruneError
+from pyprune.selection.layers import removable, without
 from pyprune.selection.plan import Plan
 from pyprune.surgery import apply
 
@@ -30,15 +31,35 @@ def cut_ffn(model, widths: list[int], **kv_heads: int):
     return apply(model, Plan(tuple(h.cut(g, w) for g, w in zip(ffn, widths, strict=True) if w < g.units)))
 
 
+def cut_blocks(model, **gone: list[int]):
+    """Without the attention or the FFN of some layers."""
+    for part, layers in gone.items():
+        groups = pyprune.discover(model)
+        model = apply(model, without(groups, removable(groups, len(layers), None, part, model.config)[0], layers))
+    return model
+
+
 def as_vllm_reads(config: dict) -> list[tuple[int, int, int]]:
     """(query heads, KV heads, FFN width) by layer, as vLLM's nemotron_nas computes them from attributes."""
     out = []
     for block in json.loads(json.dumps(config["block_configs"]), object_hook=lambda d: SimpleNamespace(**d)):
-        assert not block.attention.no_op and not block.ffn.no_op
-        kv = config["num_attention_heads"] // block.attention.n_heads_in_group
-        size = int(2 * block.ffn.ffn_mult * config["hidden_size"] / 3)
-        out.append((config["num_attention_heads"], kv, size if size % 256 == 0 else size + 256 - size % 256))
+        heads = kv = size = 0
+        if not block.attention.no_op:
+            heads = config["num_attention_heads"]
+            kv = heads // block.attention.n_heads_in_group
+        if not block.ffn.no_op:
+            size = int(2 * block.ffn.ffn_mult * config["hidden_size"] / 3)
+            size = size if size % 256 == 0 else size + 256 - size % 256
+        out.append((heads, kv, size))
     return out
+
+
+def tensors_of(folder) -> dict[str, list[int]]:
+    shapes = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    return shapes
 
 
 def test_readers_compute_the_widths_that_the_weights_have(tmp_path) -> None:
@@ -59,10 +80,15 @@ def test_readers_compute_the_widths_that_the_weights_have(tmp_path) -> None:
 
 def test_plain_transformers_without_pyprune_gives_bit_equal_logits_and_the_same_32_tokens(tmp_path) -> None:
     folders, expected = [], []
-    for name, changes in {"plain": {}, "biases": {"attention_bias": True, "tie_word_embeddings": True}}.items():
+    gone = {"attention": [1, 2], "ffn": [1]}
+    for name, changes, blocks in (
+        ("plain", {}, {}),
+        ("biases", {"attention_bias": True, "tie_word_embeddings": True}, {}),
+        ("blocks gone", {}, gone),
+    ):
         model = dense(**changes)
         model.tie_weights()
-        model = cut_ffn(model, [512, 256, 768])
+        model = cut_blocks(cut_ffn(model, [512, 256, 768]), **blocks)
         folders.append(pyprune.export(model, tmp_path / name, "hetero-decilm"))
         ask(folders[-1], x.PROMPT)
         expected.append(own_answer(model, x.PROMPT))
@@ -70,6 +96,33 @@ def test_plain_transformers_without_pyprune_gives_bit_equal_logits_and_the_same_
         assert found["class"] == "DeciLMForCausalLM"
         assert torch.equal(found["logits"], own["logits"])
         assert torch.equal(found["said"], own["said"])
+
+
+def test_layers_without_attention_or_ffn_are_no_ops_without_the_norm_in_front(tmp_path) -> None:
+    model = cut_blocks(cut_ffn(dense(num_hidden_layers=4), [512, 768, 256, 768]), attention=[1, 3], ffn=[1, 2])
+    pyprune.export(model, tmp_path / "out", "hetero-decilm")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert "pyprune_skipped" not in config
+    read = as_vllm_reads(config)
+    assert [(heads > 0, ffn) for heads, _, ffn in read] == [(True, 512), (False, 0), (True, 0), (False, 768)]
+    names = [name.split(".", 3) for name in tensors_of(tmp_path / "out") if ".layers." in name]
+    attention = {int(n[2]) for n in names if n[3].startswith("self_attn")}
+    ffn = {int(n[2]) for n in names if n[3].startswith("mlp")}
+    assert (attention, ffn) == ({0, 2}, {0, 3})
+    assert {int(n[2]) for n in names if n[3] == "input_layernorm.weight"} == attention
+    assert {int(n[2]) for n in names if n[3] == "post_attention_layernorm.weight"} == ffn
+
+
+def test_the_index_of_several_files_loses_the_norms_too(tmp_path) -> None:
+    pyprune.save(cut_blocks(dense(), attention=[1], ffn=[2]), None, tmp_path / "cut", max_shard_size="100KB")
+    pyprune.export(tmp_path / "cut", tmp_path / "out", "hetero-decilm")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    shapes = tensors_of(tmp_path / "out")
+    assert len(set(index["weight_map"].values())) > 1
+    assert set(index["weight_map"]) == set(shapes)
+    assert index["metadata"]["total_size"] == sum(4 * torch.Size(shape).numel() for shape in shapes.values())
+    lost = set(tensors_of(tmp_path / "cut")) - set(shapes)
+    assert lost == {"model.layers.1.input_layernorm.weight", "model.layers.2.post_attention_layernorm.weight"}
 
 
 def test_pyprune_opens_it_when_its_code_is_allowed(tmp_path) -> None:

@@ -15,7 +15,8 @@ SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: numbers of query heads and KV heads, width of a head, FFN channels."""
+    """One decoder layer: numbers of query heads and KV heads (none without attention), width of a head, FFN channels
+    (none without an FFN)."""
 
     query_heads: int
     kv_heads: int
@@ -23,11 +24,15 @@ class Block:
     ffn: int
 
 
-def llama_blocks(outline: Any, profile: str) -> list[Block]:
+def llama_blocks(outline: Any, profile: str, gaps: Sequence[str] = ()) -> list[Block]:
     """The decoder layers of a Llama or Mistral model.
 
+    Args:
+        gaps: what a layer may be without: ``self_attn``, ``mlp``.
+
     Raises:
-        PyPruneError: it is of another class, does not use SiLU, or has matrices that no head count describes.
+        PyPruneError: it is of another class, does not use SiLU, has matrices that no head count describes, or lacks
+            something else.
     """
     config = outline.config
     cls = type(outline).__name__
@@ -36,8 +41,10 @@ def llama_blocks(outline: Any, profile: str) -> list[Block]:
         raise PyPruneError("profile", profile, f"cannot hold a {cls}", hint)
     if config.hidden_act not in ("silu", "swish"):
         raise PyPruneError("profile", profile, f"has SiLU in its FFN, and the model {config.hidden_act}")
-    if skip.spec_of(config):
-        problem = f"is written for layers with attention and FFN, and {next(iter(skip.spec_of(config)))} is gone"
+    gone = skip.spec_of(config)
+    missed = [path for path in gone if path.rpartition(".")[2] not in gaps]
+    if missed:
+        problem = f"is written for layers with {'attention and FFN' if not gaps else 'an FFN'}, and {missed[0]} is gone"
         raise PyPruneError("profile", profile, problem, "Remove whole layers (layer_part layer), or use hetero-hf.")
     for spec, what in ((narrow.spec_of(config), "narrow layers"), (resize.spec_of(config), "resized modules")):
         if spec:
@@ -47,8 +54,9 @@ def llama_blocks(outline: Any, profile: str) -> list[Block]:
     out = []
     for index, layer in enumerate(outline.model.layers):
         at, width = f"model.layers.{index}", layer.self_attn.head_dim
-        rows = {name: shapes[f"{at}.self_attn.{name}_proj.weight"][0] for name in "qkv"}
-        out.append(Block(rows["q"] // width, rows["k"] // width, width, shapes[f"{at}.mlp.up_proj.weight"][0]))
+        rows = {name: shapes.get(f"{at}.self_attn.{name}_proj.weight", (0,))[0] for name in "qk"}
+        ffn = shapes.get(f"{at}.mlp.up_proj.weight", (0,))[0]
+        out.append(Block(rows["q"] // width, rows["k"] // width, width, ffn))
     if len({block.head_dim for block in out}) > 1:
         raise PyPruneError("profile", profile, "has one head width for all layers", "Use hetero-hf.")
     return out

@@ -5,7 +5,8 @@ vLLM and TensorRT-LLM serve that class, and llama.cpp's converter reads it. They
     KV heads = attention heads // n_heads_in_group
     FFN      = int(2 * ffn_mult * hidden / 3), up to the next multiple of 256
 
-so every layer has all query heads, and FFN widths are multiples of 256.
+so every layer has all query heads, and FFN widths are multiples of 256. A layer without attention or without an FFN is
+marked ``no_op``; it has no norm in front of what is gone either.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from typing import Any
 
 from pyprune.checkpoint.profiles.blocks import Block, llama_blocks
 from pyprune.checkpoint.profiles.configuration import edit_config
+from pyprune.checkpoint.profiles.weights import drop_tensors
 from pyprune.errors import PyPruneError
+from pyprune.surgery import skip
 
 NAME = "hetero-decilm"
 STEP = 256
 MODEL_TYPE = "nemotron-nas"
+NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+"""What a layer may be without -> the norm that goes with it."""
 ROLES: tuple[str, ...] | None = ("ffn", "layers")
 ROUND_TO: dict[str, int] = {"ffn": STEP}
 EVEN = False
@@ -40,8 +45,10 @@ def check(outline: Any) -> None:
 
 def write(work: Path, outline: Any) -> None:
     """Turns the folder of a saved model into one of DeciLM."""
-    blocks = llama_blocks(outline, NAME)
+    blocks = llama_blocks(outline, NAME, tuple(NORMS))
     described = block_configs(outline)
+    gone = [path.rpartition(".") for path in skip.spec_of(outline.config)]
+    drop_tensors(work, [f"{layer}.{NORMS[part]}.weight" for layer, _, part in gone])
     for file in ("configuration_decilm.py", "modeling_decilm.py"):
         shutil.copyfile(Path(__file__).parent / "files" / file, work / file)
     config = outline.config
@@ -55,11 +62,12 @@ def write(work: Path, outline: Any) -> None:
                 "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
             },
             "block_configs": described,
-            "num_attention_heads": blocks[0].query_heads,
+            "num_attention_heads": max(block.query_heads for block in blocks),
             "head_dim": blocks[0].head_dim,
             "intermediate_size": max(block.ffn for block in blocks),
             "num_key_value_heads": None,
             "per_layer_config": None,
+            skip.FIELD: None,
             "allow_global_per_layer_attribute_access": None,
             "sliding_window": None,
             "attention_bias": bool(getattr(config, "attention_bias", False)),
@@ -74,7 +82,7 @@ def block_configs(outline: Any) -> list[dict[str, Any]]:
     Raises:
         PyPruneError: a layer lacks query heads, or has an FFN width that is no multiple of 256.
     """
-    blocks, hidden = llama_blocks(outline, NAME), outline.config.hidden_size
+    blocks, hidden = llama_blocks(outline, NAME, tuple(NORMS)), outline.config.hidden_size
     if getattr(outline.config, "sliding_window", None) is not None:
         raise PyPruneError("profile", NAME, "has no sliding window, and the model has one", "Use hetero-hf.")
     _check_heads(blocks, hidden)
@@ -88,11 +96,15 @@ def block_configs(outline: Any) -> list[dict[str, Any]]:
     return [
         {
             "attention": {
-                "n_heads_in_group": block.query_heads // block.kv_heads,
-                "no_op": False,
+                "n_heads_in_group": block.query_heads // block.kv_heads if block.kv_heads else None,
+                "no_op": not block.kv_heads,
                 "replace_with_linear": False,
             },
-            "ffn": {"ffn_mult": ffn_mult(block.ffn, hidden), "no_op": False, "replace_with_linear": False},
+            "ffn": {
+                "ffn_mult": ffn_mult(block.ffn, hidden) if block.ffn else None,
+                "no_op": not block.ffn,
+                "replace_with_linear": False,
+            },
         }
         for block in blocks
     ]
@@ -117,6 +129,8 @@ def intermediate_size(multiplier: float, hidden: int) -> int:
 def _check_heads(blocks: Sequence[Block], hidden: int) -> None:
     most = max(block.query_heads for block in blocks)
     for index, block in enumerate(blocks):
+        if not block.kv_heads:
+            continue
         if block.query_heads != most:
             problem = f"keeps all query heads, and layer {index} has {block.query_heads} where others have {most}"
             raise PyPruneError(

@@ -1,10 +1,12 @@
-"""Weight files of a folder, copied or cast, one file at a time."""
+"""Weight files of a folder, copied, cast or thinned out, one file at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -34,6 +36,23 @@ def cast_folder(work: Path, dtype: torch.dtype) -> None:
     _note(work, dtype)
 
 
+def drop_tensors(work: Path, names: Collection[str]) -> None:
+    """Takes tensors out of a folder's weights, in place; a file that holds none of them stays as it is."""
+    for file in weight_files(work) if names else []:
+        with safe_open(file, "pt") as opened:
+            held = set(opened.keys())
+            kept = {name: opened.get_tensor(name) for name in held.difference(names)} if held & set(names) else None
+        if kept is not None:
+            other = file.with_name(f".{file.name}")
+            save_file(kept, other, metadata={"format": "pt"})
+            other.replace(file)
+    index = work / INDEX
+    if names and index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name not in names}
+        _write_index(work, content)
+
+
 def _cast(file: Path, target: Path, dtype: torch.dtype) -> None:
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
@@ -48,10 +67,14 @@ def _note(work: Path, dtype: torch.dtype) -> None:
     edit_config(work, {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": None})
     index = work / INDEX
     if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        size = 0
-        for file in weight_files(work):
-            with safe_open(file, "pt") as opened:
-                size += sum(opened.get_tensor(name).nbytes for name in opened.keys())
-        content.setdefault("metadata", {})["total_size"] = size
-        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_index(work, json.loads(index.read_text(encoding="utf-8")))
+
+
+def _write_index(work: Path, content: dict[str, Any]) -> None:
+    """The index of a folder's weights, with their size as it is now."""
+    size = 0
+    for file in weight_files(work):
+        with safe_open(file, "pt") as opened:
+            size += sum(opened.get_tensor(name).nbytes for name in opened.keys())
+    content.setdefault("metadata", {})["total_size"] = size
+    (work / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

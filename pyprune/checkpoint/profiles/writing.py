@@ -57,7 +57,8 @@ def export(
         output: folder to write; a file that ends in ``.gguf`` for profile ``gguf``.
         profile: ``"uniform"`` (same widths in all layers: stock transformers), ``"hetero-hf"`` (any widths: plain
             transformers with a modelling file in the folder), ``"hetero-decilm"`` (FFN widths in multiples of 256, all
-            query heads: vLLM's ``DeciLMForCausalLM``), ``"gguf"`` (Llama and Mistral: llama.cpp).
+            query heads, layers without attention or FFN: vLLM's ``DeciLMForCausalLM``), ``"gguf"`` (Llama and Mistral:
+            llama.cpp).
         tokenizer: of a model in memory, or in place of the folder's own.
         dtype: of the weights; ``"auto"`` keeps the checkpoint's.
         overwrite: replace what is at ``output`` once the new one is complete.

@@ -21,7 +21,8 @@ class Block(dict):
 
 
 class DeciLMConfig(LlamaConfig):
-    """``block_configs[i].attention.n_heads_in_group``: query heads on one KV head; ``.ffn.ffn_mult``: see below."""
+    """``block_configs[i].attention.n_heads_in_group``: query heads on one KV head; ``.ffn.ffn_mult``: see below;
+    ``no_op`` of either: the layer is without it."""
 
     model_type = "nemotron-nas"
     block_configs: Any = None
