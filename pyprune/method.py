@@ -7,6 +7,7 @@ later layers. Heads go also where the budget is not one of parameters. Options t
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,18 @@ from pyprune.compensation.checks import INSIDE, REFITS
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError
+from pyprune.importance.calibration import Calibration
+from pyprune.importance.input_scores import unread
+from pyprune.importance.registry import get_criterion
 from pyprune.search.plan import LEAST_SAMPLES
-from pyprune.selection.global_ranking import FLOORS
 from pyprune.selection.scope import roles_to_share
+from pyprune.selection.searched import ON_MODEL
 from pyprune.stage_options import AUTO
 from pyprune.surgery.skeleton import is_stock
 
+log = logging.getLogger(__name__)
+
+LOSS = "group_fisher"  # expected loss of a unit, from any gradient
 CHANNELS = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
 MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
@@ -35,25 +42,33 @@ def for_profile(recipe: PruneConfig) -> PruneConfig:
     return _allocated(recipe, "uniform")
 
 
-def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig:
-    """Roles, allocation, and whether a refit can help, for a model.
+def ways(recipe: PruneConfig, groups: Groups, samples: int) -> list[PruneConfig]:
+    """Roles, allocation, and whether a refit can help, for a model: the best first. The others are for models in which
+    channels alone do not make up the size, and whose class has no layers of different widths.
 
     Args:
         samples: sequences in the calibration.
     """
+    if recipe.select.method != "best":
+        return [recipe]
+    found = [
+        _settled(way, groups, samples, channels_only)
+        for way in (recipe, _allocated(recipe, "uniform"))
+        for channels_only in (True, False)
+    ]
+    return [way for i, way in enumerate(found) if way not in found[:i]]
+
+
+def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: bool) -> PruneConfig:
     asked = recipe.select
-    if asked.method != "best":
-        return recipe
     total = groups.num_parameters(asked.count_embeddings)
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
     if goes > LIGHT_UP_TO:
         recipe = _allocated(recipe, "log_depth")
-    elif sized and asked.roles is None and asked.budget == "parameters":
-        channels = groups.prunable(CHANNELS)
-        room = sum(int(g.units * (1 - FLOORS[g.role])) * g.outer * groups.parameters_per_unit(g) for g in channels)
-        if room > goes * total:
-            roles = tuple(r for r in CHANNELS if any(g.role == r for g in channels))
+    elif channels_only and sized and asked.roles is None and asked.budget == "parameters":
+        roles = tuple(r for r in CHANNELS if groups.prunable([r]))
+        if roles:
             recipe = replace(recipe, select=replace(recipe.select, roles=roles))
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
@@ -69,6 +84,25 @@ def for_groups(recipe: PruneConfig, groups: Groups, samples: int) -> PruneConfig
         # A descent measures widths of units in this order, so that a better order is worth all tokens there.
         recipe = replace(recipe, score=replace(recipe.score, score_tokens=SCORE_TOKENS))
     return recipe
+
+
+def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibration | None) -> PruneConfig:
+    """Expected loss in place of inputs and refits, where something is cut that no linear layer reads as inputs (an
+    expert in a batched product)."""
+    if recipe.select.method != "best" or batches is None or not get_criterion(recipe.score.criterion).inputs:
+        return recipe
+    missed = unread(model, groups.prunable(roles_to_share(groups, recipe.select.roles, ())), batches)
+    if not missed:
+        return recipe
+    log.warning("no linear layer reads the units of %s: scored by %s, without a refit", missed[0].name, LOSS)
+    chosen = recipe.select
+    measured = chosen.allocation in ON_MODEL
+    return replace(
+        recipe,
+        score=replace(recipe.score, criterion=LOSS, score_tokens=recipe.score.score_tokens or SCORE_TOKENS),
+        select=replace(chosen, allocation="knapsack" if measured else chosen.allocation, allocation_criterion=None),
+        compensate=replace(recipe.compensate, compensation="none", compensation_scope="outputs"),
+    )
 
 
 def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:

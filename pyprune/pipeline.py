@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyprune import layer_removal, method, preflight
@@ -36,12 +35,11 @@ from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
 from pyprune.report.data import Report, versions
 from pyprune.report_pipeline import add_page, ask
-from pyprune.schedule import requests, search_options, without_search
+from pyprune.schedule import search_options
 from pyprune.search.plan import check_roles, search_plan
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.compose import compose
 from pyprune.selection.plan import Plan
-from pyprune.selection.quantities import measure_budget
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.searched import ON_MODEL
@@ -49,8 +47,8 @@ from pyprune.selection.select import select
 from pyprune.stage_options import CalibrationConfig, CompensateConfig, EvalConfig, ModelConfig, ScoreConfig
 from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import apply
-from pyprune.surgery.rebuild import rebuild
 from pyprune.surgery.skeleton import is_stock
+from pyprune.trial import first_that_fits
 
 
 @dataclass
@@ -139,25 +137,17 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         windows, text = preflight.windows(recipe.evaluation, dense.model, dense.tokenizer)
     with stages("discover"):
         groups = _groups(dense.model)
-        recipe = method.for_groups(recipe, groups, 0 if batches is None else batches.samples)
-        asked: list[dict[str, Any]] = []
-        if by_depth:
-            trial = layer_removal.trial(recipe, groups, dense.model.config)
-        else:
-            sizes = recipe.select
-            quantity = measure_budget(dense.model, groups, sizes.budget, length=sizes.budget_length)
-            asked = [{**request, "budget": quantity} for request in requests(sizes, groups)]
-            trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
+        ways = method.ways(recipe, groups, 0 if batches is None else batches.samples)
+        recipe, asked, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
         if batches is not None and recipe.select.allocation in ON_MODEL:
             check_roles([r for r in trial.details["roles"] if r not in ("layers", "sublayers")])
             check_search_samples(batches)
         if batches is not None and recipe.compensate.compensation != "none":
             check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
             check_samples(batches, recipe.compensate.compensation)
-        smallest = rebuild(dense.model, trial)  # for its errors: the class must be able to have such widths
-        recipe = method.for_saving(recipe, smallest.model)
+        recipe = method.for_saving(recipe, smallest)
         if recipe.save.profile is not None:
-            check_fits(recipe.save.profile, smallest.model, dense.tokenizer)
+            check_fits(recipe.save.profile, smallest, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     prompts = preflight.prompts(recipe, dense.tokenizer)
     roles, layers = trial.details["roles"], trial.details["layers"]
@@ -361,11 +351,6 @@ def _compensate(
         model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
         target=config.compensation_target, scope=config.compensation_scope, cache=scoring.cache, cache_limit=limit,
     )  # fmt: skip
-
-
-def _equal_scores(groups: Groups) -> dict[str, Tensor]:
-    """Scores that prefer nothing, to try a request with."""
-    return {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
 
 
 def _measure(

@@ -245,7 +245,11 @@ class SelectConfig(ScopeConfig):
         parsing.tokens(),
         "Score with allocation_criterion on the first N tokens of the calibration only. Left out: as score_tokens.",
     )
-    round_to: Any = option(None, parsing.multiples("round_to"), "Keep channels in multiples of N, or by role.")
+    round_to: Any = option(
+        None,
+        parsing.multiples("round_to"),
+        "Keep channels in multiples of N, or by role. Those of stacked experts are kept in multiples of 8 in any case.",
+    )
     min_keep: Any = option(
         None, parsing.amounts("min_keep", alone=True), "The least that stays in every layer, as units or fraction."
     )

@@ -16,6 +16,7 @@ LAYERS = [
     {"bench", "runs", "chat"},
     {"pipeline", "recover_pipeline", "report_pipeline", "assess"},
     {"streaming"},
+    {"trial"},
     {"recover_preflight", "schedule", "preflight", "layer_removal", "method"},
     {"repeat"},
     {"config", "stage_options", "parsing"},

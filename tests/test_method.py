@@ -25,7 +25,7 @@ PLAIN = ("param_first", "uniform", None, "none")
 
 def settled(model: Any, samples: int = 128, **options: Any) -> PruneConfig:
     recipe = PruneConfig.build({"calibration": "text.txt", "method": "best", **options})
-    return method.for_groups(method.for_profile(recipe), discover(model), samples)
+    return method.ways(method.for_profile(recipe), discover(model), samples)[0]
 
 
 def said(recipe: PruneConfig) -> tuple[Any, ...]:
@@ -36,7 +36,7 @@ def said(recipe: PruneConfig) -> tuple[Any, ...]:
 def test_a_ratio_alone_gets_the_best_method() -> None:
     alone = PruneConfig.build({"ratio": 0.1})
     assert alone.select.method == "best"
-    assert said(method.for_groups(method.for_profile(alone), discover(tiny_llama()), 128)) == LIGHT
+    assert said(method.ways(method.for_profile(alone), discover(tiny_llama()), 128)[0]) == LIGHT
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_ratio_alone_gets_the_best_method() -> None:
 def test_who_says_how_to_prune_gets_no_more_than_that(option: dict[str, Any]) -> None:
     recipe = PruneConfig.build({"ratio": 0.2, **option})
     assert recipe.select.method == "plain"
-    assert said(method.for_groups(method.for_profile(recipe), discover(tiny_llama()), 128)) == PLAIN
+    assert said(method.ways(method.for_profile(recipe), discover(tiny_llama()), 128)[0]) == PLAIN
 
 
 def test_what_feeds_projections_is_refitted_where_those_are() -> None:
@@ -70,7 +70,7 @@ def test_a_saved_recipe_says_the_method_that_was_taken() -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_a_settled_recipe_settles_to_itself(ratio: float) -> None:
     recipe = settled(tiny_llama(), ratio=ratio)
-    again = method.for_groups(PruneConfig.build(recipe.to_dict()), discover(tiny_llama()), 128)
+    again = method.ways(PruneConfig.build(recipe.to_dict()), discover(tiny_llama()), 128)[0]
     assert again == recipe
 
 
@@ -119,8 +119,11 @@ def test_a_target_size_counts_as_the_ratio_that_it_comes_to() -> None:
 
 
 def test_where_channels_cannot_reach_the_ratio_all_roles_are_cut() -> None:
-    model = tiny_llama(intermediate_size=4)
-    assert settled(model, ratio=0.3).select.roles is None
+    out = pyprune.prune(tiny_llama(intermediate_size=4), ratio=0.3, calibration=ids())
+    assert {c.group.role for c in out.plan.cuts} == {"kv_heads", "ffn"}
+    assert (out.recipe.select.roles, out.recipe.select.allocation) == (None, "knapsack")
+    out = pyprune.prune(tiny_llama(), ratio=0.2, min_keep={"ffn": 0.9}, calibration=ids(), count_embeddings=False)
+    assert {c.group.role for c in out.plan.cuts} == {"kv_heads", "ffn"}
 
 
 @pytest.mark.parametrize(("budget", "ratio"), [("macs", 0.2), ("memory", 0.2), ("macs", 0.45)])
@@ -132,6 +135,27 @@ def test_a_ratio_of_another_budget_is_met_with_heads_too(budget: str, ratio: flo
 
 def test_channels_of_experts_are_channels() -> None:
     assert settled(mixture("mixtral"), ratio=0.1).select.roles == ("expert_ffn",)
+
+
+@pytest.mark.filterwarnings("ignore:No .* expresses the cuts")
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_a_ratio_alone_meets_it_on_mixtures_at_widths_that_their_kernels_take(family: str) -> None:
+    model = mixture(family, **{"moe_intermediate_size" if family == "deepseek_v2" else "intermediate_size": 64})
+    out = pyprune.prune(model, ratio=0.2, count_embeddings=False, calibration=ids())
+    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.03)
+    assert {c.group.role for c in out.plan.cuts} >= {"expert_ffn"} and out.report.compensation is not None
+    assert not any(c.width % 8 for c in out.plan.cuts if c.group.role == "expert_ffn")
+
+
+@pytest.mark.filterwarnings("ignore:No .* expresses the cuts")
+def test_what_no_linear_layer_reads_goes_by_its_expected_loss_without_a_refit(caplog) -> None:
+    """Llama 4 multiplies all experts in one batched product."""
+    model = mixture("llama4_text", intermediate_size=64)
+    out = pyprune.prune(model, ratio=0.2, count_embeddings=False, calibration=ids())
+    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.03)
+    assert "expert_ffn" in {c.group.role for c in out.plan.cuts}
+    assert (out.report.scores["criterion"], out.report.compensation) == ("group_fisher", None)
+    assert "no linear layer reads the units of model.layers.0.feed_forward.experts:expert_ffn" in caplog.text
 
 
 @pytest.mark.parametrize(

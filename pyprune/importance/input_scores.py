@@ -19,9 +19,9 @@ from pyprune.discovery.groups import Group
 from pyprune.errors import PyPruneError
 from pyprune.importance.aggregation import AGGREGATIONS, scored_members
 from pyprune.importance.calibration import Calibration
-from pyprune.importance.inputs import Use
+from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.registry import Criterion
-from pyprune.importance.steps import make_steps
+from pyprune.importance.steps import Forward, make_steps
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import Walk, token_weights, walking, weights_for
 
@@ -104,6 +104,21 @@ def score_inputs(
             raise PyPruneError("criterion", criterion.name, problem, "Choose among the roles kv_heads and ffn.")
         out[group.name] = combine(torch.stack([v for _, v in sorted(parts[group.name].items())]))
     return out
+
+
+def unread(model: nn.Module, groups: Sequence[Group], calibration: Calibration) -> list[Group]:
+    """Those of ``groups`` that no linear layer in a block reads as inputs, seen on one sample: they have no score here,
+    and no refit."""
+    tensors = {m.tensor for g in groups for m in g.members}
+    matrices = {n: p for n, p in model.named_parameters() if n in tensors and p.dim() in (2, 3)}
+    with walking(model, matrices), torch.no_grad():
+        walk = Walk(model, make_steps(list(calibration)[:1], next(model.parameters()).device))
+        inside = {id(p) for block in walk.blocks for p in block.parameters()}
+        with InputTaps(matrices) as taps:
+            Forward(model)(walk.steps[0].part(slice(0, 1)))
+    read = {(u.key.name, u.input_dim(matrices[u.key.name].dim())) for u in taps.uses}
+    read = {(name, dim) for name, dim in read if id(matrices[name]) in inside}
+    return [g for g in groups if not any((m.tensor, m.dim) in read for m in g.members)]
 
 
 def _statistics(

@@ -176,7 +176,7 @@ def _check_reach(
                 raise NotSweepable("gradients pass by its blocks")
             met = True
             continue
-        name = owners.get(id(getattr(node, "variable", None)))
+        name = owners.get(id(getattr(node, "variable", None))) or getattr(node, "parameter", None)
         if name is not None and name not in allowed:
             raise NotSweepable(f"{name} acts outside its block")
         open_nodes += [following for following, _ in node.next_functions]

@@ -71,18 +71,23 @@ class _Before(torch.autograd.Function):
 
 
 class _After(torch.autograd.Function):
-    """Identity behind a layer. Going back, hands on the output's gradient and, where it is kept, the output."""
+    """Identity behind a layer. Going back, hands on the output's gradient and, where it is kept, the output.
+
+    Its node in the graph has the layer's matrix as ``parameter``, a name: autograd itself does not see it there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, keep: bool, sink: Callable[[Tensor, Tensor | None], None]) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, keep: bool, sink: Callable[[Tensor, Tensor | None], None], parameter: str
+    ) -> Tensor:
         ctx.save_for_backward(*[y] * keep)
-        ctx.sink = sink
+        ctx.sink, ctx.parameter = sink, parameter
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.sink(dy, next(iter(ctx.saved_tensors), None))
-        return dy, None, None
+        return dy, None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -212,7 +217,7 @@ class Taps:
 
         x = _Before.apply(x, back)
         y = _Linear.apply(x, w if not transposed else w.t(), b)
-        return _After.apply(y, self.criterion.signed, lambda dy, y: arrived.append((dy, y)))
+        return _After.apply(y, self.criterion.signed, lambda dy, y: arrived.append((dy, y)), key.name)
 
     def table(self, key: Key, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
         """An embedding with a tap behind it."""
@@ -234,7 +239,7 @@ class Taps:
                 hot = dy.new_zeros(*dy.shape[:2], weight.shape[0]).scatter_(2, places, 1.0)
                 self._elements(key, weight.detach(), Product(hot, dy))
 
-        return _After.apply(y, self.criterion.signed, back)
+        return _After.apply(y, self.criterion.signed, back, key.name)
 
     # -- backward ----------------------------------------------------------------------------------------------------
     def _tokens(self, x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from math import gcd
 from numbers import Integral
 from typing import Any
 
@@ -15,15 +16,36 @@ from pyprune.selection.requests import Amount, parse_amount, parse_amounts, unit
 # What a single round_to speaks of: axes that matrix products run over, not numbers of heads, experts or layers.
 CHANNEL_ROLES = ("ffn", "expert_ffn", "latent", "state", "hidden", "channels")
 
+GROUPED_STEP = 8
+"""Grouped products of stacked experts refuse rows that are no multiple of 16 bytes: 8 numbers of 16 bits."""
+
 Members = Mapping[str, Sequence[Group]]
 
 
-def rounding_steps(round_to: int | Mapping[str, int] | None, members: Members) -> dict[str, int]:
+def rounding_steps(
+    round_to: int | Mapping[str, int] | None, members: Members, shapes: Mapping[str, Sequence[int]],
+    exact: Collection[str] = (),
+) -> dict[str, int]:  # fmt: skip
     """Role -> multiple, for the roles that are rounded.
+
+    Channels inside stacked experts are rounded to :data:`GROUPED_STEP` where nothing is said about them.
+
+    Args:
+        shapes: tensor -> shape; an expert matrix of three dimensions is a stacked one.
+        exact: roles whose widths are given as numbers, which are taken at their word.
 
     Raises:
         PyPruneError: not an integer of at least 1, a role that is not cut, a multiple larger than a group.
     """
+    steps = _asked_steps(round_to, members)
+    stacked = [g for g in members.get("expert_ffn", ()) if any(len(shapes[m.tensor]) == 3 for m in g.members)]
+    step = gcd(GROUPED_STEP, *(g.units for g in stacked))
+    if stacked and step > 1 and "expert_ffn" not in {*steps, *exact}:
+        steps["expert_ffn"] = step
+    return steps
+
+
+def _asked_steps(round_to: int | Mapping[str, int] | None, members: Members) -> dict[str, int]:
     if round_to is None:
         return {}
     if isinstance(round_to, Mapping):

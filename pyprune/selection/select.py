@@ -62,7 +62,8 @@ def select(
             the model has. Roles in ``widths`` are not repeated here.
         layers: decoder layers that may be cut: ``"3-27"`` (27 included), ``"3:28"``, ``[3, 4, 5]``. None: all.
         round_to: kept units are a multiple of this, or the group stays whole: an integer for the channel roles
-            (``ffn``, ``expert_ffn``, ``hidden``, ...), or role -> integer.
+            (``ffn``, ``expert_ffn``, ``hidden``, ...), or role -> integer. Where nothing is said, channels inside
+            stacked experts are kept in multiples of 8, which grouped matrix products want.
         count_embeddings: whether embeddings and the output head count, in ``ratio`` and in ``target_params``.
         min_keep: the least that stays in every group, as units (int) or a fraction (float), for all roles or by role.
             None: what the allocation says, and at least one unit.
@@ -103,7 +104,8 @@ def select(
         members |= {role: members_of(groups, role, only, "roles") for role in roles_to_share(groups, roles, asked)}
     flat = [g for of_role in members.values() for g in of_role]
     protected = {g.name: protected_units(g, only) for g in flat}
-    steps = rounding_steps(round_to, members)
+    exact = [role for role, amount in asked.items() if isinstance(amount, int)]
+    steps = rounding_steps(round_to, members, groups.shapes, exact)
     least = least_by_role(min_keep, members)
     limits = group_limits(members, steps, least, chosen.min_keep, protected)
     values = checked_scores(flat, scores)

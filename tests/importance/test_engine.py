@@ -446,19 +446,22 @@ def test_whole_layers_are_scored_by_all_their_parameters(model: nn.Module, group
 
 
 class Skipping(nn.Module):
-    """Two blocks and a path around them: the head reads the first block's output too."""
+    """Two blocks and a path around them: the head reads the first block's output too, or both blocks one table."""
 
-    def __init__(self, around: bool, between: bool = False, side: bool = False) -> None:
+    def __init__(self, around: bool, between: bool = False, side: bool = False, table: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(13, 8)
         self.blocks = nn.ModuleList([Block() for _ in range(2)])
         self.gain = nn.Parameter(torch.full((8,), 1.5))
         self.head = nn.Linear(8, 13, bias=False)
         self.around, self.between, self.side = around, between, side
+        self.table = nn.Embedding(5, 8) if table else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
         extra = self.gain * torch.ones(8) if self.side else None
+        if self.table is not None:
+            extra = self.table(input_ids % 5)
         first = self.blocks[0](x, extra)[0]
         y = self.blocks[1](first * self.gain if self.between else first, extra)[0]
         return self.head(y + first if self.around else y)
@@ -491,6 +494,7 @@ def _channels(net: nn.Module, tensors: dict[str, int]) -> Groups:
         ({"around": True}, "blocks.1.up.weight", "gradients pass by its blocks"),
         ({"around": False, "between": True}, "blocks.0.up.weight", "something happens to the residual stream"),
         ({"around": False, "side": True}, "blocks.0.up.weight", "gain acts outside its block"),
+        ({"around": False, "table": True}, "table.weight", "table.weight acts outside its block"),
     ],
 )
 def test_a_model_that_is_no_chain_of_blocks_is_passed_backward_whole(

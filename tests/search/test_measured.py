@@ -39,7 +39,7 @@ def test_other_families_and_roles_are_measured(allocation: str, family: str, tmp
     if family == "heads":
         model, roles = tiny_llama(num_hidden_layers=4), ("kv_heads", "ffn")
     else:
-        model = mixture("mixtral") if family == "Mixtral" else build(family, tmp_path)
+        model = mixture("mixtral", intermediate_size=64) if family == "Mixtral" else build(family, tmp_path)
         roles = ("expert_ffn",) if family == "Mixtral" else ("kv_heads", "ffn")
     case = make(model, roles=roles)
     plan = search_plan(case.model, case.groups, case.scores, ids(), 0.15, roles=roles, allocation=allocation)

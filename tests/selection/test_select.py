@@ -23,8 +23,8 @@ SCORES = random_scores(GROUPS)
 ALL_ROLES = ["kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "hidden", "layers"]
 
 
-def mixture() -> Groups:
-    return llama_groups(layers=3, kv=2, queries=2, ffn=32, head_dim=8, hidden=32, experts=8)
+def mixture(width: int = 32) -> Groups:
+    return llama_groups(layers=3, kv=2, queries=2, ffn=width, head_dim=8, hidden=32, experts=8)
 
 
 BY_SCORES = sorted(set(ALLOCATIONS) - set(ON_MODEL))  # without a model
@@ -94,12 +94,33 @@ def test_only_layers_in_the_range_are_removed() -> None:
 
 def test_experts_and_their_channels_are_cut_by_default_where_there_is_no_plain_ffn() -> None:
     groups = mixture()
-    plan = select(groups, random_scores(groups), 0.3)
+    plan = select(groups, random_scores(groups), 0.3, round_to={"expert_ffn": 1})
     assert plan.details["roles"] == ["kv_heads", "expert_ffn"]
     assert plan.details["achieved"]["with_embeddings"]["ratio"] == pytest.approx(0.3, abs=0.02)
-    plan = select(groups, random_scores(groups), 0.3, roles="experts,expert_ffn")
+    plan = select(groups, random_scores(groups), 0.3, roles="experts,expert_ffn", round_to={"expert_ffn": 1})
     assert plan.details["widths"]["experts"] == 7
     assert plan.details["achieved"]["with_embeddings"]["ratio"] == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("allocation", BY_SCORES)
+def test_channels_of_stacked_experts_keep_to_the_rows_of_grouped_products_unless_told_otherwise(allocation) -> None:
+    groups = mixture(width=64)
+    scores = random_scores(groups)
+    widths = [c.width for c in select(groups, scores, 0.3, roles="expert_ffn", allocation=allocation).cuts]
+    assert widths and not any(w % 8 for w in widths)
+    free = select(groups, scores, 0.3, roles="expert_ffn", allocation=allocation, round_to={"expert_ffn": 1})
+    assert any(c.width % 8 for c in free.cuts)
+    asked = select(groups, scores, widths={"expert_ffn": 44}, allocation="uniform")
+    assert {c.width for c in asked.cuts} == {44}
+    share = select(groups, scores, widths={"expert_ffn": 0.7}, allocation="uniform")
+    assert {c.width for c in share.cuts} == {48}
+
+
+def test_channels_that_no_grouped_product_reads_are_not_rounded() -> None:
+    assert any(c.width % 8 for c in select(GROUPS, SCORES, 0.3, roles="ffn").cuts)
+    narrow = mixture(width=12)
+    plan = select(narrow, random_scores(narrow), 0.3, roles="expert_ffn")
+    assert plan.details["round_to"] == {"expert_ffn": 4}
 
 
 @pytest.mark.parametrize("allocation", BY_SCORES)
