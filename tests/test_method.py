@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers_compensation import ids
 from helpers_llama import tiny_llama
-from helpers_mixtures import mixture
+from helpers_mixtures import BASE, LATENT, mixture, spread
 
 import pyprune
 from pyprune import discover, method
@@ -135,6 +135,18 @@ def test_a_ratio_of_another_budget_is_met_with_heads_too(budget: str, ratio: flo
 
 def test_channels_of_experts_are_channels() -> None:
     assert settled(mixture("mixtral"), ratio=0.1).select.roles == ("expert_ffn",)
+
+
+def test_a_class_whose_layers_cannot_differ_gets_even_widths() -> None:
+    """MiniCPM 3 scales by the number of its layers, which a layer of its own width would take for one."""
+    from transformers import AutoModelForCausalLM, MiniCPM3Config
+
+    values = {**BASE, **LATENT, "num_key_value_heads": 6, "intermediate_size": 34, "num_hidden_layers": 3}
+    model = spread(AutoModelForCausalLM.from_config(MiniCPM3Config(**values)).eval())
+    out = pyprune.prune(model, ratio=0.2, count_embeddings=False, calibration=ids())
+    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.03)
+    assert out.recipe.select.allocation == "uniform" and out.report.compensation is not None
+    assert len({c.width for c in out.plan.cuts if c.group.role == "ffn"}) == 1
 
 
 @pytest.mark.filterwarnings("ignore:No .* expresses the cuts")
