@@ -44,7 +44,7 @@ def for_profile(recipe: PruneConfig) -> PruneConfig:
 
 def ways(recipe: PruneConfig, groups: Groups, samples: int) -> list[PruneConfig]:
     """Roles, allocation, and whether a refit can help, for a model: the best first. The others are for models in which
-    channels alone do not make up the size, and whose class has no layers of different widths.
+    channels alone do not make up the size, or whose class has no layers of different widths.
 
     Args:
         samples: sequences in the calibration.
@@ -64,12 +64,15 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     total = groups.num_parameters(asked.count_embeddings)
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
+    roles = tuple(r for r in CHANNELS if groups.prunable([r]))
     if goes > LIGHT_UP_TO:
         recipe = _allocated(recipe, "log_depth")
-    elif channels_only and sized and asked.roles is None and asked.budget == "parameters":
-        roles = tuple(r for r in CHANNELS if groups.prunable([r]))
-        if roles:
-            recipe = replace(recipe, select=replace(recipe.select, roles=roles))
+    if goes > LIGHT_UP_TO or not channels_only or asked.budget != "parameters":
+        # Where all queries share one KV head, that cannot go.
+        alone = groups.prunable(["query_heads"]) and not groups.prunable(["kv_heads"])
+        roles = ("query_heads", *roles) if alone else ()
+    if sized and asked.roles is None and roles:
+        recipe = replace(recipe, select=replace(recipe.select, roles=roles))
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
     if not all(g.exact and g.role in INSIDE for g in cut):

@@ -137,6 +137,19 @@ def test_channels_of_experts_are_channels() -> None:
     assert settled(mixture("mixtral"), ratio=0.1).select.roles == ("expert_ffn",)
 
 
+def test_query_heads_go_where_all_of_them_share_one_kv_head() -> None:
+    model = tiny_llama(num_key_value_heads=1)
+    assert settled(model, ratio=0.5).select.roles == ("query_heads", "ffn")
+    assert settled(model, ratio=0.5, roles="ffn").select.roles == ("ffn",)
+    assert settled(model, ratio=0.1).select.roles == ("ffn",)
+    out = pyprune.prune(model, ratio=0.5, count_embeddings=False, calibration=ids())
+    assert {c.group.role for c in out.plan.cuts} == {"query_heads", "ffn"}
+    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.5, abs=0.02)
+    narrow = tiny_llama(num_key_value_heads=1, intermediate_size=8)
+    out = pyprune.prune(narrow, ratio=0.3, count_embeddings=False, calibration=ids())
+    assert {c.group.role for c in out.plan.cuts} == {"query_heads", "ffn"}
+
+
 def test_a_class_whose_layers_cannot_differ_gets_even_widths() -> None:
     """MiniCPM 3 scales by the number of its layers, which a layer of its own width would take for one."""
     from transformers import AutoModelForCausalLM, MiniCPM3Config
