@@ -14,7 +14,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.cache import cached
 from pyprune.importance.depth import score_layers
 from pyprune.importance.scores import Scores
-from pyprune.schedule import requests, without_search
+from pyprune.schedule import requests, without_scores
 from pyprune.selection.compose import compose
 from pyprune.selection.layers import plan_layers, removable, without
 from pyprune.selection.plan import Plan
@@ -87,7 +87,7 @@ def trial(recipe: PruneConfig, groups: Groups, config: Any = None) -> Plan:
         groups, equal, target_params=left.target_params, roles=left.roles, round_to=left.round_to,
         widths={**(left.widths or {}), "layers": group.units - count}, count_embeddings=left.count_embeddings,
         layers=asked.layers, min_keep=_without_layers(left.min_keep),
-        **without_search({"allocation": left.allocation}),
+        **without_scores({"allocation": left.allocation}),
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def _with_widths(first: Plan, left: SelectConfig, groups: Groups, equal: dict[st
         shapes={n: s for n, s in groups.shapes.items() if n in after},
         parameters=frozenset(n for n in groups.parameters if n in after),
     )  # fmt: skip
-    widths = select(staying, equal, **without_search(list(requests(left, staying))[-1]))
+    widths = select(staying, equal, **without_scores(list(requests(left, staying))[-1]))
     out = compose(groups, first, widths)
     out.details["layers"] = widths.details["layers"]
     return out
@@ -137,7 +137,7 @@ def requests_after(
         return [], [], None
     steps = list(requests(remaining(asked, dense, plan), now))
     equal = {g.name: torch.zeros(g.outer, g.units) for g in now.prunable()}
-    details = select(now, equal, **without_search(steps[-1])).details
+    details = select(now, equal, **without_scores(steps[-1])).details
     return steps, details["roles"], details["layers"]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
+from pyprune.selection.allocation import ALLOCATIONS
 from pyprune.selection.requests import units_of
-from pyprune.selection.searched import ON_MODEL
 from pyprune.stage_options import SelectConfig
 
 WITHIN_HEADS = {"qk_dim", "vo_dim"}  # few configurations express them, so that surgery may leave narrow linear layers
@@ -68,9 +68,12 @@ def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
         yield out
 
 
-def without_search(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request to try: in place of an allocation that needs the model, one that does not."""
-    return {**request, "allocation": "log_depth"} if request["allocation"] in ON_MODEL else dict(request)
+def without_scores(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request to try before anything is measured: an allocation that gives layers widths of their own, from scores or
+    with the model, is taken for one that needs neither."""
+    asked, tried = ALLOCATIONS.get(request["allocation"]), ALLOCATIONS["log_depth"]
+    alike = asked is not None and (asked.by_layer, asked.min_keep) == (tried.by_layer, tried.min_keep)
+    return {**request, "allocation": tried.name} if alike else dict(request)
 
 
 def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.scores import Scores
-from pyprune.schedule import requests, without_search
+from pyprune.schedule import requests, without_scores
 from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import measure_budget
+from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import select
 from pyprune.surgery.rebuild import rebuild
 
@@ -59,7 +60,8 @@ def _planned(
         sizes = recipe.select
         quantity = measure_budget(model, groups, sizes.budget, length=sizes.budget_length)
         asked = [{**request, "budget": quantity} for request in requests(sizes, groups)]
-        trial = select(groups, _equal_scores(groups) if ready is None else ready, **without_search(asked[-1]))
+        last = asked[-1] if ready is not None and sizes.allocation not in ON_MODEL else without_scores(asked[-1])
+        trial = select(groups, _equal_scores(groups) if ready is None else ready, **last)
     return asked, trial, rebuild(model, trial).model
 
 

@@ -150,14 +150,15 @@ def test_query_heads_go_where_all_of_them_share_one_kv_head() -> None:
     assert {c.group.role for c in out.plan.cuts} == {"query_heads", "ffn"}
 
 
-def test_a_class_whose_layers_cannot_differ_gets_even_widths() -> None:
+@pytest.mark.parametrize("ratio", [0.2, 0.3])
+def test_a_class_whose_layers_cannot_differ_gets_even_widths(ratio: float) -> None:
     """MiniCPM 3 scales by the number of its layers, which a layer of its own width would take for one."""
     from transformers import AutoModelForCausalLM, MiniCPM3Config
 
     values = {**BASE, **LATENT, "num_key_value_heads": 6, "intermediate_size": 34, "num_hidden_layers": 3}
     model = spread(AutoModelForCausalLM.from_config(MiniCPM3Config(**values)).eval())
-    out = pyprune.prune(model, ratio=0.2, count_embeddings=False, calibration=ids())
-    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.03)
+    out = pyprune.prune(model, ratio=ratio, count_embeddings=False, calibration=ids())
+    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(ratio, abs=0.03)
     assert out.recipe.select.allocation == "uniform" and out.report.compensation is not None
     assert len({c.width for c in out.plan.cuts if c.group.role == "ffn"}) == 1
 
