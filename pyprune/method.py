@@ -1,8 +1,9 @@
 """The method ``best``: what measured best at the size that is asked for (docs/results.md), settled for a model.
 
-Up to about a third of the parameters FFN channels go, as many in each layer as measured on the model, or, where that
-would take much memory or has too little text, where their expected loss is least; beyond that heads go too, and more in
-later layers. Heads go also where the budget is not one of parameters. Options that the user gives stay as they are.
+Up to about a third of the parameters FFN channels go, beyond that heads too, and heads go also where the budget is not
+one of parameters: as many in each layer as measured on the model. Where that would take much memory or has too little
+text, a small cut is made where the expected loss is least, and a large one more in later layers. Options that the user
+gives stay as they are.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
     roles = tuple(r for r in CHANNELS if groups.prunable([r]))
-    if goes > LIGHT_UP_TO:
-        recipe = _allocated(recipe, "log_depth")
-    if goes > LIGHT_UP_TO or not channels_only or asked.budget != "parameters":
+    heavy = goes > LIGHT_UP_TO
+    if heavy or not channels_only or asked.budget != "parameters":
         # Where all queries share one KV head, that cannot go.
         alone = groups.prunable(["query_heads"]) and not groups.prunable(["kv_heads"])
         roles = ("query_heads", *roles) if alone else ()
@@ -80,7 +80,8 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)
-    recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else "knapsack")
+    unmeasured = "log_depth" if heavy else "knapsack"
+    recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
     if recipe.select.allocation in SCORELESS:
         recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=None, allocation_tokens=None))
     if recipe.score.score_tokens is None and recipe.select.allocation != "descent":
@@ -127,10 +128,17 @@ def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
 
 
 def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
-    """Whether widths can be measured on the model: channels, with a refit, in one step, in memory that is there."""
-    sums = sum(2 * g.outer * g.units**2 for g in cut)
-    refitted = recipe.compensate.compensation in REFITS and all(g.role in CHANNELS for g in cut)
-    return refitted and samples >= LEAST_SAMPLES and recipe.select.iterative_steps == 1 and sums <= MEASURED_UP_TO
+    """Whether widths can be measured on the model: with a refit, in one step, in memory that is there."""
+    if recipe.compensate.compensation not in REFITS or recipe.select.iterative_steps != 1 or samples < LEAST_SAMPLES:
+        return False
+    return sum(_sums(g) for g in cut) <= MEASURED_UP_TO
+
+
+def _sums(group: Group) -> int:
+    """Bytes of half the products of what a matrix reads from the units: every expert's alone, all heads' together."""
+    if group.role in CHANNELS:
+        return 2 * group.outer * group.units**2
+    return 2 * max(m.index.positions().size for m in group.members) ** 2
 
 
 def _allocated(recipe: PruneConfig, allocation: str) -> PruneConfig:

@@ -23,17 +23,18 @@ from pyprune.search.evolution import Measure
 from pyprune.search.moves import Moves, Widths
 from pyprune.selection.global_ranking import remove_lowest
 
-ROUNDS = 2
+ROUNDS = 4  # at most
+WORTH = 0.02  # by how much of the divergence a round must have lowered it for another to follow
 REACH = 0.1  # of a group's units: how far a round moves a width at most
 
 
 def descend(
     moves: Moves, measure: Measure, seeds: Mapping[str, Widths], anchor: Widths
 ) -> tuple[Widths, dict[str, Any]]:
-    """Widths of least divergence that :data:`ROUNDS` rounds find, and what a report says of the way there.
+    """Widths of least divergence that at most :data:`ROUNDS` rounds find, and what a report says of the way there.
 
     No round makes it worse: what does not lower the divergence on all held-out tokens is tried at half of the way,
-    and then ends the descent.
+    and then ends the descent. So does a round that lowers it by less than :data:`WORTH`.
 
     Args:
         moves: the groups and their budget.
@@ -66,7 +67,7 @@ def descend(
     mark(kl)
     for number in range(1, ROUNDS + 1):
         prices = []
-        for group in bars.track(moves.groups, f"measuring slopes, round {number} of {ROUNDS}"):
+        for group in bars.track(moves.groups, f"measuring slopes, round {number}"):
             around: Curve = [
                 (width, _finite(measure.total({**best, group.name: width}, 0, last) / tokens) - kl)
                 for width in neighbours(moves, group, best[group.name])
@@ -80,8 +81,11 @@ def descend(
         found = settle(better)
         if found >= kl:
             break
+        worth = found < (1 - WORTH) * kl
         best, kl = better, found
         mark(kl)
+        if not worth:
+            break
     return best, {"divergence": kl, "seeds": tried, "rounds": rounds, "seconds": round(time.monotonic() - started, 1)}
 
 

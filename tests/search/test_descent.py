@@ -90,6 +90,19 @@ def test_no_width_moves_further_than_a_round_reaches_and_none_below_the_least() 
     assert len(report["rounds"]) == 1 + ROUNDS
 
 
+def test_a_round_that_hardly_lowers_the_divergence_is_the_last() -> None:
+    where = moves()
+    names = [g.name for g in where.groups]
+
+    class Floor(Bowl):
+        def total(self, widths: Mapping[str, int], first: int, last: int) -> float:
+            return super().total(widths, first, last) + (last - first) * 1e6
+
+    bowl = Floor(dict(zip(names, (0.01, 9.0, 9.0), strict=True)))  # without the floor it takes all rounds (above)
+    found, report = descend(where, bowl, {"even": even(where)}, even(where))
+    assert found != even(where) and len(report["rounds"]) == 2
+
+
 def test_it_starts_from_the_best_seed_and_ends_where_nothing_is_better() -> None:
     where = moves()
     names = [g.name for g in where.groups]
