@@ -18,7 +18,7 @@ DEVICES = [
 ]
 NAMES = [
     (part, i)
-    for part, count in (("salience", 2), ("slice", 3), ("moments", 4), ("activations", 3))
+    for part, count in (("salience", 2), ("many", 2), ("slice", 3), ("moments", 4), ("activations", 3))
     for i in range(count)
 ]
 

@@ -10,7 +10,9 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +117,36 @@ def salience(
     library: ctypes.CDLL, formula: str, weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Sums of tensors [rows, cols]."""
+    rows, cols, entries = _salience_entries(weights, grads, curvatures)
+    assert library.emulate_salience(FORMULAS[formula], entries, ctypes.c_int64(len(weights))) == 0
+    return rows, cols
+
+
+def prepared_salience(
+    library: ctypes.CDLL, formula: str, weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
+) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+    """The same, prepared once: each call launches it on what the tensors hold by then."""
+    rows, cols, entries = _salience_entries(weights, grads, curvatures)
+    count = ctypes.c_int64(len(weights))
+    library.emulate_salience_workspace.restype = library.emulate_passes_size.restype = ctypes.c_int64
+    workspace = torch.full((library.emulate_salience_workspace(FORMULAS[formula], entries, count),), 255).byte()
+    passes = torch.zeros(library.emulate_passes_size(), dtype=torch.uint8)
+    addresses = (ctypes.c_void_p(workspace.data_ptr()), ctypes.c_void_p(passes.data_ptr()))
+    assert library.emulate_prepare_salience(FORMULAS[formula], entries, count, *addresses) == 0
+    del entries
+
+    def call() -> tuple[list[Tensor], list[Tensor]]:
+        for sums in (*rows, *cols):
+            sums.fill_(torch.nan)
+        assert len(workspace) and library.emulate_launch_salience(ctypes.c_void_p(passes.data_ptr())) == 0
+        return rows, cols
+
+    return call
+
+
+def _salience_entries(
+    weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], Any]:
     rows = [torch.full(w.shape[:1], torch.nan) for w in weights]
     cols = [torch.full(w.shape[1:], torch.nan) for w in weights]
     entries = (SalienceTensor * len(weights))()
@@ -123,5 +155,4 @@ def salience(
             matrix(w), matrix(g), matrix(h), 1, *w.shape, rows[i].data_ptr(), cols[i].data_ptr(), DTYPES[w.dtype],
             DTYPES[g.dtype],
         )  # fmt: skip
-    assert library.emulate_salience(FORMULAS[formula], entries, ctypes.c_int64(len(weights))) == 0
-    return rows, cols
+    return rows, cols, entries

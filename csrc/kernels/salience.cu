@@ -25,23 +25,17 @@ int64_t size_of(Dtype dtype) {
 }
 
 // Entries of one pair of dtypes: one launch of the first pass.
-struct Launch {
+struct Pair {
   Dtype dtype, grad_dtype;
   std::vector<SalienceEntry> entries;
   std::vector<int64_t> tiles;
-  const SalienceEntry* device_entries;
-  const int64_t* device_first;
-  int64_t blocks;  // tiles of all entries
 };
 
 // Everything that is sent to the device, with the partial sums behind it in the workspace.
 struct Plan {
-  std::vector<Launch> launches;
+  std::vector<Pair> pairs;
   std::vector<Reduction> reductions;
   std::vector<int64_t> reduction_blocks;
-  const Reduction* device_reductions = nullptr;
-  const int64_t* device_first = nullptr;
-  int64_t blocks = 0;  // of the second pass
 };
 
 struct Tiles {
@@ -55,10 +49,10 @@ Tiles tiles_of(const SalienceTensor& t) {
 }
 
 // Bytes that suffice for the table of `count` tensors: an entry, at most two reductions and the numbers before each,
-// and for every launch (at most nine pairs of dtypes, and the second pass) an end of two lists and their alignment.
+// and for every launch (the pairs of dtypes, and the second pass) an end of two lists and their alignment.
 int64_t table_bound(int64_t count) {
   constexpr int64_t kEach = sizeof(SalienceEntry) + 2 * sizeof(Reduction) + 3 * sizeof(int64_t), kLaunch = 2 * 16 + 8;
-  return (count * kEach + 10 * kLaunch + 255) / 256 * 256;
+  return (count * kEach + (SaliencePasses::kPairs + 1) * kLaunch + 255) / 256 * 256;
 }
 
 Plan plan_of(Formula formula, const SalienceTensor* tensors, int64_t count) {
@@ -73,24 +67,24 @@ Plan plan_of(Formula formula, const SalienceTensor* tensors, int64_t count) {
                 multiple_of_16(t.grad, t.batches, t.rows, size_of(t.grad_dtype)) &&
                 multiple_of_16(t.curvature, t.batches, t.rows, 4);
     const Dtype grad_dtype = reads_grad(formula) ? t.grad_dtype : t.dtype;
-    auto launch = std::find_if(plan.launches.begin(), plan.launches.end(),
-                               [&](const Launch& l) { return l.dtype == t.dtype && l.grad_dtype == grad_dtype; });
-    if (launch == plan.launches.end()) {
-      plan.launches.push_back({t.dtype, grad_dtype, {}, {}, nullptr, nullptr, 0});
-      launch = plan.launches.end() - 1;
-      launch->entries.reserve(static_cast<size_t>(count - i));
-      launch->tiles.reserve(static_cast<size_t>(count - i));
+    auto pair = std::find_if(plan.pairs.begin(), plan.pairs.end(),
+                             [&](const Pair& p) { return p.dtype == t.dtype && p.grad_dtype == grad_dtype; });
+    if (pair == plan.pairs.end()) {
+      plan.pairs.push_back({t.dtype, grad_dtype, {}, {}});
+      pair = plan.pairs.end() - 1;
+      pair->entries.reserve(static_cast<size_t>(count - i));
+      pair->tiles.reserve(static_cast<size_t>(count - i));
     }
-    launch->entries.push_back(e);
-    launch->tiles.push_back(t.batches * e.row_tiles * e.col_tiles);
+    pair->entries.push_back(e);
+    pair->tiles.push_back(t.batches * e.row_tiles * e.col_tiles);
   }
   return plan;
 }
 
 // Points each entry at its partial sums, which are the outputs themselves where one tile holds them whole.
 void place_parts(Plan& plan, float* parts) {
-  for (Launch& launch : plan.launches) {
-    for (SalienceEntry& e : launch.entries) {
+  for (Pair& pair : plan.pairs) {
+    for (SalienceEntry& e : pair.entries) {
       const SalienceTensor& t = e.tensor;
       const auto place = [&](void* out, int64_t tiles, int64_t length) {
         float* sums = static_cast<float*>(out);
@@ -108,37 +102,42 @@ void place_parts(Plan& plan, float* parts) {
   }
 }
 
-void fill(Table& table, Plan& plan) {
-  for (Launch& launch : plan.launches) {
-    const std::vector<int64_t> first = first_items(launch.tiles);
-    launch.device_entries = table.append(launch.entries);
-    launch.device_first = table.append(first);
-    launch.blocks = first.back();
+SaliencePasses passes_of(Formula formula, Table& table, const Plan& plan) {
+  SaliencePasses passes{};
+  passes.formula = formula;
+  for (const Pair& pair : plan.pairs) {
+    const std::vector<int64_t> first = first_items(pair.tiles);
+    const SalienceEntry* entries = table.append(pair.entries);
+    passes.first_pass[passes.launches++] = {
+        pair.dtype,  pair.grad_dtype, entries, table.append(first), static_cast<int64_t>(pair.entries.size()),
+        first.back()};
   }
   const std::vector<int64_t> first = first_items(plan.reduction_blocks);
-  plan.device_reductions = table.append(plan.reductions);
-  plan.device_first = table.append(first);
-  plan.blocks = first.back();
+  passes.reductions = table.append(plan.reductions);
+  passes.first_reduction = table.append(first);
+  passes.reduction_count = static_cast<int64_t>(plan.reductions.size());
+  passes.reduction_blocks = first.back();
+  return passes;
 }
 
-cudaError_t first_pass(Formula formula, const Launch& l, cudaStream_t stream) {
-  const int count = static_cast<int>(l.entries.size());
+cudaError_t first_pass(Formula formula, const SalienceLaunch& l, cudaStream_t stream) {
+  const int count = static_cast<int>(l.count);
   const int64_t tiles = l.blocks;
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   switch (formula) {
     case Formula::abs:
-      return launch_abs(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+      return launch_abs(l.dtype, l.grad_dtype, l.entries, l.first, count, tiles, stream);
     case Formula::square:
-      return launch_square(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+      return launch_square(l.dtype, l.grad_dtype, l.entries, l.first, count, tiles, stream);
     case Formula::taylor_signed:
-      return launch_taylor_signed(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+      return launch_taylor_signed(l.dtype, l.grad_dtype, l.entries, l.first, count, tiles, stream);
     case Formula::taylor_abs:
-      return launch_taylor_abs(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+      return launch_taylor_abs(l.dtype, l.grad_dtype, l.entries, l.first, count, tiles, stream);
     case Formula::fisher:
-      return launch_fisher(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+      return launch_fisher(l.dtype, l.grad_dtype, l.entries, l.first, count, tiles, stream);
     case Formula::mixed:
-      return launch_mixed(l.dtype, l.grad_dtype, l.device_entries, l.device_first, count, tiles, stream);
+      return launch_mixed(l.dtype, l.grad_dtype, l.entries, l.first, count, tiles, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -155,20 +154,31 @@ int64_t salience_workspace(Formula, const SalienceTensor* tensors, int64_t count
   return table_bound(count) + parts * static_cast<int64_t>(sizeof(float));
 }
 
-cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
-                          cudaStream_t stream) {
+cudaError_t prepare_salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
+                                  cudaStream_t stream, SaliencePasses& passes) {
   Plan plan = plan_of(formula, tensors, count);
+  if (plan.pairs.size() > SaliencePasses::kPairs) return cudaErrorInvalidValue;
   place_parts(plan, reinterpret_cast<float*>(static_cast<char*>(workspace) + table_bound(count)));
   Table table(workspace);
-  fill(table, plan);
+  passes = passes_of(formula, table, plan);
   if (table.size() > table_bound(count)) return cudaErrorInvalidValue;
-  cudaError_t status = table.send(stream);
-  for (const Launch& launch : plan.launches) {
-    if (status == cudaSuccess) status = first_pass(formula, launch, stream);
+  return table.send(stream);
+}
+
+cudaError_t launch_salience(const SaliencePasses& passes, cudaStream_t stream) {
+  for (int32_t i = 0; i < passes.launches; ++i) {
+    const cudaError_t status = first_pass(passes.formula, passes.first_pass[i], stream);
+    if (status != cudaSuccess) return status;
   }
-  if (status != cudaSuccess) return status;
-  return add_parts(plan.device_reductions, plan.device_first, static_cast<int>(plan.reductions.size()), plan.blocks,
-                   stream);
+  return add_parts(passes.reductions, passes.first_reduction, static_cast<int>(passes.reduction_count),
+                   passes.reduction_blocks, stream);
+}
+
+cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
+                          cudaStream_t stream) {
+  SaliencePasses passes;
+  const cudaError_t status = prepare_salience_cuda(formula, tensors, count, workspace, stream, passes);
+  return status == cudaSuccess ? launch_salience(passes, stream) : status;
 }
 
 }  // namespace pyprune

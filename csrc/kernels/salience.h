@@ -6,12 +6,40 @@
 
 namespace pyprune {
 
-// Device bytes that salience_cuda needs: its table and the partial sums of tensors with several tiles.
+struct SalienceEntry;
+struct Reduction;
+
+// The tensors of one pair of dtypes; a table and the tiles before each of its entries, on the device.
+struct SalienceLaunch {
+  Dtype dtype, grad_dtype;
+  const SalienceEntry* entries;
+  const int64_t* first;
+  int64_t count, blocks;
+};
+
+// Both passes over a table that is on the device: what a call needs, however many tensors there are.
+struct SaliencePasses {
+  static constexpr int kPairs = 9;
+  Formula formula;
+  int32_t launches;
+  SalienceLaunch first_pass[kPairs];
+  const Reduction* reductions;
+  const int64_t* first_reduction;
+  int64_t reduction_count, reduction_blocks;
+};
+
+// Device bytes that salience needs: its table and the partial sums of tensors with several tiles.
 int64_t salience_workspace(Formula formula, const SalienceTensor* tensors, int64_t count);
 
-// Row and column sums of the formula for each of the tensors, all on one device, float32, bfloat16 or float16 (not
-// float64). `tensors` is host memory; `workspace` has salience_workspace(...) bytes, aligned to 256, and is free to be
-// reused once the stream has passed. Deterministic: every sum has a fixed order, no atomics.
+// Fills the table in `workspace` and says what to launch over it, as often as wanted: the tensors' values are read, and
+// their sums written, by each launch.
+cudaError_t prepare_salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
+                                  cudaStream_t stream, SaliencePasses& passes);
+cudaError_t launch_salience(const SaliencePasses& passes, cudaStream_t stream);
+
+// Both at once: row and column sums of the formula for each of the tensors, all on one device, float32, bfloat16 or
+// float16 (not float64). `tensors` is host memory; `workspace` has salience_workspace(...) bytes, aligned to 256, and
+// is free to be reused once the stream has passed. Deterministic: every sum has a fixed order, no atomics.
 cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
                           cudaStream_t stream);
 

@@ -1,11 +1,13 @@
 #include "../cpu/salience.h"
 
+#include <cstring>
+
 #include "tensors.h"
 
 namespace pyprune {
 
 SalienceCall prepare_salience(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
-                              const std::vector<Tensor>& curvatures, int64_t formula) {
+                              const std::vector<Tensor>& curvatures, int64_t formula, bool in_place) {
   STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
   STD_TORCH_CHECK(formula >= 0 && formula <= 5, "pyprune::salience: unknown formula ", formula);
   SalienceCall call;
@@ -17,6 +19,7 @@ SalienceCall prepare_salience(const std::vector<Tensor>& weights, const std::vec
   const bool in_double = dtype_of(weights[0]) == Dtype::float64;
 
   const auto matrix = [&](const Tensor& given, const View& like) {
+    STD_TORCH_CHECK(!in_place || View(given).neighbouring_columns(), "pyprune::salience: columns must be neighbours");
     const Tensor t = with_neighbouring_columns(given);
     const View v(t);
     for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(v.size[d] == like.size[d], "pyprune::salience: shapes differ");
@@ -80,9 +83,37 @@ std::tuple<Tensor, Tensor> salience(const std::vector<Tensor> weights, const std
   return {call.row_sums, call.col_sums};
 }
 
+// What a prepared call holds in host memory: this, and its tensors behind it.
+struct Prepared {
+  Formula formula;
+  int64_t count;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> salience_prepare(const std::vector<Tensor> weights,
+                                                            const std::vector<Tensor> grads,
+                                                            const std::vector<Tensor> curvatures, int64_t formula) {
+  const SalienceCall call = prepare_salience(weights, grads, curvatures, formula, /*in_place=*/true);
+  const Prepared head{call.formula, static_cast<int64_t>(call.tensors.size())};
+  const size_t bytes = call.tensors.size() * sizeof(SalienceTensor);
+  const Tensor host = host_bytes(weights[0], static_cast<int64_t>(sizeof(head) + bytes));
+  char* to = static_cast<char*>(host.mutable_data_ptr());
+  std::memcpy(to, &head, sizeof(head));
+  std::memcpy(to + sizeof(head), call.tensors.data(), bytes);
+  return {call.row_sums, call.col_sums, host, host_bytes(weights[0], 0)};
+}
+
+void salience_again_(const Tensor, const Tensor, const Tensor host, const Tensor) {
+  const char* from = static_cast<const char*>(host.const_data_ptr());
+  const auto* head = reinterpret_cast<const Prepared*>(from);
+  const auto* tensors = reinterpret_cast<const SalienceTensor*>(from + sizeof(Prepared));
+  salience_cpu(head->formula, tensors, head->count, torch_threads());
+}
+
 }  // namespace
 }  // namespace pyprune
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
   m.impl("salience", TORCH_BOX(&pyprune::salience));
+  m.impl("salience_prepare", TORCH_BOX(&pyprune::salience_prepare));
+  m.impl("salience_again_", TORCH_BOX(&pyprune::salience_again_));
 }

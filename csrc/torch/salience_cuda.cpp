@@ -6,14 +6,20 @@
 namespace pyprune {
 namespace {
 
+SalienceCall checked(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                     const std::vector<Tensor>& curvatures, int64_t formula, bool in_place) {
+  const int32_t device = weights[0].get_device_index();
+  for (const auto* list : {&weights, &grads, &curvatures}) check_one_device(*list, device, "salience");
+  const SalienceCall call = prepare_salience(weights, grads, curvatures, formula, in_place);
+  STD_TORCH_CHECK(call.tensors[0].dtype != Dtype::float64, "pyprune::salience: float64 is for the CPU");
+  return call;
+}
+
 std::tuple<Tensor, Tensor> salience(const std::vector<Tensor> weights, const std::vector<Tensor> grads,
                                     const std::vector<Tensor> curvatures, int64_t formula) {
   STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
-  const int32_t device = weights[0].get_device_index();
-  for (const auto* list : {&weights, &grads, &curvatures}) check_one_device(*list, device, "salience");
   const CudaScope scope(weights[0]);
-  const SalienceCall call = prepare_salience(weights, grads, curvatures, formula);
-  STD_TORCH_CHECK(call.tensors[0].dtype != Dtype::float64, "pyprune::salience: float64 is for the CPU");
+  const SalienceCall call = checked(weights, grads, curvatures, formula, /*in_place=*/false);
   const int64_t count = static_cast<int64_t>(call.tensors.size());
   const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
   check_cuda(salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(), scope.stream()),
@@ -21,9 +27,36 @@ std::tuple<Tensor, Tensor> salience(const std::vector<Tensor> weights, const std
   return {call.row_sums, call.col_sums};
 }
 
+// The passes in host memory, their table and the partial sums on the device.
+std::tuple<Tensor, Tensor, Tensor, Tensor> salience_prepare(const std::vector<Tensor> weights,
+                                                            const std::vector<Tensor> grads,
+                                                            const std::vector<Tensor> curvatures, int64_t formula) {
+  STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
+  const CudaScope scope(weights[0]);
+  const SalienceCall call = checked(weights, grads, curvatures, formula, /*in_place=*/true);
+  const int64_t count = static_cast<int64_t>(call.tensors.size());
+  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
+  const Tensor host = host_bytes(weights[0], sizeof(SaliencePasses));
+  auto* passes = static_cast<SaliencePasses*>(host.mutable_data_ptr());
+  check_cuda(prepare_salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(),
+                                   scope.stream(), *passes),
+             "salience_prepare");
+  // Whichever stream launches it finds the table there.
+  check_cuda(cudaStreamSynchronize(scope.stream()), "salience_prepare");
+  return {call.row_sums, call.col_sums, host, workspace};
+}
+
+void salience_again_(const Tensor row_sums, const Tensor, const Tensor host, const Tensor) {
+  const CudaScope scope(row_sums);
+  check_cuda(launch_salience(*static_cast<const SaliencePasses*>(host.const_data_ptr()), scope.stream()),
+             "salience_again_");
+}
+
 }  // namespace
 }  // namespace pyprune
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
   m.impl("salience", TORCH_BOX(&pyprune::salience));
+  m.impl("salience_prepare", TORCH_BOX(&pyprune::salience_prepare));
+  m.impl("salience_again_", TORCH_BOX(&pyprune::salience_again_));
 }

@@ -75,8 +75,15 @@ struct SalienceCall {
   Tensor row_sums, col_sums;  // flat: the tensors' sums one after the other
 };
 
+// With `in_place` columns that are no neighbours are refused instead of copied: the call is to be made again.
 SalienceCall prepare_salience(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
-                              const std::vector<Tensor>& curvatures, int64_t formula);
+                              const std::vector<Tensor>& curvatures, int64_t formula, bool in_place = false);
+
+// Host memory of `bytes`, whatever device `like` is on.
+inline Tensor host_bytes(const Tensor& like, int64_t bytes) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte, std::nullopt, cpu);
+}
 
 std::vector<AccumulateTensor> prepare_accumulate(const std::vector<Tensor>& curvatures, std::vector<Tensor>& grads);
 

@@ -16,6 +16,7 @@ from pyprune.ops import reference
 
 SAMPLES, TOKENS = 10, 128  # LLM-Pruner's calibration
 KEPT = 0.75  # of heads and FFN channels
+MANY, MANY_SIZE = 4096, 16
 MOMENT_TOKENS = {"cuda": 2048, "cpu": 256}  # of each of eight samples
 
 
@@ -55,12 +56,29 @@ def salience_cases(name: str, dtype: torch.dtype, device: torch.device) -> Itera
     yield _salience_case("salience w^2*h", "fisher", fisher_sums, weights, torch.float32)
 
 
-def _salience_case(op: str, formula: str, eager: Callable[..., Any], weights: list[Tensor], dtype: torch.dtype) -> Case:
+def many_cases(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """More tensors than a model has, each so small that the host's part of a call is what takes the time."""
+    weights = [_random((MANY_SIZE, MANY_SIZE), dtype, device) for _ in range(MANY)]
+    for op, prepared in (("salience", False), ("prepared salience", True)):
+        label = f"{op} of {MANY} x [{MANY_SIZE}, {MANY_SIZE}]"
+        yield _salience_case(label, "taylor_abs", taylor_sums, weights, dtype, prepared)
+
+
+def _salience_case(
+    op: str,
+    formula: str,
+    eager: Callable[..., Any],
+    weights: list[Tensor],
+    dtype: torch.dtype,
+    prepared: bool = False,
+) -> Case:
     """``dtype`` is that of what stands beside the weights: gradients or curvatures."""
     partners = [_random(w.shape, dtype, w.device) for w in weights]
     which = "grads" if reference.FORMULAS[formula].needs_grad else "curvatures"
     work = sum(w.numel() * (w.itemsize + dtype.itemsize) for w in weights)
     arguments = list(zip(weights, partners, strict=True))
+    if prepared:
+        return Case(op, work, "GB/s", ops.prepare_salience(formula, weights, **{which: partners}), eager, arguments)
     return Case(op, work, "GB/s", lambda: ops.salience(formula, weights, **{which: partners}), eager, arguments)
 
 
@@ -133,6 +151,7 @@ def activations_cases(name: str, dtype: torch.dtype, device: torch.device) -> It
 
 CASES: dict[str, Callable[[str, torch.dtype, torch.device], Iterator[Case]]] = {
     "salience": salience_cases,
+    "many": many_cases,
     "slice": slice_cases,
     "moments": moments_cases,
     "activations": activations_cases,

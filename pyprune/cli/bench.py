@@ -26,7 +26,7 @@ Examples:
 """
 
 SHAPES = ("llama-7b", "llama-3-8b", "smollm2", "tiny")
-WHAT = ("salience", "slice", "moments", "activations", "scoring")
+WHAT = ("salience", "many", "slice", "moments", "activations", "scoring")
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -2,9 +2,9 @@
 
 :func:`salience` sums a per-element importance over rows and columns, :func:`accumulate_square_` keeps the diagonal of
 the empirical Fisher matrix, :func:`gather` copies kept slices: they take lists of tensors, so one call serves a whole
-model. :func:`activation_salience` scores one weight from activations, without its gradient; :func:`channel_moments`,
-:func:`channel_dots` and :func:`gram` reduce activations to what scores need of them. Where no compiled library is
-installed, :mod:`pyprune.ops.reference` computes the same.
+model, and :func:`prepare_salience` makes one ready to be made often. :func:`activation_salience` scores one weight from
+activations, without its gradient; :func:`channel_moments`, :func:`channel_dots` and :func:`gram` reduce activations to
+what scores need of them. Where no compiled library is installed, :mod:`pyprune.ops.reference` computes the same.
 """
 
 from pyprune.ops._native import backend_info
@@ -13,9 +13,9 @@ from pyprune.ops.activation import activation_salience
 from pyprune.ops.channels import channel_dots, channel_moments, gram
 from pyprune.ops.gather import gather
 from pyprune.ops.product import fast_products, product
-from pyprune.ops.salience import salience
+from pyprune.ops.salience import PreparedSalience, prepare_salience, salience
 
 __all__ = [
-    "accumulate_square_", "activation_salience", "backend_info", "channel_dots", "channel_moments", "fast_products",
-    "gather", "gram", "product", "salience",
+    "PreparedSalience", "accumulate_square_", "activation_salience", "backend_info", "channel_dots", "channel_moments",
+    "fast_products", "gather", "gram", "prepare_salience", "product", "salience",
 ]  # fmt: skip

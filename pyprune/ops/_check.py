@@ -41,6 +41,12 @@ def same_place(option: str, tensor: Tensor, other: Tensor, of: str) -> None:
         raise PyPruneError(option, str(tensor.device), f"is on another device than {of}, which is on {other.device}")
 
 
+def neighbouring_columns(option: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        problem = "has columns that are no neighbours in memory"
+        raise PyPruneError(option, f"of strides {tensor.stride()}", problem, "Give a contiguous tensor.")
+
+
 def floating(option: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64, *HALF):
         raise PyPruneError(option, str(tensor.dtype), "must be float32, bfloat16, float16 or float64")

@@ -20,6 +20,11 @@ def _salience(
     return weights[0].new_empty(rows, dtype=dtype), weights[0].new_empty(cols, dtype=dtype)
 
 
+@torch.library.register_fake("pyprune::salience_again_")
+def _salience_again(row_sums: Tensor, col_sums: Tensor, host: Tensor, workspace: Tensor) -> None:
+    """In place: nothing is returned."""
+
+
 @torch.library.register_fake("pyprune::activation_salience")
 def _activation_salience(
     x: Tensor, dy: Tensor, weight: Tensor, formula: int, transposed: bool, gradient_scale: float, curvature_scale: float

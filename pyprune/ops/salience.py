@@ -49,6 +49,103 @@ def salience(
     Raises:
         PyPruneError: on an unknown formula, missing inputs, or tensors that do not match.
     """
+    weights, grads, curvatures = _checked(formula, weights, grads, curvatures)
+    code = reference.FORMULAS[formula].code
+    rows: list[Tensor] = [torch.empty(0)] * len(weights)
+    cols: list[Tensor] = [torch.empty(0)] * len(weights)
+    for members, compiled in _by_launch(weights):
+        w, g, h = (_taken(values, members) for values in (weights, grads, curvatures))
+        with torch.no_grad():
+            if compiled:
+                r, c = _cut(w, *torch.ops.pyprune.salience(w, g, h, code))
+            else:
+                r, c = reference.salience(formula, w, g, h)
+        for i, row, col in zip(members, r, c, strict=True):
+            rows[i], cols[i] = row, col
+    return rows, cols
+
+
+class PreparedSalience:
+    """:func:`salience` of the same tensors again and again, a call at the same cost to the host however many they are.
+
+    Made by :func:`prepare_salience`. A call reads what the tensors hold by then. Their addresses are held, so they are
+    to be changed in place (``zero_grad(set_to_none=False)``), and prepared anew when one of them gets other memory.
+    Every call writes the same sums: copy what must outlast the next one, and let one CUDA stream at a time make calls.
+    A CUDA graph may capture a call; ``torch.compile`` does not see what it reads.
+    """
+
+    def __init__(
+        self, formula: str, weights: Sequence[Tensor], grads: Sequence[Tensor], curvatures: Sequence[Tensor]
+    ) -> None:
+        self._formula = formula
+        self._tensors = (list(weights), list(grads), list(curvatures))
+        self._rows: list[Tensor] = [torch.empty(0)] * len(weights)
+        self._cols: list[Tensor] = [torch.empty(0)] * len(weights)
+        self._prepared: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # sums, the call, its workspace
+        self._plain: list[list[int]] = []
+        for members, compiled in _by_launch(weights):
+            if not compiled:
+                self._plain.append(members)
+                continue
+            w, g, h = (_taken(values, members) for values in self._tensors)
+            with torch.no_grad():
+                call = torch.ops.pyprune.salience_prepare(w, g, h, reference.FORMULAS[formula].code)
+            self._prepared.append(call)
+            self._put(members, *_cut(w, call[0], call[1]))
+
+    def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
+        """``(rows, cols)``, as :func:`salience` returns them; the next call overwrites them."""
+        with torch.no_grad():
+            for call in self._prepared:
+                for t in call:
+                    if t.is_cuda:  # not to be given away while this stream still needs it
+                        t.record_stream(torch.cuda.current_stream(t.device))
+                torch.ops.pyprune.salience_again_(*call)
+            for members in self._plain:
+                w, g, h = (_taken(values, members) for values in self._tensors)
+                self._put(members, *reference.salience(self._formula, w, g, h))
+        return self._rows, self._cols
+
+    def _put(self, members: list[int], rows: Sequence[Tensor], cols: Sequence[Tensor]) -> None:
+        for i, row, col in zip(members, rows, cols, strict=True):
+            self._rows[i], self._cols[i] = row, col
+
+
+def prepare_salience(
+    formula: str,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    curvatures: Sequence[Tensor] | None = None,
+) -> PreparedSalience:
+    """:func:`salience` made ready to be called often: arguments are checked and tables are sent to the device once.
+
+    ::
+
+        sums = prepare_salience("taylor_abs", weights, grads)
+        for batch in batches:
+            model(**batch).loss.backward()  # into the same gradients
+            rows, cols = sums()
+
+    Args:
+        formula, weights, grads, curvatures: as in :func:`salience`; columns must be neighbours in memory.
+
+    Raises:
+        PyPruneError: what :func:`salience` refuses, and a tensor whose columns are no neighbours in memory.
+    """
+    lists = _checked(formula, weights, grads, curvatures)
+    for option, values in zip(("weights", "grads", "curvatures"), lists, strict=True):
+        for i, t in enumerate(values):
+            _check.neighbouring_columns(f"{option}[{i}]", t)
+    return PreparedSalience(formula, *lists)
+
+
+def _checked(
+    formula: str,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    curvatures: Sequence[Tensor] | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """The three lists, those empty that the formula does not read."""
     if formula not in reference.FORMULAS:
         raise unknown_name("formula", formula, reference.FORMULAS)
     spec = reference.FORMULAS[formula]
@@ -64,21 +161,7 @@ def salience(
         if curvatures:
             _check.same_place(f"curvatures[{i}]", curvatures[i], weight, "its weight")
             _check.curvature_dtype(f"curvatures[{i}]", curvatures[i], weight)
-
-    rows: list[Tensor] = [torch.empty(0)] * len(weights)
-    cols: list[Tensor] = [torch.empty(0)] * len(weights)
-    for (device, dtype), members in _by_launch(weights).items():
-        w = [weights[i] for i in members]
-        g = [grads[i] for i in members] if grads else []
-        h = [curvatures[i] for i in members] if curvatures else []
-        with torch.no_grad():
-            if _native.runs_on(device) and not (device.type == "cuda" and dtype == torch.float64):
-                r, c = _compiled(spec.code, w, g, h)
-            else:
-                r, c = reference.salience(formula, w, g, h)
-        for i, row, col in zip(members, r, c, strict=True):
-            rows[i], cols[i] = row, col
-    return rows, cols
+    return weights, grads, curvatures
 
 
 def _partner(option: str, values: Sequence[Tensor] | None, formula: str, needed: bool, count: int) -> Sequence[Tensor]:
@@ -92,17 +175,23 @@ def _partner(option: str, values: Sequence[Tensor] | None, formula: str, needed:
     return values
 
 
-def _by_launch(weights: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """Positions of the weights by device and dtype of the sums: one compiled call serves one such set."""
+def _by_launch(weights: Sequence[Tensor]) -> list[tuple[list[int], bool]]:
+    """Positions of the weights that one call serves, by device and dtype of the sums; whether it is a compiled one."""
     sets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, weight in enumerate(weights):
         sets.setdefault((weight.device, reference.accumulation_dtype(weight.dtype)), []).append(i)
-    return sets
+    return [
+        (members, _native.runs_on(device) and not (device.type == "cuda" and dtype == torch.float64))
+        for (device, dtype), members in sets.items()
+    ]
 
 
-def _compiled(code: int, w: list[Tensor], g: list[Tensor], h: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """One call of the compiled op, its two flat outputs cut into one view per tensor."""
-    flat_rows, flat_cols = torch.ops.pyprune.salience(w, g, h, code)
+def _taken(values: Sequence[Tensor], members: list[int]) -> list[Tensor]:
+    return [values[i] for i in members] if values else []
+
+
+def _cut(w: list[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The flat sums of a compiled call as one view per tensor."""
     row_shapes = [t.shape[:-1] if t.dim() > 1 else t.shape for t in w]
     col_shapes = [(*t.shape[:-2], t.shape[-1]) if t.dim() > 1 else (1,) for t in w]
     return _views(flat_rows, row_shapes), _views(flat_cols, col_shapes)

@@ -49,7 +49,7 @@ def test_kernel_and_eager_formula_compute_the_same(
     for case in cases.CASES[part]("tiny", dtype, CPU):
         assert case.ours is not None
         ours, eager = flat(case.ours()), flat(case.stock(case.eager)())
-        if part == "salience":  # all rows, then all columns
+        if part in ("salience", "many"):  # all rows, then all columns
             eager = eager[0::2] + eager[1::2]
         for a, b in zip(ours, eager, strict=True):
             close = {"rtol": 2e-2, "atol": 2e-2 * float(b.float().abs().max())} if dtype == torch.bfloat16 else {}
@@ -113,7 +113,7 @@ def test_a_compiler_that_fails_is_a_note_and_not_an_end() -> None:
 
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "available_bytes", lambda device: 1 << 20)
-    for part in bench.WHAT:
+    for part in set(bench.WHAT) - {"many"}:  # of one small size, whatever the model's
         with pytest.raises(PyPruneError, match=r"shapes 'llama-7b': needs .* GiB for") as caught:
             run.run([part], "llama-7b", torch.float32, CPU, 1, compiler=False)
         assert part in str(caught.value)

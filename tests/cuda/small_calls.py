@@ -15,6 +15,7 @@ def main() -> None:
         curvatures = [w.float().square() for w in weights]
         for formula in ("abs", "square", "taylor_signed", "taylor_abs", "fisher", "mixed"):
             ops.salience(formula, weights, weights, curvatures)
+            ops.prepare_salience(formula, weights, weights, curvatures)()
         ops.accumulate_square_(curvatures, weights, 0.5)
         ops.gather(weights[:3], [{0: [4, 0]}, {0: range(0, 300, 3), 1: range(1, 270, 2)}, {1: range(8, 200)}])
         x, dy = (torch.randn(3, 45, n, device="cuda").to(dtype) for n in (270, 150))

@@ -158,3 +158,15 @@ def test_one_call_serves_many_tensors_of_every_pair_of_dtypes(library: ctypes.CD
     weights, grads, curvatures = ([t for s in sets for t in s[k]] for k in range(3))
     got = emulation.salience(library, "mixed", weights, grads, curvatures)
     assert_salience("mixed", weights, grads, curvatures, got)
+
+
+def test_a_prepared_call_reads_what_the_tensors_hold_at_each_launch(library: ctypes.CDLL) -> None:
+    pairs = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+    sets = [inputs([(3, 5), (2, 600), (520, 4)], d, grad_dtype=g, seed=i) for i, (d, g) in enumerate(pairs)]
+    weights, grads, curvatures = ([t for s in sets for t in s[k]] for k in range(3))
+    call = emulation.prepared_salience(library, "mixed", weights, grads, curvatures)
+    assert_salience("mixed", weights, grads, curvatures, call())
+    for tensors in (weights, grads, curvatures):
+        for i, t in enumerate(tensors):
+            t.mul_(0.5 + i)
+    assert_salience("mixed", weights, grads, curvatures, call())

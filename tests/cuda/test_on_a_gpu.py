@@ -130,3 +130,25 @@ def test_channel_sums_match_float64(dtype: torch.dtype) -> None:
         assert bool(((sums - wide.sum(0)).abs() <= 2e-6 * wide.abs().sum(0)).all())
         assert bool(((squares - wide.square().sum(0)).abs() <= 2e-6 * wide.square().sum(0)).all())
         assert torch.equal(ops.channel_dots(a, b), dots)
+
+
+def test_a_prepared_call_runs_on_a_side_stream_and_in_a_graph() -> None:
+    weights = [torch.randn(300, 270, device="cuda").to(d) for d in DTYPES]
+    sums = ops.prepare_salience("square", weights)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for w in weights:
+            w.mul_(2)
+        rows, cols = sums()
+    side.synchronize()
+    want = ops.salience("square", weights)
+    assert all(map(torch.equal, (*rows, *cols), (*want[0], *want[1])))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, cols = sums()
+    for w in weights:
+        w.mul_(0.5)
+    graph.replay()
+    want = ops.salience("square", weights)
+    assert all(map(torch.equal, (*rows, *cols), (*want[0], *want[1])))

@@ -157,6 +157,24 @@ int emulate_salience(int formula, const SalienceTensor* tensors, int64_t count) 
   return salience_cuda(f, tensors, count, workspace.data(), nullptr);
 }
 
+// A call that is prepared once and launched often; the caller keeps the workspace.
+int64_t emulate_salience_workspace(int formula, const SalienceTensor* tensors, int64_t count) {
+  return salience_workspace(static_cast<Formula>(formula), tensors, count);
+}
+
+int64_t emulate_passes_size() {
+  return sizeof(SaliencePasses);
+}
+
+int emulate_prepare_salience(int formula, const SalienceTensor* tensors, int64_t count, void* workspace, void* passes) {
+  return prepare_salience_cuda(static_cast<Formula>(formula), tensors, count, workspace, nullptr,
+                               *static_cast<SaliencePasses*>(passes));
+}
+
+int emulate_launch_salience(const void* passes) {
+  return launch_salience(*static_cast<const SaliencePasses*>(passes), nullptr);
+}
+
 int emulate_gather(const GatherTensor* tensors, int64_t count) {
   std::vector<char> workspace(static_cast<size_t>(gather_workspace(tensors, count)), '\xff');
   return gather_cuda(tensors, count, workspace.data(), nullptr);
