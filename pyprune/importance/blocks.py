@@ -104,7 +104,7 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._skip:
             self._seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its graph, an operation that saves what it returns would hold itself
 
     def active(self) -> Any:
         """A context manager."""

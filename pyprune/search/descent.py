@@ -24,7 +24,7 @@ from pyprune.search.moves import Moves, Widths
 from pyprune.selection.global_ranking import remove_lowest
 
 ROUNDS = 4  # at most
-WORTH = 0.02  # by how much of the divergence a round must have lowered it for another to follow
+WORTH = 0.03  # by how much of the divergence a round must have lowered it for another to follow
 REACH = 0.1  # of a group's units: how far a round moves a width at most
 
 
