@@ -99,6 +99,7 @@ def test_widths_are_measured_only_where_there_is_text_and_memory_for_it(monkeypa
     assert said(settled(model, samples=4, ratio=0.1)) == LIGHT
     assert said(settled(model, samples=3, ratio=0.1)) == UNMEASURED
     assert said(settled(model, ratio=0.1, iterative_steps=2)) == UNMEASURED
+    assert said(settled(model, ratio=0.1, roles=["kv_heads", "ffn"])) == LIGHT
     sums = sum(2 * g.units**2 for g in discover(model) if g.role == "ffn")
     for ratio, more, unmeasured in ((0.1, 0, UNMEASURED), (0.5, heads(model), HEAVY)):
         monkeypatch.setattr(method, "MEASURED_UP_TO", sums + more)
@@ -131,6 +132,7 @@ def test_where_channels_cannot_reach_the_ratio_all_roles_are_cut() -> None:
     assert (out.recipe.select.roles, out.recipe.select.allocation) == (None, "descent")
     out = pyprune.prune(tiny_llama(), ratio=0.2, min_keep={"ffn": 0.9}, calibration=ids(), count_embeddings=False)
     assert out.recipe.select.roles is None and "kv_heads" in {c.group.role for c in out.plan.cuts}
+    assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.parametrize(("budget", "ratio"), [("macs", 0.2), ("memory", 0.2), ("macs", 0.45)])
