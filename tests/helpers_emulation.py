@@ -12,7 +12,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,16 +116,21 @@ def salience(
     library: ctypes.CDLL, formula: str, weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Sums of tensors [rows, cols]."""
-    rows, cols, entries = _salience_entries(weights, grads, curvatures)
-    assert library.emulate_salience(FORMULAS[formula], entries, ctypes.c_int64(len(weights))) == 0
-    return rows, cols
+    return prepared_salience(library, formula, weights, grads, curvatures)()
 
 
 def prepared_salience(
     library: ctypes.CDLL, formula: str, weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
 ) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
     """The same, prepared once: each call launches it on what the tensors hold by then."""
-    rows, cols, entries = _salience_entries(weights, grads, curvatures)
+    rows = [torch.full(w.shape[:1], torch.nan) for w in weights]
+    cols = [torch.full(w.shape[1:], torch.nan) for w in weights]
+    entries = (SalienceTensor * len(weights))()
+    for i, (w, g, h) in enumerate(zip(weights, grads, curvatures, strict=True)):
+        entries[i] = SalienceTensor(
+            matrix(w), matrix(g), matrix(h), 1, *w.shape, rows[i].data_ptr(), cols[i].data_ptr(), DTYPES[w.dtype],
+            DTYPES[g.dtype],
+        )  # fmt: skip
     count = ctypes.c_int64(len(weights))
     library.emulate_salience_workspace.restype = library.emulate_passes_size.restype = ctypes.c_int64
     workspace = torch.full((library.emulate_salience_workspace(FORMULAS[formula], entries, count),), 255).byte()
@@ -142,17 +146,3 @@ def prepared_salience(
         return rows, cols
 
     return call
-
-
-def _salience_entries(
-    weights: list[Tensor], grads: list[Tensor], curvatures: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor], Any]:
-    rows = [torch.full(w.shape[:1], torch.nan) for w in weights]
-    cols = [torch.full(w.shape[1:], torch.nan) for w in weights]
-    entries = (SalienceTensor * len(weights))()
-    for i, (w, g, h) in enumerate(zip(weights, grads, curvatures, strict=True)):
-        entries[i] = SalienceTensor(
-            matrix(w), matrix(g), matrix(h), 1, *w.shape, rows[i].data_ptr(), cols[i].data_ptr(), DTYPES[w.dtype],
-            DTYPES[g.dtype],
-        )  # fmt: skip
-    return rows, cols, entries

@@ -174,11 +174,4 @@ cudaError_t launch_salience(const SaliencePasses& passes, cudaStream_t stream) {
                    passes.reduction_blocks, stream);
 }
 
-cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
-                          cudaStream_t stream) {
-  SaliencePasses passes;
-  const cudaError_t status = prepare_salience_cuda(formula, tensors, count, workspace, stream, passes);
-  return status == cudaSuccess ? launch_salience(passes, stream) : status;
-}
-
 }  // namespace pyprune

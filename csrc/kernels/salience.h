@@ -31,16 +31,14 @@ struct SaliencePasses {
 // Device bytes that salience needs: its table and the partial sums of tensors with several tiles.
 int64_t salience_workspace(Formula formula, const SalienceTensor* tensors, int64_t count);
 
-// Fills the table in `workspace` and says what to launch over it, as often as wanted: the tensors' values are read, and
-// their sums written, by each launch.
+// Row and column sums of the formula for each of the tensors, all on one device, float32, bfloat16 or float16 (not
+// float64). Fills the table in `workspace`, which has salience_workspace(...) bytes, aligned to 256, and says what to
+// launch over it; `tensors` is host memory and may go.
 cudaError_t prepare_salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
                                   cudaStream_t stream, SaliencePasses& passes);
-cudaError_t launch_salience(const SaliencePasses& passes, cudaStream_t stream);
 
-// Both at once: row and column sums of the formula for each of the tensors, all on one device, float32, bfloat16 or
-// float16 (not float64). `tensors` is host memory; `workspace` has salience_workspace(...) bytes, aligned to 256, and
-// is free to be reused once the stream has passed. Deterministic: every sum has a fixed order, no atomics.
-cudaError_t salience_cuda(Formula formula, const SalienceTensor* tensors, int64_t count, void* workspace,
-                          cudaStream_t stream);
+// Reads what the tensors hold and writes their sums, as often as it is called while they and the workspace are there.
+// Deterministic: every sum has a fixed order, no atomics.
+cudaError_t launch_salience(const SaliencePasses& passes, cudaStream_t stream);
 
 }  // namespace pyprune

@@ -1,30 +1,42 @@
 #include "../kernels/salience.h"
 
+#include <cstring>
+
 #include "cuda_stream.h"
 #include "tensors.h"
 
 namespace pyprune {
 namespace {
 
-SalienceCall checked(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
-                     const std::vector<Tensor>& curvatures, int64_t formula, bool in_place) {
+// A call whose table is on the device. The passes hold addresses in all the rest.
+struct Ready {
+  SalienceCall call;
+  Tensor workspace;
+  SaliencePasses passes;
+};
+
+Ready ready(const CudaScope& scope, const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+            const std::vector<Tensor>& curvatures, int64_t formula, bool in_place) {
   const int32_t device = weights[0].get_device_index();
   for (const auto* list : {&weights, &grads, &curvatures}) check_one_device(*list, device, "salience");
   const SalienceCall call = prepare_salience(weights, grads, curvatures, formula, in_place);
   STD_TORCH_CHECK(call.tensors[0].dtype != Dtype::float64, "pyprune::salience: float64 is for the CPU");
-  return call;
+  const int64_t count = static_cast<int64_t>(call.tensors.size());
+  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
+  SaliencePasses passes;
+  check_cuda(prepare_salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(),
+                                   scope.stream(), passes),
+             "salience");
+  return {call, workspace, passes};
 }
 
 std::tuple<Tensor, Tensor> salience(const std::vector<Tensor> weights, const std::vector<Tensor> grads,
                                     const std::vector<Tensor> curvatures, int64_t formula) {
   STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
   const CudaScope scope(weights[0]);
-  const SalienceCall call = checked(weights, grads, curvatures, formula, /*in_place=*/false);
-  const int64_t count = static_cast<int64_t>(call.tensors.size());
-  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
-  check_cuda(salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(), scope.stream()),
-             "salience");
-  return {call.row_sums, call.col_sums};
+  const Ready made = ready(scope, weights, grads, curvatures, formula, /*in_place=*/false);
+  check_cuda(launch_salience(made.passes, scope.stream()), "salience");
+  return {made.call.row_sums, made.call.col_sums};
 }
 
 // The passes in host memory, their table and the partial sums on the device.
@@ -33,17 +45,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> salience_prepare(const std::vector<Te
                                                             const std::vector<Tensor> curvatures, int64_t formula) {
   STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
   const CudaScope scope(weights[0]);
-  const SalienceCall call = checked(weights, grads, curvatures, formula, /*in_place=*/true);
-  const int64_t count = static_cast<int64_t>(call.tensors.size());
-  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
+  const Ready made = ready(scope, weights, grads, curvatures, formula, /*in_place=*/true);
   const Tensor host = host_bytes(weights[0], sizeof(SaliencePasses));
-  auto* passes = static_cast<SaliencePasses*>(host.mutable_data_ptr());
-  check_cuda(prepare_salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(),
-                                   scope.stream(), *passes),
-             "salience_prepare");
+  std::memcpy(host.mutable_data_ptr(), &made.passes, sizeof(SaliencePasses));
   // Whichever stream launches it finds the table there.
   check_cuda(cudaStreamSynchronize(scope.stream()), "salience_prepare");
-  return {call.row_sums, call.col_sums, host, workspace};
+  return {made.call.row_sums, made.call.col_sums, host, made.workspace};
 }
 
 void salience_again_(const Tensor row_sums, const Tensor, const Tensor host, const Tensor) {

@@ -151,12 +151,6 @@ int emulate_channels(int dtype, const Matrix* a, const Matrix* b, const int64_t*
   return channel_sums_cuda(call, workspace.data(), nullptr);
 }
 
-int emulate_salience(int formula, const SalienceTensor* tensors, int64_t count) {
-  const Formula f = static_cast<Formula>(formula);
-  std::vector<char> workspace(static_cast<size_t>(salience_workspace(f, tensors, count)), '\xff');
-  return salience_cuda(f, tensors, count, workspace.data(), nullptr);
-}
-
 // A call that is prepared once and launched often; the caller keeps the workspace.
 int64_t emulate_salience_workspace(int formula, const SalienceTensor* tensors, int64_t count) {
   return salience_workspace(static_cast<Formula>(formula), tensors, count);
