@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyprune.caching import cache_argument, cache_of
+
 BASE = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, vocab_size=101, bos_token_id=1, eos_token_id=2,
             pad_token_id=0, max_position_embeddings=64)  # fmt: skip
 GROUPED = {**BASE, "num_key_value_heads": 3}
@@ -103,13 +105,13 @@ def cached_and_uncached(model: nn.Module, steps: int = 5) -> tuple[torch.Tensor,
     ids = torch.randint(3, model.config.vocab_size, (2, 6 + steps), generator=torch.Generator().manual_seed(7))
     whole = model(input_ids=ids, use_cache=False).logits[:, 6:]
     out = model(input_ids=ids[:, :6], use_cache=True)
-    name = "cache_params" if "cache_params" in out else "past_key_values"
+    name = cache_argument(model)
     positions = "position_ids" in inspect.signature(model.forward).parameters
     parts = []
     for i in range(steps):
         # Given as generation gives them: some models count from zero when positions are missing.
         extra = {"position_ids": torch.full((2, 1), 6 + i)} if positions else {}
-        out = model(input_ids=ids[:, 6 + i : 7 + i], use_cache=True, **{name: out[name]}, **extra)
+        out = model(input_ids=ids[:, 6 + i : 7 + i], use_cache=True, **{name: cache_of(out)}, **extra)
         parts.append(out.logits[:, -1])
     return torch.stack(parts, 1), whole
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"ops"},
     {"_C"},
 ]
-EVERYBODY = {"errors", "progress"}
+EVERYBODY = {"caching", "errors", "progress"}
 FACADE = "__init__"  # names the public functions, imports nothing when imported
 READERS_OF_FAMILIES = {"surgery", "checkpoint"}
 

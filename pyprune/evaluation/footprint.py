@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyprune.caching import cache_of
 from pyprune.evaluation.loglikelihood import max_positions
 from pyprune.evaluation.speed import generate
 from pyprune.evaluation.stages import measured
@@ -85,8 +86,7 @@ def cache_bytes(model: Any) -> tuple[float, int]:
     sizes = []
     for tokens in CACHE_TOKENS:
         _, out = generate(model, torch.zeros(1, tokens, dtype=torch.int64), 1)
-        cache = out.get("past_key_values", out.get("cache_params"))
-        sizes.append(sum(t.untyped_storage().nbytes() for t in _tensors(cache)))
+        sizes.append(sum(t.untyped_storage().nbytes() for t in _tensors(cache_of(out))))
     growing = (sizes[1] - sizes[0]) / (CACHE_TOKENS[1] - CACHE_TOKENS[0])
     return growing, round(sizes[0] - growing * CACHE_TOKENS[0])
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyprune.caching import cache_of
 from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.arithmetic import macs
@@ -155,7 +156,7 @@ def _cached(model: nn.Module) -> list[tuple[int, torch.Tensor, torch.Tensor, int
     ids = torch.zeros(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         with _evaluating(model):
-            cache: Any = model(input_ids=ids, use_cache=True).past_key_values
+            cache: Any = cache_of(model(input_ids=ids, use_cache=True))
     except (AttributeError, TypeError):
         cache = None
     found: list[tuple[int, torch.Tensor, torch.Tensor, int | None]] = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyprune.caching import cache_argument, cache_of
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import NotSweepable
 from pyprune.importance.depth import silenced, without_layers
@@ -80,8 +81,8 @@ def compare_cached(model: Any, dtype: torch.dtype) -> None:
     """Raises PyPruneError when a token's logits behind a KV cache are not those without one."""
     tokens = _tokens(model)
     with _evaluating(model), torch.no_grad():
-        past = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
-        behind = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True).logits[:, -1].cpu()
+        past = {cache_argument(model): cache_of(model(input_ids=tokens[:, :-1], use_cache=True))}
+        behind = model(input_ids=tokens[:, -1:], use_cache=True, **past).logits[:, -1].cpu()
     plain = logits(model)[:, -1]
     scale = max(1.0, float(plain.abs().max()))
     if not float((plain - behind).abs().max()) <= TOLERANCE.get(dtype, COARSE) * scale:

@@ -17,6 +17,7 @@ from torch import nn
 
 import pyprune
 from pyprune import apply, discover, measure_budget, select
+from pyprune.caching import cache_of
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.footprint import cache_bytes, macs
@@ -127,7 +128,7 @@ def test_a_window_bounds_what_a_layer_caches(tmp_path: Path) -> None:
 
 def _layers(model: nn.Module) -> list[Any]:
     with torch.no_grad():
-        return list(model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values.layers)
+        return list(cache_of(model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True)).layers)
 
 
 def test_a_ratio_that_no_plan_meets_is_answered_with_the_nearest_that_one_does() -> None:
