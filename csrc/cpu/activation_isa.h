@@ -147,7 +147,7 @@ void activation_rows_of(const ActivationRows& job) {
           float* tile = products + i * kTileSize;
           if (last && s + 1 == job.samples) {
             for (int64_t r = i * kPanelRows; r < job.rows && r < (i + 1) * kPanelRows; ++r) {
-              for (int k = 0; k < kPanelCols; k += kLanes) prefetch(weight + r * job.weight_stride + k, 0);
+              prefetch<kPanelCols>(weight + r * job.weight_stride, 0);
             }
           }
           const float* rows = job.row_panels + s * job.row_sample + (i * job.tokens + t) * kPanelRows;

@@ -31,8 +31,11 @@ PYPRUNE_INLINE void add_channels(const T* a, const T* b, Acc* sums, Acc* squares
 // Bytes moved: those of the elements. Floor: the same over the memory bandwidth; arithmetic stays below it.
 template <class F, class Acc, class T>
 void channels_of(const ChannelTile& t) {
-  alignas(64) Acc sums[kChannelCols + kLanes];
-  alignas(64) Acc squares[F::pair ? 1 : kChannelCols + kLanes];
+  // Half a page apart modulo a page: processors take a load for one of a store's result when the last twelve bits of
+  // their addresses agree, and wait for it.
+  constexpr int64_t kHeld = kChannelCols + kLanes, kApart = 2048 / sizeof(Acc);
+  alignas(64) Acc held[F::pair ? kHeld : 2 * kHeld + kApart];
+  Acc *sums = held, *squares = held + (F::pair ? 0 : kHeld + kApart);
   const size_t bytes = static_cast<size_t>(t.cols) * sizeof(Acc);
   memset(sums, 0, bytes + kLanes * sizeof(Acc));
   if (!F::pair) memset(squares, 0, bytes + kLanes * sizeof(Acc));
@@ -41,14 +44,20 @@ void channels_of(const ChannelTile& t) {
   const int64_t a_ahead = prefetch_distance<T>(t.cols, t.a_stride), b_ahead = prefetch_distance<T>(t.cols, t.b_stride);
   for (int64_t r = 0; r < t.rows; ++r) {
     int64_t c = 0;
+    for (; c + kAsked <= t.cols; c += kAsked) {
+      prefetch<kAsked>(a + c, a_ahead);
+      if (F::pair) prefetch<kAsked>(b + c, b_ahead);
+#pragma GCC unroll 8
+      for (int k = 0; k < kAsked; k += kLanes) {
+        add_channels<F>(a + c + k, b + c + k, sums + c + k, squares + c + k);
+      }
+    }
     for (; c + kLanes <= t.cols; c += kLanes) {
-      add_channels<F>(a + c, b + c, sums + c, squares + (F::pair ? 0 : c));
-      prefetch(a + c, a_ahead);
-      if (F::pair) prefetch(b + c, b_ahead);
+      add_channels<F>(a + c, b + c, sums + c, squares + c);
     }
     if (c < t.cols) {
       const Padded<T> last_a(a + c, t.cols - c), last_b(b + c, t.cols - c);
-      add_channels<F>(last_a.data, last_b.data, sums + c, squares + (F::pair ? 0 : c));
+      add_channels<F>(last_a.data, last_b.data, sums + c, squares + c);
     }
     a += t.a_stride;
     b = F::pair ? b + t.b_stride : a;

@@ -10,6 +10,15 @@
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
+// Salience of sixteen elements, added to their row's lanes and to their columns.
+template <class F, class Acc, class W, class G>
+PYPRUNE_INLINE void add_salience(const W* w, const G* g, const Acc* h, Acc* col_sums, Vec<Acc>& row) {
+  const Vec<Acc> wv = load(w);
+  const Vec<Acc> s = F::at(wv, F::grad ? load(g) : wv, F::curvature ? load(h) : wv);
+  row = row + s;
+  (load(col_sums) + s).store(col_sums);
+}
+
 // A tile, one row after the other: each element is read once, in the order of memory, and added to its row's sixteen
 // lanes and to its column, whose sums stay in the nearest caches. Taking several rows together would save traffic with
 // those caches, but reads as many streams as rows, each too short for a hardware prefetcher: a quarter slower.
@@ -19,40 +28,29 @@ void tile_of(const SalienceTile& t) {
   alignas(64) Acc col_sums[kTileCols + kLanes];
   memset(col_sums, 0, static_cast<size_t>(t.cols + kLanes) * sizeof(Acc));
   const W* w = static_cast<const W*>(t.weight);
-  const G* g = static_cast<const G*>(t.grad);
-  const Acc* h = static_cast<const Acc*>(t.curvature);
+  // What a formula does not read points somewhere all the same.
+  const G* g = static_cast<const G*>(F::grad ? t.grad : t.weight);
+  const Acc* h = static_cast<const Acc*>(F::curvature ? t.curvature : t.weight);
   const int64_t w_ahead = prefetch_distance<W>(t.cols, t.weight_stride);
   const int64_t g_ahead = prefetch_distance<G>(t.cols, t.grad_stride);
   const int64_t h_ahead = prefetch_distance<Acc>(t.cols, t.curvature_stride);
   for (int64_t r = 0; r < t.rows; ++r) {
     Vec<Acc> row = Vec<Acc>::zero();
     int64_t c = 0;
-#pragma GCC unroll 2
-    for (; c + kLanes <= t.cols; c += kLanes) {
-      const Vec<Acc> wv = load(w + c);
-      prefetch(w + c, w_ahead);
-      Vec<Acc> gv = wv, hv = wv;
-      if (F::grad) {
-        gv = load(g + c);
-        prefetch(g + c, g_ahead);
-      }
-      if (F::curvature) {
-        hv = load(h + c);
-        prefetch(h + c, h_ahead);
-      }
-      const Vec<Acc> s = F::at(wv, gv, hv);
-      row = row + s;
-      (load(col_sums + c) + s).store(col_sums + c);
+    for (; c + kAsked <= t.cols; c += kAsked) {
+      prefetch<kAsked>(w + c, w_ahead);
+      if (F::grad) prefetch<kAsked>(g + c, g_ahead);
+      if (F::curvature) prefetch<kAsked>(h + c, h_ahead);
+#pragma GCC unroll 8
+      for (int k = 0; k < kAsked; k += kLanes) add_salience<F>(w + c + k, g + c + k, h + c + k, col_sums + c + k, row);
     }
+    for (; c + kLanes <= t.cols; c += kLanes) add_salience<F>(w + c, g + c, h + c, col_sums + c, row);
     if (c < t.cols) {
       const int64_t left = t.cols - c;
-      const Vec<Acc> wv = load(Padded<W>(w + c, left).data);
-      Vec<Acc> gv = wv, hv = wv;
-      if (F::grad) gv = load(Padded<G>(g + c, left).data);
-      if (F::curvature) hv = load(Padded<Acc>(h + c, left).data);
-      const Vec<Acc> s = F::at(wv, gv, hv);
-      row = row + s;
-      (load(col_sums + c) + s).store(col_sums + c);
+      const Padded<W> last_w(w + c, left);
+      const Padded<G> last_g(g + c, F::grad ? left : 0);
+      const Padded<Acc> last_h(h + c, F::curvature ? left : 0);
+      add_salience<F>(last_w.data, last_g.data, last_h.data, col_sums + c, row);
     }
     static_cast<Acc*>(t.row_sums)[r] = row.sum();
     w += t.weight_stride;

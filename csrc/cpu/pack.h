@@ -120,8 +120,8 @@ void permute_lanes(const char* source, char* dest, const Permutation& p, const c
   int64_t left = p.row_bytes;
   for (; left >= kWordBytes; left -= kWordBytes, dest += kWordBytes) {
     if (AHEAD) {
-      __builtin_prefetch(ahead + piece->source);
-      if (kWordBytes == 64) __builtin_prefetch(ahead + piece->source + 64);
+      ask_for(ahead + piece->source);
+      if (kWordBytes == 64) ask_for(ahead + piece->source + 64);
     }
     const Word word = next_word<LANE>(source, piece, index);
     PAST_CACHES ? put_past_caches(dest, word) : put(dest, word);
@@ -159,7 +159,7 @@ void stream_with(const char* source, char* dest, int64_t count, const char* ahea
     count -= head;
     for (; count >= 64; count -= 64, dest += 64, source += 64) {
       if (AHEAD) {
-        __builtin_prefetch(ahead);
+        ask_for(ahead);
         ahead += 64;
       }
 #if defined(__AVX512F__)
