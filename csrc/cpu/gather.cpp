@@ -41,7 +41,7 @@ constexpr int64_t kLine = 64;
 constexpr int64_t kStreamRow = 256;
 
 // What is read this many bytes later is asked for in advance: along kept rows, which no hardware prefetcher knows, and
-// along rows in order, where less is enough and more is slower. Of 1, 2 and 4 KiB the best each (one core of a Zen 5).
+// along rows in order, where less is enough and more is slower. Of 1, 2 and 4 KiB the best each (one core of a Zen 4).
 constexpr int64_t kLead = 4096;
 constexpr int64_t kLeadInOrder = 1024;
 
@@ -120,8 +120,12 @@ Plan plan_of(const GatherTensor& t, Permutations& permutations) {
 // The source's rows in the order of the destination's.
 class Rows {
  public:
-  Rows(const GatherTensor& t, const Plan& plan)
-      : t_(t), plan_(plan), row_stride_(t.row_stride * t.element_size), batch_stride_(t.batch_stride * t.element_size) {
+  Rows(const GatherTensor& t, const Plan& plan, bool large)
+      : large_(large),
+        t_(t),
+        plan_(plan),
+        row_stride_(t.row_stride * t.element_size),
+        batch_stride_(t.batch_stride * t.element_size) {
     last_ = t.out_batches * t.out_rows - 1;
     lead_bytes_ = t.kept_rows.whole ? kLeadInOrder : kLead;
     lead_ = ceil_div(lead_bytes_, std::max<int64_t>(t.cols * t.element_size, 1));
@@ -134,12 +138,15 @@ class Rows {
     return static_cast<const char*>(t_.source) + from_b * batch_stride_ + from_r * row_stride_;
   }
 
-  // Where reading will be lead_bytes_ after the start of this row: a later row, or further on in a long one.
+  // Where reading will be lead_bytes_ after the start of this row: a later row, or further on in a long one. Null where
+  // the call is small and its tensors may well be in the caches.
   const char* ahead(int64_t row) const {
+    if (!large_) return nullptr;
     return lead_ == 1 ? (*this)[row] + lead_bytes_ : (*this)[std::min(row + lead_, last_)];
   }
 
  private:
+  bool large_;
   const GatherTensor& t_;
   const Plan& plan_;
   int64_t row_stride_, batch_stride_, last_, lead_, lead_bytes_;
@@ -185,8 +192,7 @@ void copy_permuted(const CpuKernels& kernels, const Plan& p, const Rows& rows, c
     return stage.flush();
   }
   for (int64_t row = begin; row < end; ++row, dest += p.row_bytes) {
-    const char* ahead = past_caches ? rows.ahead(row) : nullptr;
-    kernels.permute_row(rows[row], dest, permutation, ahead, past_caches && whole_lines);
+    kernels.permute_row(rows[row], dest, permutation, rows.ahead(row), past_caches && whole_lines);
   }
 }
 
@@ -214,9 +220,9 @@ void copy_whole(const CpuKernels& kernels, const Plan& p, const Rows& rows, char
   }
 }
 
-void copy_rows(const CpuKernels& kernels, const GatherTensor& t, const Plan& p, bool past_caches, int64_t begin,
-               int64_t end) {
-  const Rows rows(t, p);
+void copy_rows(const CpuKernels& kernels, const GatherTensor& t, const Plan& p, bool large, bool past_caches,
+               int64_t begin, int64_t end) {
+  const Rows rows(t, p, large);
   char* dest = static_cast<char*>(t.dest) + begin * p.row_bytes;
   if (p.permutation) return copy_permuted(kernels, p, rows, dest, past_caches, begin, end);
   if (t.kept_cols.whole) return copy_whole(kernels, p, rows, dest, past_caches, begin, end);
@@ -278,7 +284,7 @@ void gather_cpu(const GatherTensor* tensors, int64_t count, const Parallel& para
   for_each_task(parallel, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Chunk& task = tasks[i];
     const bool past_caches = large && resident[task.tensor];
-    copy_rows(kernels, tensors[task.tensor], plans[task.tensor], past_caches, task.begin, task.end);
+    copy_rows(kernels, tensors[task.tensor], plans[task.tensor], large, past_caches, task.begin, task.end);
     if (past_caches) kernels.drain();
   });
 }

@@ -180,7 +180,7 @@ struct Padded {
 };
 
 // Bytes between what is read and what is asked for ahead of it. From 256 to 1,536 it makes no difference; from 2,048 on
-// bytes come at four fifths of the rate (one core of a Zen 5), as what the hardware would have asked for by itself is
+// bytes come at four fifths of the rate (one core of a Zen 4), as what the hardware would have asked for by itself is
 // no longer met.
 constexpr int64_t kPrefetchBytes = 1024;
 
