@@ -1,8 +1,9 @@
-"""Progress bars on stderr, with the time left: silent when stderr is not a terminal, or when told so."""
+"""Progress on stderr, with the time left: bars on a terminal, else a line a minute for a log; silent when told so."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
+
+LINE_SECONDS = 60.0
+"""Between two lines where stderr is no terminal. What is done sooner says nothing there."""
 
 _wanted: ContextVar[bool] = ContextVar("pyprune_progress", default=True)
 _live: list[Progress] = []  # the one display that is on screen; nested bars become more lines of it
@@ -29,29 +33,70 @@ def shown(on: bool) -> Iterator[None]:
 
 def visible() -> bool:
     """Whether a bar would be drawn now."""
-    return _wanted.get() and sys.stderr is not None and sys.stderr.isatty()
+    return _heard() and sys.stderr.isatty()
+
+
+def _heard() -> bool:
+    return _wanted.get() and sys.stderr is not None
 
 
 class Bar:
-    """One line of the display. :meth:`advance` moves it on, :meth:`say` relabels it; nothing without a display."""
+    """Work that goes on: :meth:`advance` moves it on, :meth:`say` relabels it. This one tells nobody."""
 
-    def __init__(self, display: Progress | None = None, task: TaskID | None = None) -> None:
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+    def say(self, label: str) -> None:
+        pass
+
+
+class _Drawn(Bar):
+    """One line of the display."""
+
+    def __init__(self, display: Progress, task: TaskID) -> None:
         self._display, self._task = display, task
 
     def advance(self, steps: int = 1) -> None:
-        if self._display is not None and self._task is not None:
-            self._display.advance(self._task, steps)
+        self._display.advance(self._task, steps)
 
     def say(self, label: str) -> None:
-        if self._display is not None and self._task is not None:
-            self._display.update(self._task, description=label)
+        self._display.update(self._task, description=label)
+
+
+class _Logged(Bar):
+    """Now and then a line of its own."""
+
+    def __init__(self, label: str, total: int | None) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._began = self._told = time.monotonic()
+
+    def advance(self, steps: int = 1) -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._told < LINE_SECONDS or not _heard():
+            return
+        self._told = now
+        spent = now - self._began
+        line = f"{self._label}: {self._done}"
+        if self._total is not None:
+            left = spent * max(0, self._total - self._done) / max(1, self._done)
+            line += f" of {self._total}, {_spelled(left)} left"
+        print(f"{line} ({_spelled(spent)} so far)", file=sys.stderr, flush=True)
+
+    def say(self, label: str) -> None:
+        self._label = label
+
+
+def _spelled(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 @contextmanager
 def bar(label: str, total: int | None = None) -> Iterator[Bar]:
     """A bar of ``total`` steps (None: unknown) that is there while the block runs and vanishes after it."""
     if not visible():
-        yield Bar()
+        yield _Logged(label, total) if _heard() else Bar()
         return
     outermost = not _live
     if outermost:
@@ -61,7 +106,7 @@ def bar(label: str, total: int | None = None) -> Iterator[Bar]:
     display = _live[0]
     task = display.add_task(label, total=total)
     try:
-        yield Bar(display, task)
+        yield _Drawn(display, task)
     finally:
         display.remove_task(task)
         if outermost:

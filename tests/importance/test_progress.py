@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal only, only when wanted, and never in the way of the work."""
+"""Progress: bars on a terminal, now and then a line elsewhere, only when wanted, and never in the way of the work."""
 
 from __future__ import annotations
 
@@ -32,9 +32,45 @@ def test_a_terminal_shows_the_label_the_count_and_the_time_left(terminal: Termin
     assert "reading" in shown and "/3" in shown and "left" in shown
 
 
-def test_nothing_is_written_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_writes_nothing_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.shown(True):
         assert list(progress.track(iter("ab"), "reading")) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Seconds that pass only when a test says so."""
+    found = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
+
+
+def test_long_work_writes_a_line_a_minute_where_there_is_no_terminal(clock, capsys) -> None:
+    for i in progress.track(range(200), "measuring"):
+        clock.now += 30.0 if i < 6 else 3600.0 if i == 6 else 0.0
+    out, lines = capsys.readouterr()
+    assert out == ""
+    assert lines.splitlines() == [
+        "measuring: 2 of 200, 1 h 39 min left (1 min so far)",
+        "measuring: 4 of 200, 1 h 38 min left (2 min so far)",
+        "measuring: 6 of 200, 1 h 37 min left (3 min so far)",
+        "measuring: 7 of 200, 28 h 57 min left (1 h 3 min so far)",
+    ]
+
+
+def test_a_line_carries_the_last_label_and_no_end_where_none_is_known(clock, capsys) -> None:
+    with progress.bar("reading") as bar:
+        bar.say("reading more")
+        clock.now = 61.0
+        bar.advance(5)
+    assert capsys.readouterr().err == "reading more: 5 (1 min so far)\n"
+
+
+def test_no_line_is_written_where_none_is_wanted(clock, capsys) -> None:
+    with progress.shown(False):
+        for _ in progress.track(range(3), "reading"):
+            clock.now += 100.0
     assert capsys.readouterr() == ("", "")
 
 
