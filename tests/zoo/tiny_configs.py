@@ -72,6 +72,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note": {"vision_config": {"adapter_in_dim": 48, "adapter_out_dim": 48, "adapter_merge_size": 2},
                    "audio_config": {"adapter_input_size": 48, "adapter_out_dim": 48}, "text_config": _DOTS3},
     "dots3_note_text": _DOTS3,
+    # One layer before the loop, one in it, one behind. Scales of order one: its queries' would be 2,000.
+    "dory": {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+             "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "initializer_range": 1.0},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
