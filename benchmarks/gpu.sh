@@ -4,8 +4,8 @@
 #
 #     bash benchmarks/gpu.sh [FOLDER]
 #
-# FOLDER (or $OUT; default benchmarks/results/<date>-<card>) gets eight files: log.txt, summary.md, and the CSV, page and
-# plot of each benchmark. A section that fails or runs out of time leaves the others alone; the status is the number of
+# FOLDER (or $OUT; default benchmarks/results/<date>-<card>) gets eleven files: log.txt, summary.md, and the CSV, page
+# and plot of each benchmark. A section that fails or runs out of time leaves the others alone; the status is the number of
 # sections that failed.
 #
 # Environment: PYTHON (default python3), BUDGET (seconds for everything, default 570), WORK (default build/gpu).
@@ -93,23 +93,31 @@ for found in /usr/local/cuda*/bin/compute-sanitizer; do
     [[ -z $sanitizer && -x $found ]] && sanitizer=$found
 done
 for tool in memcheck racecheck; do
+    # Every tensor is an allocation of its own there, or the checker sees PyTorch's pools of megabytes only.
+    options=(--tool "$tool" --kernel-name kernel_substring=pyprune --error-exitcode 9)
+    [[ $tool == memcheck ]] && options+=(--report-api-errors no) # those of PyTorch's own probing
     if [[ -z $sanitizer ]]; then
         echo "| $tool | compute-sanitizer is not installed | 0 | |" >>"$SUMMARY"
     else
-        section "$tool" 60 "$sanitizer" --tool "$tool" --kernel-name kernel_substring=pyprune --error-exitcode 9 \
-            "$PYTHON" tests/cuda/small_calls.py
+        section "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" "${options[@]}" "$PYTHON" \
+            tests/cuda/small_calls.py
     fi
 done
 
-section "bench llama-7b" 200 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --output "$OUT/llama-7b"
+kernels=()
+for what in salience many slice moments activations; do kernels+=(--what "$what"); done
+section "bench llama-7b" 170 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b "${kernels[@]}" \
+    --output "$OUT/llama-7b"
+section "bench scoring" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --what scoring \
+    --output "$OUT/llama-7b-scoring"
 whole=
 section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
     whole=$WORK/whole-prune.log
-section "bench llama-3-8b" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-3-8b --no_compile --rounds 5 \
-    --output "$OUT/llama-3-8b"
+section "bench llama-3-8b" 60 "$PYTHON" -m pyprune bench --device cuda --shapes llama-3-8b "${kernels[@]}" --no_compile \
+    --rounds 5 --output "$OUT/llama-3-8b"
 
 {
-    for part in "$OUT/llama-7b/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do
+    for part in "$OUT/llama-7b/results.md" "$OUT/llama-7b-scoring/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do
         [[ -f $part ]] && echo && sed 's/^# /## /' "$part"
     done
     echo

@@ -13,8 +13,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pyprune.ops._native import native
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
@@ -34,6 +37,27 @@ class SalienceTensor(ctypes.Structure):
         ("batches", ctypes.c_int64), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
         ("row_sums", ctypes.c_void_p), ("col_sums", ctypes.c_void_p),
         ("dtype", ctypes.c_int32), ("grad_dtype", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class KeptRuns(ctypes.Structure):
+    _fields_ = [("runs", ctypes.c_void_p), ("count", ctypes.c_int64), ("whole", ctypes.c_bool)]
+
+
+class GatherTensor(ctypes.Structure):
+    _fields_ = [
+        ("source", ctypes.c_void_p), ("dest", ctypes.c_void_p), ("element_size", ctypes.c_int64),
+        ("batches", ctypes.c_int64), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+        ("batch_stride", ctypes.c_int64), ("row_stride", ctypes.c_int64),
+        ("out_batches", ctypes.c_int64), ("out_rows", ctypes.c_int64), ("out_cols", ctypes.c_int64),
+        ("kept_batches", KeptRuns), ("kept_rows", KeptRuns), ("kept_cols", KeptRuns),
+    ]  # fmt: skip
+
+
+class AccumulateTensor(ctypes.Structure):
+    _fields_ = [
+        ("curvature", ctypes.c_void_p), ("grad", ctypes.c_void_p), ("size", ctypes.c_int64),
+        ("grad_dtype", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -146,3 +170,25 @@ def prepared_salience(
         return rows, cols
 
     return call
+
+
+def gather(library: ctypes.CDLL, calls: list[tuple[Tensor, list[np.ndarray | None], Tensor]]) -> None:
+    """``source[batches, rows, cols]`` into memory at each (source [B, R, C], kept positions or None, destination)."""
+    entries, held = (GatherTensor * len(calls))(), []
+    for i, (source, kept, dest) in enumerate(calls):
+        runs = [None if k is None else native().module.coalesce_runs(k) for k in kept]
+        held.append(runs)
+        sizes = [n if k is None else len(k) for n, k in zip(source.shape, kept, strict=True)]
+        entries[i] = GatherTensor(
+            source.data_ptr(), dest.data_ptr(), source.element_size(), *source.shape, *source.stride()[:2], *sizes,
+            *(KeptRuns(None, 0, True) if r is None else KeptRuns(r.ctypes.data, len(r), False) for r in runs),
+        )  # fmt: skip
+    assert library.emulate_gather(entries, ctypes.c_int64(len(calls))) == 0
+
+
+def accumulate_square(library: ctypes.CDLL, curvatures: list[Tensor], grads: list[Tensor], scale: float) -> None:
+    """curvature += scale * grad^2, in place."""
+    entries = (AccumulateTensor * len(grads))()
+    for i, (h, g) in enumerate(zip(curvatures, grads, strict=True)):
+        entries[i] = AccumulateTensor(h.data_ptr(), g.data_ptr(), g.numel(), DTYPES[g.dtype])
+    assert library.emulate_accumulate(entries, ctypes.c_int64(len(grads)), ctypes.c_double(scale)) == 0

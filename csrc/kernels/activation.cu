@@ -14,7 +14,7 @@ struct Tiles {
 };
 
 Tiles tiles_of(const ActivationCall& c) {
-  const int cols = block_cols(reads_curvature(c.formula), c.dtype == Dtype::float32);
+  const int cols = block_cols(reads_grad(c.formula), reads_curvature(c.formula), c.dtype == Dtype::float32);
   return {ceil_div(c.rows, kBlockRows), ceil_div(c.cols, cols)};
 }
 

@@ -66,14 +66,18 @@ struct TileShape {
 
 // Sizes of a block's tile; activation.cu lays out the partial sums by them.
 constexpr int kBlockRows = 128;
-constexpr int block_cols(bool squares, bool wide) {
-  return squares || wide ? 128 : 256;
+constexpr int block_cols(bool sum, bool squares, bool wide) {
+  return wide || (sum && squares) ? 128 : squares ? 192 : 256;
 }
 
 // As many sums as fit into 255 registers beside the fragments: one set of 128 numbers a thread, or up to three of 64.
-template <class F, class T, int COLS = block_cols(F::squares, sizeof(T) == 4)>
+template <class F, class T, int COLS = block_cols(F::sum, F::squares, sizeof(T) == 4)>
 struct ShapeOf {
   using type = TileShape<kBlockRows, 128, 64, 32, 4>;
+};
+template <class F, class T>
+struct ShapeOf<F, T, 192> {
+  using type = TileShape<kBlockRows, 192, 64, 48, 4>;
 };
 template <class F, class T>
 struct ShapeOf<F, T, 256> {
@@ -88,20 +92,29 @@ template <class T>
 struct Multiply {
   static constexpr int DEPTH = 32;
 
+  // Where a lane's elements of the first product are: added to `a` and `b` of a step.
+  static __device__ int a_lane(int a_row) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
+    return (matrix / 2 * 8 + row) * a_row + matrix % 2 * 8;
+  }
+  static __device__ int b_lane(int b_row) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
+    return (matrix % 2 * 8 + row) * b_row + matrix / 2 * 8;
+  }
+
   template <int MT, int NT>
   static __device__ void step(const T* a, int a_row, const T* b, int b_row, float (&c)[MT][NT][4]) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
       uint32_t fa[MT][4], fb[NT][2];
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
-        load_transposed(fa[i], a + (k + matrix / 2 * 8 + row) * a_row + i * 16 + matrix % 2 * 8);
+        load_transposed(fa[i], a + k * a_row + i * 16);
       }
 #pragma unroll
       for (int j = 0; j < NT; j += 2) {
         uint32_t both[4];
-        load_transposed(both, b + (k + matrix % 2 * 8 + row) * b_row + j * 8 + matrix / 2 * 8);
+        load_transposed(both, b + k * b_row + j * 8);
         fb[j][0] = both[0], fb[j][1] = both[1];
         fb[j + 1][0] = both[2], fb[j + 1][1] = both[3];
       }
@@ -118,6 +131,9 @@ template <>
 struct Multiply<float> {
   static constexpr int DEPTH = 16;
 
+  static __device__ int a_lane(int a_row) { return threadIdx.x % 4 * a_row + threadIdx.x % 32 / 4; }
+  static __device__ int b_lane(int b_row) { return a_lane(b_row); }
+
   // x = big + small within 2^-22 of it.
   static __device__ void split(float x, uint32_t& big, uint32_t& small) {
     big = round_to_tf32(x);
@@ -126,7 +142,6 @@ struct Multiply<float> {
 
   template <int MT, int NT>
   static __device__ void step(const float* a, int a_row, const float* b, int b_row, float (&c)[MT][NT][4]) {
-    const int lane = threadIdx.x % 32, col = lane / 4, token = lane % 4;
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 8) {
       uint32_t big_b[NT][2], small_b[NT][2];
@@ -134,7 +149,7 @@ struct Multiply<float> {
       for (int j = 0; j < NT; ++j) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          split(b[(k + token + r * 4) * b_row + j * 8 + col], big_b[j][r], small_b[j][r]);
+          split(b[(k + r * 4) * b_row + j * 8], big_b[j][r], small_b[j][r]);
         }
       }
 #pragma unroll
@@ -142,7 +157,7 @@ struct Multiply<float> {
         uint32_t big_a[4], small_a[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          split(a[(k + token + r / 2 * 4) * a_row + i * 16 + r % 2 * 8 + col], big_a[r], small_a[r]);
+          split(a[(k + r / 2 * 4) * a_row + i * 16 + r % 2 * 8], big_a[r], small_a[r]);
         }
 #pragma unroll
         for (int j = 0; j < NT; ++j) {  // small products first
@@ -155,28 +170,99 @@ struct Multiply<float> {
   }
 };
 
-// Tokens token .. token + DEPTH - 1, channels first .. first + WIDTH - 1 of one sample, zeros outside.
+// A thread's share of one factor's slices, step after step: COUNT words of one column, ROWS tokens apart. Addresses are
+// worked out once and then moved on, which leaves the instruction slots of a step to the products.
+template <class T, int WIDTH, int THREADS, bool ALIGNED>
+class Slices;
+
 template <class T, int WIDTH, int THREADS>
-__device__ inline void copy_slice(T* to, const Factor<T>& f, int64_t batch, int64_t token, int64_t tokens,
-                                  int64_t first) {
-  constexpr int EACH = 16 / static_cast<int>(sizeof(T)), PER_TOKEN = WIDTH / EACH;
-  constexpr int WORDS = Multiply<T>::DEPTH * PER_TOKEN;
-  static_assert(WORDS % THREADS == 0, "all threads copy alike");
+class Slices<T, WIDTH, THREADS, true> {
+ public:
+  __device__ Slices(const Factor<T>& f, int64_t first) : data_(f.data), step_(f.token_stride * DEPTH) {
+    const int row = static_cast<int>(threadIdx.x) / PER_TOKEN, col = static_cast<int>(threadIdx.x) % PER_TOKEN * EACH;
+    // Channels beyond the edge make sums that nobody reads: any word of the token will do for them.
+    const int64_t last = (f.size - 1) / EACH * EACH, channel = first + col < last ? first + col : last;
+    row_ = row;
+    place_ = row * (WIDTH + kPad) + col;
+    sample_ = at_ = f.data + row * f.token_stride + channel;
+    between_ = f.token_stride * ROWS;
+    next_sample_ = f.batch_stride;
+  }
+
+  // The next DEPTH tokens, of which the sample has `left` or more: zeros behind them.
+  __device__ void copy(T* to, int64_t left) const {
+    if (ACTIVE < THREADS && static_cast<int>(threadIdx.x) >= ACTIVE) return;
+    const T* from = at_;
+    T* at = to + place_;
+    if (left >= DEPTH) {
 #pragma unroll
-  for (int i = 0; i < WORDS / THREADS; ++i) {
-    const int word = static_cast<int>(threadIdx.x) + i * THREADS;
-    const int row = word / PER_TOKEN, col = word % PER_TOKEN * EACH;
-    const int64_t left = token + row < tokens ? f.size - first - col : 0;
-    const int bytes = left <= 0 ? 0 : left < EACH ? static_cast<int>(left) * static_cast<int>(sizeof(T)) : 16;
-    const T* from = bytes > 0 ? f.data + batch * f.batch_stride + (token + row) * f.token_stride + first + col : f.data;
-    T* at = to + row * (WIDTH + kPad) + col;
-    if (f.aligned) {
-      copy16_async(at, from, bytes);
+      for (int i = 0; i < COUNT; ++i, from += between_) copy16_async(at + i * ROWS * (WIDTH + kPad), from);
     } else {
-      *reinterpret_cast<uint4*>(at) = load16_partial(from, bytes);
+      const int there = static_cast<int>(left);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i, from += between_) {
+        const bool valid = row_ + i * ROWS < there;
+        copy16_async(at + i * ROWS * (WIDTH + kPad), valid ? from : data_, valid ? 16 : 0);
+      }
     }
   }
-}
+
+  __device__ void advance(bool sample_is_over) {
+    if (sample_is_over) {
+      at_ = sample_ += next_sample_;
+    } else {
+      at_ += step_;
+    }
+  }
+
+ private:
+  static constexpr int EACH = 16 / static_cast<int>(sizeof(T)), PER_TOKEN = WIDTH / EACH, DEPTH = Multiply<T>::DEPTH;
+  static constexpr int rows(int most) { return most < 2 ? 1 : 2 * rows(most / 2); }
+  static constexpr int ROWS = rows(THREADS / PER_TOKEN), COUNT = DEPTH / ROWS, ACTIVE = ROWS * PER_TOKEN;
+  static_assert(COUNT * ROWS == DEPTH, "whole passes");
+  const T *data_, *at_, *sample_;
+  int64_t step_, between_, next_sample_;
+  int row_, place_;
+};
+
+// The same where tokens start anywhere: every word is looked at by itself, with zeros beyond the edge.
+template <class T, int WIDTH, int THREADS>
+class Slices<T, WIDTH, THREADS, false> {
+ public:
+  __device__ Slices(const Factor<T>& f, int64_t first)
+      : at_(f.data + first),
+        sample_(at_),
+        stride_(f.token_stride),
+        next_sample_(f.batch_stride),
+        width_(f.size - first) {}
+
+  __device__ void copy(T* to, int64_t left) const {
+    constexpr int EACH = 16 / static_cast<int>(sizeof(T)), PER_TOKEN = WIDTH / EACH, WORDS = DEPTH * PER_TOKEN;
+    static_assert(WORDS % THREADS == 0, "all threads copy alike");
+#pragma unroll
+    for (int i = 0; i < WORDS / THREADS; ++i) {
+      const int word = static_cast<int>(threadIdx.x) + i * THREADS;
+      const int row = word / PER_TOKEN, col = word % PER_TOKEN * EACH;
+      const int64_t wanted = row < left ? width_ - col : 0;
+      const int bytes = wanted <= 0 ? 0 : wanted < EACH ? static_cast<int>(wanted * sizeof(T)) : 16;
+      const T* from = bytes > 0 ? at_ + row * stride_ + col : at_;
+      *reinterpret_cast<uint4*>(to + row * (WIDTH + kPad) + col) = load16_partial(from, bytes);
+    }
+  }
+
+  __device__ void advance(bool sample_is_over) {
+    if (sample_is_over) {
+      at_ = sample_ += next_sample_;
+    } else {
+      at_ += DEPTH * stride_;
+    }
+  }
+
+ private:
+  static constexpr int DEPTH = Multiply<T>::DEPTH;
+  const T *at_, *sample_;
+  int64_t stride_, next_sample_, width_;
+};
 
 template <class T, class S>
 constexpr int kStageElements = Multiply<T>::DEPTH * (S::BLOCK_M + kPad + S::BLOCK_N + kPad);
@@ -197,7 +283,7 @@ __device__ inline float column_sum(float x) {  // over the eight lanes that shar
 }
 
 // grid: row_tiles * col_tiles, row tiles first, so that blocks that run together share the columns' slices.
-template <class F, class T, class S>
+template <class F, class T, class S, bool ALIGNED>
 __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const ActivationJob<T> job) {
   constexpr int A_ROW = S::BLOCK_M + kPad, B_ROW = S::BLOCK_N + kPad, DEPTH = Multiply<T>::DEPTH;
   constexpr int STAGE = kStageElements<T, S>, MT = S::MT, NT = S::NT;
@@ -219,33 +305,42 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
     if constexpr (KEEP_SUM) sum[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
   }
 
-  int64_t load_batch = 0, load_token = 0, loaded = 0;
-  int load_stage = 0;
+  Slices<T, S::BLOCK_M, S::THREADS, ALIGNED> load_rows(job.rows, first_row);
+  Slices<T, S::BLOCK_N, S::THREADS, ALIGNED> load_cols(job.cols, first_col);
+  int64_t to_load = steps, left = job.tokens;
+  T* load_to = stages;
   const auto load_next = [&] {
-    if (loaded < steps) {
-      T* const to = stages + load_stage * STAGE;
-      copy_slice<T, S::BLOCK_M, S::THREADS>(to, job.rows, load_batch, load_token, job.tokens, first_row);
-      copy_slice<T, S::BLOCK_N, S::THREADS>(to + DEPTH * A_ROW, job.cols, load_batch, load_token, job.tokens,
-                                            first_col);
-      load_token += DEPTH;
-      if (load_token >= job.tokens) load_token = 0, ++load_batch;
-      load_stage = load_stage + 1 == S::STAGES ? 0 : load_stage + 1;
-      ++loaded;
+    if (to_load > 0) {
+      load_rows.copy(load_to, left);
+      load_cols.copy(load_to + DEPTH * A_ROW, left);
+      left -= DEPTH;
+      const bool over = left <= 0;
+      load_rows.advance(over);
+      load_cols.advance(over);
+      if (over) left = job.tokens;
+      load_to = load_to == stages + (S::STAGES - 1) * STAGE ? stages : load_to + STAGE;
+      --to_load;
     }
     commit_copies();  // an empty group where nothing is left, so that the count of groups stays that of steps
   };
 #pragma unroll
   for (int i = 0; i < S::STAGES - 1; ++i) load_next();
 
+  const int a_lane = warp_m + Multiply<T>::a_lane(A_ROW), b_lane = DEPTH * A_ROW + warp_n + Multiply<T>::b_lane(B_ROW);
+  constexpr int LINE = 128 / static_cast<int>(sizeof(T)), LINES = (S::BLOCK_N + LINE - 1) / LINE;
+  for (int i = threadIdx.x; i < S::BLOCK_M * LINES; i += S::THREADS) {  // the weight is wanted at the end
+    const int64_t row = first_row + i / LINES, col = first_col + i % LINES * LINE;
+    if (row < job.rows.size && col < job.cols.size) fetch_ahead(job.weight + row * job.weight_stride + col);
+  }
+
   int64_t token = 0;
-  int stage = 0;
+  const T* stage = stages;
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<S::STAGES - 2>();
     __syncthreads();  // this step's slices are there for all, and all have done with the stage that is filled next
     load_next();
-    const T* const a = stages + stage * STAGE;
-    Multiply<T>::template step<MT, NT>(a + warp_m, A_ROW, a + DEPTH * A_ROW + warp_n, B_ROW, acc);
-    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
+    Multiply<T>::template step<MT, NT>(stage + a_lane, A_ROW, stage + b_lane, B_ROW, acc);
+    stage = stage == stages + (S::STAGES - 1) * STAGE ? stages : stage + STAGE;
     token += DEPTH;
     if constexpr (F::squares) {
       if (token >= job.tokens) {  // the sample's gradient is complete
@@ -253,7 +348,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; ++i) {
           float& g = acc[i / 4 / NT][i / 4 % NT][i % 4];
-          squares[i / 4 / NT][i / 4 % NT][i % 4] += g * g;
+          float& square = squares[i / 4 / NT][i / 4 % NT][i % 4];
+          square = fmaf(g, g, square);
           if constexpr (KEEP_SUM) sum[i / 4 / NT][i / 4 % NT][i % 4] += g;
           g = 0.0f;
         }
@@ -322,16 +418,22 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
   }
 }
 
-template <class F, class T>
+template <class F, class T, bool ALIGNED>
 cudaError_t launch_tiles(const ActivationJob<T>& job, cudaStream_t stream) {
   using S = typename ShapeOf<F, T>::type;
   constexpr int kShared = kSharedBytes<T, S>;
   const cudaError_t status =
-      cudaFuncSetAttribute(activation_tiles<F, T, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+      cudaFuncSetAttribute(activation_tiles<F, T, S, ALIGNED>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (status != cudaSuccess) return status;
   const unsigned grid = static_cast<unsigned>(job.row_tiles * job.col_tiles);
-  activation_tiles<F, T, S><<<grid, S::THREADS, kShared, stream>>>(job);
+  activation_tiles<F, T, S, ALIGNED><<<grid, S::THREADS, kShared, stream>>>(job);
   return cudaGetLastError();
+}
+
+template <class F, class T>
+cudaError_t launch_tiles(const ActivationJob<T>& job, cudaStream_t stream) {
+  const bool aligned = job.rows.aligned && job.cols.aligned;
+  return aligned ? launch_tiles<F, T, true>(job, stream) : launch_tiles<F, T, false>(job, stream);
 }
 
 template <class T>

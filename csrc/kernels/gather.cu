@@ -5,19 +5,20 @@
 //          and whole rows go as 16-byte words and scattered channels as single elements. Narrow words are stored in
 //          pairs or fours where the destination's rows allow.
 // Tile     TX units of a row (a unit is what a thread stores at once) x a number of rows, about 64 KiB of destination.
-// Thread   one unit: it looks its words' positions up once, then walks the tile's rows with four loads in flight.
+// Thread   one unit: it looks its words' positions up once, then walks the rows, four or eight loads in flight.
 // Bytes    kept bytes read and written once, plus 4 bytes of position per word and tile.
 // Floor    kept bytes twice over the memory bandwidth; scattered channels also read what shares their 32-byte sectors.
 
 #include "gather.h"
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "../planning/chunks.h"
 #include "../planning/runs.h"
 #include "device.cuh"
-#include "workspace.h"
 
 namespace pyprune {
 namespace {
@@ -43,17 +44,6 @@ struct alignas(sizeof(Word) * PACK) Unit {
   Word word[PACK];
 };
 
-__device__ inline const char* source_row(const Entry& e, int64_t row) {
-  int64_t batch = 0;
-  if (e.batch_rows != e.all_rows) {
-    batch = row / e.batch_rows;
-    row -= batch * e.batch_rows;
-  }
-  if (e.batches != nullptr) batch = e.batches[batch];
-  if (e.rows != nullptr) row = e.rows[row];
-  return e.source + batch * e.batch_stride + row * e.row_stride;
-}
-
 template <class Word, int PACK>
 __device__ void move_tile(const Entry& e, int64_t tile) {
   const int lanes = e.lanes, rows_at_once = kThreads / lanes;
@@ -63,22 +53,44 @@ __device__ void move_tile(const Entry& e, int64_t tile) {
 #pragma unroll
   for (int p = 0; p < PACK; ++p) {
     const int64_t i = unit * PACK + p;
-    word[p] = e.words != nullptr ? e.words[i] : i;
+    word[p] = e.words != nullptr ? __ldg(e.words + i) : i;
   }
+  constexpr int ROWS = sizeof(Word) * PACK <= 4 ? 8 : 4;  // loads in flight
   const int64_t begin = tile / e.unit_tiles * e.tile_rows;
   const int64_t end = begin + e.tile_rows < e.all_rows ? begin + e.tile_rows : e.all_rows;
-  for (int64_t row = begin + threadIdx.x / lanes; row < end; row += 4 * rows_at_once) {
-    Unit<Word, PACK> moved[4];
+  for (int64_t row = begin + threadIdx.x / lanes; row < end; row += ROWS * rows_at_once) {
+    int64_t batch[ROWS], from[ROWS];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (row + k * rows_at_once < end) {
-        const Word* from = reinterpret_cast<const Word*>(source_row(e, row + k * rows_at_once));
+    for (int k = 0; k < ROWS; ++k) {
+      const int64_t here = row + k * rows_at_once;
+      batch[k] = 0, from[k] = here < end ? here : row;
+    }
+    if (e.batch_rows != e.all_rows) {
 #pragma unroll
-        for (int p = 0; p < PACK; ++p) moved[k].word[p] = __ldg(from + word[p]);
+      for (int k = 0; k < ROWS; ++k) batch[k] = from[k] / e.batch_rows, from[k] -= batch[k] * e.batch_rows;
+      if (e.batches != nullptr) {
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) batch[k] = __ldg(e.batches + batch[k]);
       }
+    } else if (e.batches != nullptr) {
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) batch[k] = __ldg(e.batches);
+    }
+    if (e.rows != nullptr) {
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) from[k] = __ldg(e.rows + from[k]);
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < ROWS; ++k) from[k] = batch[k] * e.batch_stride + from[k] * e.row_stride;
+    Unit<Word, PACK> moved[ROWS];
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+#pragma unroll
+      for (int p = 0; p < PACK; ++p)
+        moved[k].word[p] = __ldg(reinterpret_cast<const Word*>(e.source + from[k]) + word[p]);
+    }
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
       const int64_t to = row + k * rows_at_once;
       if (to < end) reinterpret_cast<Unit<Word, PACK>*>(e.dest + to * e.row_bytes)[unit] = moved[k];
     }
@@ -86,9 +98,9 @@ __device__ void move_tile(const Entry& e, int64_t tile) {
 }
 
 // grid: the tiles of all entries; first [count + 1]: tiles before each entry. The switch is the same for a whole block.
-__global__ void __launch_bounds__(kThreads) gather_tiles(const Entry* entries, const int64_t* first, int count) {
+__global__ void __launch_bounds__(kThreads, 2) gather_tiles(const Entry* entries, const int64_t* first, int count) {
   const int index = tensor_of(first, count, blockIdx.x);
-  const Entry& e = entries[index];
+  const Entry e = entries[index];  // a copy: stores to the destination could change what a reference reads
   const int64_t tile = static_cast<int64_t>(blockIdx.x) - first[index];
   switch (e.word_bytes * 8 + e.pack) {
     case 16 * 8 + 1:
@@ -122,33 +134,61 @@ int64_t word_bytes(const GatherTensor& t) {
   return width.bytes();
 }
 
-const int64_t* positions(Table& table, const KeptRuns& kept) {
-  return kept.whole ? nullptr : table.append(expand_runs(kept.runs, kept.count));
-}
+// Appends what a tensor keeps of a dimension to the table, or finds it there: coupled tensors keep the same. Addresses
+// are counted from the table's start.
+class Positions {
+ public:
+  explicit Positions(Table& table) : table_(table) {}
 
-// Positions of the kept columns, counted in words of `bytes`.
-const int32_t* word_positions(Table& table, const GatherTensor& t, int64_t bytes) {
-  if (t.kept_cols.whole) return nullptr;
-  std::vector<int32_t> words;
-  words.reserve(static_cast<size_t>(t.out_cols * t.element_size / bytes));
-  for (int64_t i = 0; i < t.kept_cols.count; ++i) {
-    const Run& run = t.kept_cols.runs[i];
-    const int64_t source = run.source * t.element_size / bytes, length = run.length * t.element_size / bytes;
-    for (int64_t k = 0; k < length; ++k) words.push_back(static_cast<int32_t>(source + k));
+  // Null when whole.
+  const int64_t* of(const KeptRuns& kept) {
+    if (kept.whole) return nullptr;
+    const void*& known = place(kept, 0);
+    if (known == nullptr) known = table_.append(expand_runs(kept.runs, kept.count));
+    return static_cast<const int64_t*>(known);
   }
-  return table.append(words);
-}
 
-struct Launch {
-  const Entry* entries = nullptr;
-  const int64_t* first = nullptr;
-  int64_t tiles = 0;
-  int count = 0;
+  // Of columns, counted in words of `bytes`. Null when whole.
+  const int32_t* words_of(const KeptRuns& kept, int64_t element_size, int64_t bytes) {
+    if (kept.whole) return nullptr;
+    const void*& known = place(kept, element_size << 8 | bytes);
+    if (known == nullptr) {
+      std::vector<int32_t> words;
+      for (int64_t i = 0; i < kept.count; ++i) {
+        const Run& run = kept.runs[i];
+        const int32_t source = static_cast<int32_t>(run.source * element_size / bytes);
+        const size_t begin = words.size();
+        words.resize(begin + static_cast<size_t>(run.length * element_size / bytes));
+        std::iota(words.begin() + static_cast<std::ptrdiff_t>(begin), words.end(), source);
+      }
+      known = table_.append(words);
+    }
+    return static_cast<const int32_t*>(known);
+  }
+
+ private:
+  struct Known {
+    KeptRuns kept;
+    int64_t form;
+    const void* at;
+  };
+  // The newest first: neighbours in the list are of one layer.
+  const void*& place(const KeptRuns& kept, int64_t form) {
+    for (auto k = known_.rbegin(); k != known_.rend(); ++k) {
+      if (k->form == form && k->kept.count == kept.count &&
+          std::memcmp(k->kept.runs, kept.runs, static_cast<size_t>(kept.count) * sizeof(Run)) == 0)
+        return k->at;
+    }
+    known_.push_back({kept, form, nullptr});
+    return known_.back().at;
+  }
+  Table& table_;
+  std::vector<Known> known_;
 };
 
-Launch fill(Table& table, const GatherTensor* tensors, int64_t count) {
+std::vector<Entry> entries_of(Table& table, const GatherTensor* tensors, int64_t count, std::vector<int64_t>& tiles) {
+  Positions positions(table);
   std::vector<Entry> entries;
-  std::vector<int64_t> tiles;
   for (int64_t i = 0; i < count; ++i) {
     const GatherTensor& t = tensors[i];
     if (t.out_batches * t.out_rows * t.out_cols == 0) continue;
@@ -156,9 +196,9 @@ Launch fill(Table& table, const GatherTensor* tensors, int64_t count) {
     const int64_t word = word_bytes(t);
     e.source = static_cast<const char*>(t.source);
     e.dest = static_cast<char*>(t.dest);
-    e.batches = positions(table, t.kept_batches);
-    e.rows = positions(table, t.kept_rows);
-    e.words = word_positions(table, t, word);
+    e.batches = positions.of(t.kept_batches);
+    e.rows = positions.of(t.kept_rows);
+    e.words = positions.words_of(t.kept_cols, t.element_size, word);
     e.batch_stride = t.batch_stride * t.element_size;
     e.row_stride = t.row_stride * t.element_size;
     e.batch_rows = t.out_rows;
@@ -175,37 +215,50 @@ Launch fill(Table& table, const GatherTensor* tensors, int64_t count) {
     entries.push_back(e);
     tiles.push_back(e.unit_tiles * ceil_div(e.all_rows, e.tile_rows));
   }
-  Launch launch;
-  const std::vector<int64_t> first = first_items(tiles);
-  launch.tiles = first.back();
-  launch.count = static_cast<int>(entries.size());
-  launch.first = table.append(first);
-  launch.entries = table.append(entries);
-  return launch;
+  return entries;
+}
+
+template <class T>
+void move_on(const T*& at, const char* base) {
+  if (at != nullptr) at = reinterpret_cast<const T*>(base + reinterpret_cast<uintptr_t>(at));
 }
 
 }  // namespace
 
-int64_t gather_workspace(const GatherTensor* tensors, int64_t count) {
-  Table table(nullptr);
-  fill(table, tensors, count);
-  return table.size();
-}
-
-cudaError_t gather_cuda(const GatherTensor* tensors, int64_t count, void* workspace, cudaStream_t stream) {
+GatherPlan plan_gather(const GatherTensor* tensors, int64_t count) {
+  GatherPlan plan;
   for (int64_t i = 0; i < count; ++i) {
     // Positions of words within a row are 32-bit; rows and everything else are 64-bit.
     if (!tensors[i].kept_cols.whole && tensors[i].cols * tensors[i].element_size > INT32_MAX)
-      return cudaErrorInvalidValue;
+      plan.status = cudaErrorInvalidValue;
   }
-  Table table(workspace);
-  const Launch launch = fill(table, tensors, count);
-  if (launch.tiles == 0) return cudaSuccess;
-  if (launch.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const cudaError_t status = table.send(stream);
+  if (plan.status != cudaSuccess) return plan;
+  std::vector<int64_t> tiles;
+  plan.table.append(std::vector<int64_t>(1));  // so that no address is null
+  const std::vector<Entry> entries = entries_of(plan.table, tensors, count, tiles);
+  const std::vector<int64_t> first = first_items(tiles);
+  plan.tiles = first.back();
+  plan.count = static_cast<int>(entries.size());
+  plan.first = reinterpret_cast<uintptr_t>(plan.table.append(first));
+  plan.entries = reinterpret_cast<uintptr_t>(plan.table.append(entries));
+  if (plan.tiles > INT32_MAX) plan.status = cudaErrorInvalidConfiguration;
+  return plan;
+}
+
+cudaError_t gather_cuda(GatherPlan& plan, void* workspace, cudaStream_t stream) {
+  if (plan.status != cudaSuccess || plan.tiles == 0) return plan.status;
+  const char* base = static_cast<const char*>(workspace);
+  Entry* entries = reinterpret_cast<Entry*>(plan.table.bytes() + plan.entries);
+  for (int i = 0; i < plan.count; ++i) {
+    move_on(entries[i].batches, base);
+    move_on(entries[i].rows, base);
+    move_on(entries[i].words, base);
+  }
+  const cudaError_t status = plan.table.send_to(workspace, stream);
   if (status != cudaSuccess) return status;
-  gather_tiles<<<static_cast<unsigned>(launch.tiles), kThreads, 0, stream>>>(launch.entries, launch.first,
-                                                                             launch.count);
+  gather_tiles<<<static_cast<unsigned>(plan.tiles), kThreads, 0, stream>>>(
+      reinterpret_cast<const Entry*>(base + plan.entries), reinterpret_cast<const int64_t*>(base + plan.first),
+      plan.count);
   return cudaGetLastError();
 }
 

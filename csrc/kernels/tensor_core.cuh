@@ -24,6 +24,16 @@ __device__ inline void copy16_async(void* to, const void* from, int bytes) {
                : "memory");
 }
 
+// All sixteen of them.
+__device__ inline void copy16_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Starts the 128 bytes around an address on their way to the second-level cache.
+__device__ inline void fetch_ahead(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at));
+}
+
 // Closes a group of asynchronous copies; a group may be empty.
 __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -26,10 +26,14 @@ class Table {
   int64_t size() const { return static_cast<int64_t>((bytes_.size() + 255) / 256 * 256); }
 
   // The source is pageable, so the call has read it when it returns, and the table may go.
-  cudaError_t send(cudaStream_t stream) const {
+  cudaError_t send(cudaStream_t stream) const { return send_to(device_, stream); }
+  cudaError_t send_to(void* device, cudaStream_t stream) const {
     if (bytes_.empty()) return cudaSuccess;
-    return cudaMemcpyAsync(device_, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream);
+    return cudaMemcpyAsync(device, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream);
   }
+
+  // As it is on the host.
+  char* bytes() { return bytes_.data(); }
 
  private:
   static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }

@@ -28,7 +28,8 @@ inline std::vector<int64_t> expand_runs(const Run* runs, int64_t count) {
   std::vector<int64_t> positions;
   if (count > 0) positions.reserve(static_cast<size_t>(runs[count - 1].dest + runs[count - 1].length));
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t k = 0; k < runs[i].length; ++k) positions.push_back(runs[i].source + k);
+    positions.resize(positions.size() + static_cast<size_t>(runs[i].length));
+    std::iota(positions.end() - runs[i].length, positions.end(), runs[i].source);
   }
   return positions;
 }
@@ -37,11 +38,11 @@ inline std::vector<int64_t> expand_runs(const Run* runs, int64_t count) {
 // starts and run lengths, all in bytes. Moving such words instead of elements keeps every access aligned.
 class WordWidth {
  public:
-  void must_divide(int64_t bytes) { common_ = std::gcd(common_, bytes); }
-  int64_t bytes() const { return common_; }
+  void must_divide(int64_t bytes) { all_ |= bytes; }
+  int64_t bytes() const { return all_ & -all_; }  // the lowest bit of any of them
 
  private:
-  int64_t common_ = 16;
+  int64_t all_ = 16;
 };
 
 }  // namespace pyprune

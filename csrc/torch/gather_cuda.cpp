@@ -14,8 +14,9 @@ void gather(const std::vector<Tensor> tensors, const Tensor runs, const std::vec
   const CudaScope scope(tensors[0]);
   const GatherCall call = prepare_gather(tensors, runs, run_counts, out, /*vectors_are_columns=*/true);
   const int64_t count = static_cast<int64_t>(call.tensors.size());
-  const Tensor workspace = scope.workspace(tensors[0], gather_workspace(call.tensors.data(), count));
-  check_cuda(gather_cuda(call.tensors.data(), count, workspace.mutable_data_ptr(), scope.stream()), "gather");
+  GatherPlan plan = plan_gather(call.tensors.data(), count);
+  const Tensor workspace = scope.workspace(tensors[0], plan.table.size());
+  check_cuda(gather_cuda(plan, workspace.mutable_data_ptr(), scope.stream()), "gather");
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Case:
         work: bytes that must be read and written, or operations.
         unit: ``GB/s`` or ``TFLOP/s``, which also says which ceiling holds.
         ours: one call on all tensors; None with ``missing``, the reason.
+        host: the time that the host takes is what is measured.
         eager: the formula in stock PyTorch for one tensor; runs on each of ``arguments`` in turn.
     """
 
@@ -39,6 +40,7 @@ class Case:
     eager: Callable[..., Any]
     arguments: list[tuple[Any, ...]]
     missing: str = ""
+    host: bool = False
 
     def stock(self, function: Callable[..., Any]) -> Work:
         """``function``, the eager formula or a compiled form of it, on all tensors."""
@@ -61,7 +63,7 @@ def many_cases(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[
     weights = [_random((MANY_SIZE, MANY_SIZE), dtype, device) for _ in range(MANY)]
     for op, prepared in (("salience", False), ("prepared salience", True)):
         label = f"{op} of {MANY} x [{MANY_SIZE}, {MANY_SIZE}]"
-        yield _salience_case(label, "taylor_abs", taylor_sums, weights, dtype, prepared)
+        yield replace(_salience_case(label, "taylor_abs", taylor_sums, weights, dtype, prepared), host=True)
 
 
 def _salience_case(

@@ -104,7 +104,7 @@ def measured(
     if compiled is not None:
         works["compiled"] = compiled
     with torch.no_grad():
-        timings = interleaved(works, rounds, device)
+        timings = interleaved(works, rounds, device, ahead=not case.host)
     ours = timings["ours"]
     rate, ceiling = case.work / ours.median / scale, limit_work / timings["ceiling"].median / scale
     return Line(

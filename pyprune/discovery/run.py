@@ -157,7 +157,9 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], data: 
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _swap_tensors(model, result, data)
         _watch(model, result)
-        args, kwargs = _convert(args, tracer, data), _convert(kwargs, tracer, data)
+        # With real values inputs must be where the weights are.
+        device = next((p.device for p in model.parameters()), None) if data == REAL else None
+        args, kwargs = _convert(args, tracer, data, device), _convert(kwargs, tracer, data, device)
         stack.enter_context(Interceptor(tracer, fake=data != REAL))
         stack.enter_context(tracer)
         try:
@@ -268,19 +270,22 @@ def _swap_attributes(model: nn.Module, stand_ins: dict[int, torch.Tensor], data:
                 module.__dict__[key] = torch.empty_like(value, device=_DEVICE[data]) if known is None else known
 
 
-def _convert(value: Any, tracer: Tracer, data: str) -> Any:
-    """Inputs as labelled stand-ins; containers are copied."""
+def _convert(value: Any, tracer: Tracer, data: str, device: torch.device | None) -> Any:
+    """Inputs as labelled stand-ins, on ``device`` if there is one; containers are copied."""
     if isinstance(value, torch.Tensor):
-        new = torch.empty(value.shape, dtype=value.dtype) if data == FAKE else value.detach().clone()
+        if data == FAKE:
+            new = torch.empty(value.shape, dtype=value.dtype)
+        else:
+            new = value.detach().to(device=device, copy=True)
         info = Info(tuple(ax.atom(n) for n in new.shape), (False,) * new.dim(), active=True)
         for axis in info.axes:
             ax.freeze(axis, "is a dimension of the model's input")
         tracer.label(new, info)
         return new
     if isinstance(value, Mapping):
-        return {k: _convert(v, tracer, data) for k, v in value.items()}
+        return {k: _convert(v, tracer, data, device) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_convert(v, tracer, data) for v in value)
+        return type(value)(_convert(v, tracer, data, device) for v in value)
     return value
 
 

@@ -115,6 +115,16 @@ class _Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if out is None else out
 
 
+def _sums_by_place(places: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums [samples, count] of the values [samples, tokens] at each place, equal in every bit when repeated."""
+    out = values.new_zeros(places.shape[0], count)
+    if not values.is_cuda:
+        return out.scatter_add_(1, places, values)
+    # On a GPU that adds by atomics, in whatever order; this one sorts first.
+    samples = torch.arange(places.shape[0], device=places.device)[:, None].expand_as(places)
+    return out.index_put_((samples, places), values, accumulate=True)
+
+
 class Taps:
     """Taps on the layers that hold scored parameters.
 
@@ -233,8 +243,7 @@ class Taps:
             if y is not None:
                 y = self._tokens(y)
                 dots = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(-1)
-                rows = dots.new_zeros(dy.shape[0], weight.shape[0]).scatter_add_(1, places[..., 0], dots)
-                self._add(key, rows, channel_dots(dy, y))
+                self._add(key, _sums_by_place(places[..., 0], dots, weight.shape[0]), channel_dots(dy, y))
             else:
                 hot = dy.new_zeros(*dy.shape[:2], weight.shape[0]).scatter_(2, places, 1.0)
                 self._elements(key, weight.detach(), Product(hot, dy))

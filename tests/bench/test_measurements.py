@@ -91,7 +91,7 @@ def test_a_timing_is_median_and_distance_of_quartiles() -> None:
 def test_a_line_holds_rates_and_ratios_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {"ours": 2.0, "eager": 6.0, "compiled": 4.0, "ceiling": 1.0}
     monkeypatch.setattr(
-        run, "interleaved", lambda works, rounds, device: {n: measure.Timing(taken[n], 0.1) for n in works}
+        run, "interleaved", lambda works, rounds, device, ahead: {n: measure.Timing(taken[n], 0.1) for n in works}
     )
     monkeypatch.setattr(run, "copy_work", lambda device: (lambda: None, 10**10))
     monkeypatch.setattr(run, "compiled_work", lambda case: (lambda: None, ""))

@@ -17,11 +17,6 @@ from pyprune.ops import reference
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulation.build(tmp_path_factory.mktemp("emulated"))
-
-
 def layer(samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     shapes = [(samples, tokens, inputs), (samples, tokens, outputs), (outputs, inputs)]
     return tuple(torch.randn(s).to(dtype) for s in shapes)  # type: ignore[return-value]

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "kernels/accumulate.h"
 #include "kernels/activation.h"
 #include "kernels/channels.h"
 #include "kernels/gather.h"
@@ -169,9 +170,15 @@ int emulate_launch_salience(const void* passes) {
   return launch_salience(*static_cast<const SaliencePasses*>(passes), nullptr);
 }
 
+int emulate_accumulate(const AccumulateTensor* tensors, int64_t count, double scale) {
+  std::vector<char> workspace(static_cast<size_t>(accumulate_workspace(tensors, count)), '\xff');
+  return accumulate_square_cuda(tensors, count, scale, workspace.data(), nullptr);
+}
+
 int emulate_gather(const GatherTensor* tensors, int64_t count) {
-  std::vector<char> workspace(static_cast<size_t>(gather_workspace(tensors, count)), '\xff');
-  return gather_cuda(tensors, count, workspace.data(), nullptr);
+  GatherPlan plan = plan_gather(tensors, count);
+  std::vector<char> workspace(static_cast<size_t>(plan.table.size()), '\xff');
+  return gather_cuda(plan, workspace.data(), nullptr);
 }
 
 }  // extern "C"

@@ -78,6 +78,10 @@ inline void copy16_async(void* to, const void* from, int bytes) {
   std::memcpy(copy.bytes, from, static_cast<size_t>(bytes));
   emulator::copies().open.push_back(copy);
 }
+inline void copy16_async(void* to, const void* from) {
+  copy16_async(to, from, 16);
+}
+inline void fetch_ahead(const void*) {}
 inline void commit_copies() {
   emulator::copies().closed.push_back(std::move(emulator::copies().open));
   emulator::copies().open.clear();
