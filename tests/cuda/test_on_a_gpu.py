@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyprune import ops
+from pyprune import discover, ops
+from pyprune.importance.taps import _sums_by_place
 from pyprune.ops import reference
 
 pytestmark = [
@@ -152,3 +153,26 @@ def test_a_prepared_call_runs_on_a_side_stream_and_in_a_graph() -> None:
     graph.replay()
     want = ops.salience("square", weights)
     assert all(map(torch.equal, (*rows, *cols), (*want[0], *want[1])))
+
+
+def test_sums_by_place_repeat_bit_for_bit() -> None:
+    places = torch.randint(0, 50, (3, 20_000), device="cuda")
+    values = torch.randn(3, 20_000, device="cuda")
+    sums = _sums_by_place(places, values, 64)
+    assert all(torch.equal(_sums_by_place(places, values, 64), sums) for _ in range(5))
+    expected = _sums_by_place(places.cpu(), values.double().cpu(), 64)
+    torch.testing.assert_close(sums.double().cpu(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_that_needs_values_is_run_where_its_weights_are() -> None:
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.up, self.down = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            return self.down(self.up(x) if x.sum() < 1e9 else self.up(-x))
+
+    groups = discover(Chooses().cuda())
+    assert any(g.units == 12 and g.prunable for g in groups)
