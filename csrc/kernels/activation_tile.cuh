@@ -3,11 +3,9 @@
 // Tile     a block owns BLOCK_M x BLOCK_N elements of the weight and walks all samples and tokens, DEPTH tokens a step.
 //          A step's slices of both inputs are copied to shared memory asynchronously, STAGES - 1 steps ahead.
 // Thread   a warp owns WARP_M x WARP_N of the tile as 16 x 8 products: 4 numbers a thread and product. The criteria
-// that
-//          need squares of each sample's gradient hold a second or third such set, folded at the end of a sample.
+//          that need squares of each sample's gradient hold a second or third such set, folded at the end of a sample.
 // Sums     a thread's own columns, then 4 lanes of a row and 8 lanes of a column by butterflies, then the warps in
-// order
-//          through shared memory: partial sums [col tiles, rows] and [row tiles, cols].
+//          order through shared memory: partial sums [col tiles, rows] and [row tiles, cols].
 // float32  every factor is split into two numbers of 11 bits, and three of the four products are taken: their error is
 //          about 2^-22, as that of float32 itself, where plain TF32 would leave 2^-11.
 // Bytes    the weight once, the inputs once a row or column of tiles (from the second-level cache), partial sums.
@@ -70,7 +68,8 @@ constexpr int block_cols(bool sum, bool squares, bool wide) {
   return wide || (sum && squares) ? 128 : squares ? 192 : 256;
 }
 
-// As many sums as fit into 255 registers beside the fragments: one set of 128 numbers a thread, or up to three of 64.
+// As many sums as fit into 255 registers beside the fragments: one set of 128 numbers a thread, two of 96, or three of
+// 64. float32 has 64 a set throughout, for its factors take twice the registers.
 template <class F, class T, int COLS = block_cols(F::sum, F::squares, sizeof(T) == 4)>
 struct ShapeOf {
   using type = TileShape<kBlockRows, 128, 64, 32, 4>;

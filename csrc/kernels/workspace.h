@@ -27,6 +27,8 @@ class Table {
 
   // The source is pageable, so the call has read it when it returns, and the table may go.
   cudaError_t send(cudaStream_t stream) const { return send_to(device_, stream); }
+
+  // The same for a table that was begun before its place was known, at null: its addresses are offsets.
   cudaError_t send_to(void* device, cudaStream_t stream) const {
     if (bytes_.empty()) return cudaSuccess;
     return cudaMemcpyAsync(device, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream);
