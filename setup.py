@@ -2,7 +2,7 @@
 
 Environment:
     PYPRUNE_CUDA        AUTO (default: compile the CUDA kernels when nvcc is found), ON (fail without nvcc) or OFF.
-    PYPRUNE_CUDA_ARCHS  CMake's list of architectures, default "80-real;90-real;90-virtual".
+    PYPRUNE_CUDA_ARCHS  CMake's list of architectures, default "80-real;90a-real;90-virtual".
     PYPRUNE_SANITIZE    sanitizers for the C++ code, for example "address,undefined" (default: none); see .ci/sanitize.
     MAX_JOBS            compile jobs at once; default: one a core.
 
@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "80-real;90-real;90-virtual"
+DEFAULT_ARCHS = "80-real;90a-real;90-virtual"
 
 
 def say(message: str) -> None:

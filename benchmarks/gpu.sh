@@ -82,9 +82,16 @@ export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 COLUMNS=160
 
 arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null || echo 90)
+[[ $arch == 90 ]] && arch=90a
 section "build" 150 env PYPRUNE_CUDA=ON PYPRUNE_CUDA_ARCHS="$arch-real" MAX_JOBS="$(nproc)" \
     "$PYTHON" setup.py build_ext --inplace
 section "kernels usable" 60 "$PYTHON" -c 'from pyprune import ops; info = ops.backend_info(); print(info); assert info["cuda_usable"]'
+
+# A kernel that hangs or fails here would take the time of all that follows, which the other one can do.
+if [[ $arch == 90a ]] && ! section "products of four warps" 60 "$PYTHON" tests/cuda/small_calls.py; then
+    export PYPRUNE_WGMMA=0
+    echo '| | off from here on: PYPRUNE_WGMMA=0 | | |' >>"$SUMMARY"
+fi
 
 section "tests" 150 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/cuda tests/ops
 
@@ -110,6 +117,8 @@ section "bench llama-7b" 170 "$PYTHON" -m pyprune bench --device cuda --shapes l
     --output "$OUT/llama-7b"
 section "bench scoring" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --what scoring \
     --output "$OUT/llama-7b-scoring"
+[[ ${PYPRUNE_WGMMA:-1} != 0 ]] && section "bench llama-7b, products of one warp" 60 env PYPRUNE_WGMMA=0 "$PYTHON" \
+    -m pyprune bench --device cuda --shapes llama-7b --what activations --no_compile --rounds 5 --output "$OUT/llama-7b-one-warp"
 whole=
 section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
     whole=$WORK/whole-prune.log
@@ -117,7 +126,7 @@ section "bench llama-3-8b" 60 "$PYTHON" -m pyprune bench --device cuda --shapes 
     --rounds 5 --output "$OUT/llama-3-8b"
 
 {
-    for part in "$OUT/llama-7b/results.md" "$OUT/llama-7b-scoring/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do
+    for part in "$OUT/llama-7b/results.md" "$OUT/llama-7b-one-warp/results.md" "$OUT/llama-7b-scoring/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do
         [[ -f $part ]] && echo && sed 's/^# /## /' "$part"
     done
     echo

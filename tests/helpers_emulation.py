@@ -10,13 +10,17 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from pyprune.ops import reference
 from pyprune.ops._native import native
 
 TESTS = Path(__file__).resolve().parent
@@ -79,21 +83,37 @@ def build(folder: Path) -> ctypes.CDLL:
             assert text.count("<<<") == 0, file
             sources.append(kernels / f"{file.stem}.cpp")
             sources[-1].write_text(text, encoding="utf-8")
-        elif file.name != "tensor_core.cuh":
+        elif file.name not in ("tensor_core.cuh", "hopper.cuh"):
             (kernels / file.name).write_text(LAUNCH.sub(_call, text), encoding="utf-8")
-    for file in EMULATOR.glob("*.*h"):
+    for file in (*EMULATOR.glob("*.h"), *EMULATOR.glob("*.cuh")):
         shutil.copy(file, kernels)
     library = folder / "libemulated.so"
     # -O1: a fiber may move between calls that the optimiser would otherwise see as one.
-    command = [str(compiler()), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+    command = [str(compiler()), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-Wno-psabi"]
+    command.append("-DPYPRUNE_COMPILED_FOR_90A")
     subprocess.run([*command, f"-I{folder}", f"-I{kernels}", "-o", str(library), *map(str, sources)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def build_changed(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, good: str, bad: str) -> ctypes.CDLL:
+    """The same with ``bad`` in place of ``good`` in one of the kernels' files."""
+    broken, build_in = folder / "repository" / "csrc", folder / "build"
+    for part in ("planning", "kernels"):
+        shutil.copytree(CSRC / part, broken / part)
+    shutil.copy(CSRC / "common.h", broken)
+    text = (broken / "kernels" / file).read_text(encoding="utf-8")
+    assert good in text, (file, good)
+    (broken / "kernels" / file).write_text(text.replace(good, bad), encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "CSRC", broken)
+    build_in.mkdir()
+    return build(build_in)
 
 
 def _call(launch: re.Match[str]) -> str:
     kernel, configuration, arguments = launch.groups()
     grid, block, shared, _stream = (part.strip() for part in configuration.split(","))
-    return f"emulator::launch({grid}, {block}, {shared}, [&] {{ {kernel}({arguments}); }});"
+    at_once = 2 if "_pairs<" in kernel else 1
+    return f"emulator::launch({grid}, {block}, {shared}, [&] {{ {kernel}({arguments}); }}, {at_once});"
 
 
 def matrix(t: Tensor) -> Matrix:
@@ -121,6 +141,39 @@ def activation_salience(
     )  # fmt: skip
     assert status == 0
     return rows, cols
+
+
+def layer(samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = [(samples, tokens, inputs), (samples, tokens, outputs), (outputs, inputs)]
+    return tuple(torch.randn(s).to(dtype) for s in shapes)  # type: ignore[return-value]
+
+
+def assert_activation(
+    library: ctypes.CDLL, x: Tensor, dy: Tensor, weight: Tensor, formula: str, transposed: bool = False
+) -> None:
+    wide = [t.double() for t in (x, dy, weight)]
+    options = {"transposed": transposed, "gradient_scale": 0.5, "curvature_scale": 0.25}
+    expected = reference.activation_salience(*wide, formula, **options)
+    parts = {"taylor_signed": ["taylor_abs"], "mixed": ["taylor_abs", "fisher"]}.get(formula, [formula])
+    masses = [reference.activation_salience(*(t.abs() for t in wide), part, **options) for part in parts]
+    got = activation_salience(library, x, dy, weight, formula, transposed, (0.5, 0.25))
+    for side in (0, 1):
+        error = (got[side].double() - expected[side]).abs()
+        assert bool((error <= 1e-6 * sum(m[side] for m in masses)).all()), (formula, weight.dtype, tuple(x.shape))
+
+
+@contextmanager
+def capability_9(library: ctypes.CDLL, expected: int | None = None) -> Iterator[None]:
+    """The kernels take the GPU for one of compute capability 9.0, with ``expected`` launches of pairs of blocks."""
+    count = library.emulate_launches_of_pairs
+    count.restype = ctypes.c_int64
+    before = count()
+    library.emulate_capability(9)
+    try:
+        yield
+    finally:
+        library.emulate_capability(8)
+    assert expected is None or count() - before == expected
 
 
 def channel_sums(library: ctypes.CDLL, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:

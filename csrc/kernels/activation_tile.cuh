@@ -12,48 +12,11 @@
 // Floor    2 * rows * cols * tokens operations over the rate of the tensor cores (three times that for float32).
 #pragma once
 
-#include "activation.h"
+#include "activation_job.cuh"
 #include "device.cuh"
 #include "tensor_core.cuh"
 
 namespace pyprune {
-
-// One of the two factors of the gradient, as the kernel sees it: [batches, tokens, size].
-template <class T>
-struct Factor {
-  const T* data;
-  int64_t batch_stride, token_stride, size;
-  bool aligned;  // every token starts at a multiple of 16 bytes
-};
-
-template <class T>
-struct ActivationJob {
-  Factor<T> rows, cols;
-  const T* weight;
-  int64_t weight_stride;
-  int64_t batches, tokens, row_tiles, col_tiles;
-  float gradient_scale, curvature_scale;
-  float* row_parts;  // [col_tiles, rows]
-  float* col_parts;  // [row_tiles, cols]
-};
-
-// What is held of G_b: the running sum over samples (in the accumulators themselves), the sum of squares, or both.
-struct TaylorSignedTile {
-  static constexpr bool sum = true, squares = false;
-  static __device__ float at(float w, float g, float) { return w * g; }
-};
-struct TaylorAbsTile {
-  static constexpr bool sum = true, squares = false;
-  static __device__ float at(float w, float g, float) { return fabsf(w * g); }
-};
-struct FisherTile {
-  static constexpr bool sum = false, squares = true;
-  static __device__ float at(float w, float, float h) { return w * w * h; }
-};
-struct MixedTile {
-  static constexpr bool sum = true, squares = true;
-  static __device__ float at(float w, float g, float h) { return fabsf(w * g - (w * w * h) * 0.5f); }
-};
 
 template <int BLOCK_M_, int BLOCK_N_, int WARP_M_, int WARP_N_, int STAGES_>
 struct TileShape {
@@ -61,12 +24,6 @@ struct TileShape {
   static constexpr int WARPS_M = BLOCK_M / WARP_M, WARPS_N = BLOCK_N / WARP_N, THREADS = 32 * WARPS_M * WARPS_N;
   static constexpr int MT = WARP_M / 16, NT = WARP_N / 8;  // products of a warp
 };
-
-// Sizes of a block's tile; activation.cu lays out the partial sums by them.
-constexpr int kBlockRows = 128;
-constexpr int block_cols(bool sum, bool squares, bool wide) {
-  return wide || (sum && squares) ? 128 : squares ? 192 : 256;
-}
 
 // As many sums as fit into 255 registers beside the fragments: one set of 128 numbers a thread, two of 96, or three of
 // 64. float32 has 64 a set throughout, for its factors take twice the registers.
@@ -269,17 +226,6 @@ constexpr int kStageElements = Multiply<T>::DEPTH * (S::BLOCK_M + kPad + S::BLOC
 // Dynamic shared memory of a block: the stages, used again for the sums of the warps, which are smaller.
 template <class T, class S>
 constexpr int kSharedBytes = S::STAGES * kStageElements<T, S> * static_cast<int>(sizeof(T));
-
-__device__ inline float quad_sum(float x) {  // over the four lanes that share a row
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-__device__ inline float column_sum(float x) {  // over the eight lanes that share a column
-  x += __shfl_xor_sync(0xffffffffu, x, 4);
-  x += __shfl_xor_sync(0xffffffffu, x, 8);
-  return x + __shfl_xor_sync(0xffffffffu, x, 16);
-}
 
 // grid: row_tiles * col_tiles, row tiles first, so that blocks that run together share the columns' slices.
 template <class F, class T, class S, bool ALIGNED>

@@ -103,6 +103,17 @@ struct Packed {
   __device__ float at(int i) const { return widen(reinterpret_cast<const T*>(word)[i]); }
 };
 
+__device__ inline float quad_sum(float x) {  // over the four lanes that share a row
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ inline float column_sum(float x) {  // over the eight lanes that share a column
+  x += __shfl_xor_sync(0xffffffffu, x, 4);
+  x += __shfl_xor_sync(0xffffffffu, x, 8);
+  return x + __shfl_xor_sync(0xffffffffu, x, 16);
+}
+
 // The tensor that item `item` belongs to: the last t with first[t] <= item, where first[count] is the number of items.
 // Tensors without items are passed over.
 __device__ inline int tensor_of(const int64_t* first, int count, int64_t item) {

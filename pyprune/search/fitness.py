@@ -5,6 +5,10 @@
 over the dense model's ``TOP`` most likely tokens and one class for all others together, which is a lower bound of the
 divergence over the whole vocabulary (data-processing inequality), and nats per token. Of the dense model only these
 ``TOP`` numbers a token are kept.
+
+Of a larger vocabulary than ``WORDS`` only the tokens to which the dense model gives most over the whole text take part:
+both distributions are those given that one of them follows. Logits of a large vocabulary cost more than the layers of a
+small model, and tokens of other languages tell nothing of the widths.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
 
 TOP = 256
+WORDS = 65536
 STREAM_BYTES = 64 << 20  # of residual streams at the borders of blocks
 PIECE_BYTES = 32 << 20  # of wide logits at a time
 
@@ -32,6 +37,9 @@ class Fitness:
 
     A candidate that equals the base (:meth:`rebase`) in the first blocks is computed behind them only, from the base's
     residual streams, with the same result.
+
+    Attributes:
+        words: how many tokens of the vocabulary take part.
 
     Args:
         model: in evaluation mode, its weights as they are.
@@ -58,13 +66,33 @@ class Fitness:
         self._streams: list[dict[int, Tensor]] = [{} for _ in self.steps]
         self._dense: list[tuple[Tensor, Tensor]] = []
         self._real = [_real(step) for step in self.steps]
+        masking.narrow(None)
         refits.at({}, masking)
+        mass = torch.zeros(0)
         for number in range(len(self.steps)):
-            logits = self._logits(number, 0, None, learn=True)
+            logits = self._scored(number, self._logits(number, 0, None, learn=True))
             if not bool(logits.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
-            self._dense.append(_summary(self._scored(number, logits)))
+            if logits.shape[-1] > WORDS and _head(model) is not None:
+                mass = _mass(logits) if number == 0 else mass + _mass(logits)
+            else:
+                self._dense.append(_summary(logits))
+        self.words = logits.shape[-1]
+        if len(mass):
+            self._narrow(_head(model), mass.topk(WORDS).indices.sort().values)
+
+    @torch.no_grad()
+    def _narrow(self, head: nn.Parameter | None, words: Tensor) -> None:
+        """Only ``words`` take part from now on, if the logits are those of ``head`` and nothing else."""
+        self._masking.narrow(head, words)
+        for number in range(len(self.steps)):
+            logits = self._scored(number, self._logits(number, 0, None))
+            if logits.shape[-1] != len(words) and number == 0:
+                self._masking.narrow(None)
+                logits = self._scored(number, self._logits(number, 0, None))
+            self._dense.append(_summary(logits))
+        self.words = logits.shape[-1]
 
     def _scored(self, number: int, logits: Tensor) -> Tensor:
         """Those of the tokens that count, [tokens, vocabulary]; no copy where all of them do."""
@@ -171,6 +199,18 @@ def _real(step: Step) -> Tensor:
     if isinstance(mask, Tensor) and mask.shape == step.targets.shape:
         return mask != 0
     return torch.ones_like(step.targets, dtype=torch.bool)
+
+
+def _head(model: nn.Module) -> nn.Parameter | None:
+    """The weight [vocabulary, hidden] that logits are formed with, if the model names it."""
+    named = getattr(model, "get_output_embeddings", None)
+    weight = getattr(named() if callable(named) else None, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+def _mass(logits: Tensor) -> Tensor:
+    """Sum over the rows of the probability of each token, float64 [vocabulary]."""
+    return sum((piece.float().softmax(-1).sum(0, dtype=torch.float64) for piece in _pieces(logits)), torch.zeros(()))
 
 
 def _pieces(logits: Tensor) -> Sequence[Tensor]:

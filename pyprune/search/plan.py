@@ -32,7 +32,7 @@ from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
 from pyprune.search.curves import allocate_by_curves, measure_curves
 from pyprune.search.descent import descend
 from pyprune.search.evolution import Evolution, Limit, Measure
-from pyprune.search.fitness import Fitness
+from pyprune.search.fitness import WORDS, Fitness
 from pyprune.search.masking import Masking
 from pyprune.search.measurements import Remembered
 from pyprune.search.moves import Moves, Widths
@@ -238,6 +238,7 @@ class _Searcher:
             "penalty": PENALTY if self.mode in ("least-squares", "obs") else None,
             "held_out_tokens": sum(fitness.tokens[: (len(fitness.tokens) + 1) // 2]),
             "fitted_tokens": sum(s.targets.numel() for s in fit) if self.mode != "none" else 0,
+            "vocabulary": fitness.words,
         })  # fmt: skip
         return best
 
@@ -266,7 +267,7 @@ class _Searcher:
         return [
             {n: torch.from_numpy(o.copy()) for n, o in orders.items()}, {n: vars(v) for n, v in budget.limits.items()},
             [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), seeds,
-            list(self.calibration.batches), self.mode, self.weighting, self.seed,
+            list(self.calibration.batches), self.mode, self.weighting, self.seed, WORDS,
         ]  # fmt: skip
 
     @contextmanager
@@ -308,6 +309,7 @@ class _Searcher:
             "screening_tokens": sum(fitness.tokens[: (len(fitness.tokens) + 1) // 2]),
             "fitted_tokens": sum(s.targets.numel() for s in fit) if self.mode != "none" else 0,
             "masked_matrices": len(sites.read) + len(sites.made),
+            "vocabulary": fitness.words,
         }
 
 

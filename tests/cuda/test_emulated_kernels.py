@@ -9,31 +9,12 @@ from pathlib import Path
 import helpers_emulation as emulation
 import pytest
 import torch
+from helpers_emulation import assert_activation, layer
 from helpers_ops import FLOATS, assert_salience, inputs
-from torch import Tensor
 
 from pyprune.ops import reference
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
-
-
-def layer(samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = [(samples, tokens, inputs), (samples, tokens, outputs), (outputs, inputs)]
-    return tuple(torch.randn(s).to(dtype) for s in shapes)  # type: ignore[return-value]
-
-
-def assert_activation(
-    library: ctypes.CDLL, x: Tensor, dy: Tensor, weight: Tensor, formula: str, transposed: bool = False
-) -> None:
-    wide = [t.double() for t in (x, dy, weight)]
-    options = {"transposed": transposed, "gradient_scale": 0.5, "curvature_scale": 0.25}
-    expected = reference.activation_salience(*wide, formula, **options)
-    parts = {"taylor_signed": ["taylor_abs"], "mixed": ["taylor_abs", "fisher"]}.get(formula, [formula])
-    masses = [reference.activation_salience(*(t.abs() for t in wide), part, **options) for part in parts]
-    got = emulation.activation_salience(library, x, dy, weight, formula, transposed, (0.5, 0.25))
-    for side in (0, 1):
-        error = (got[side].double() - expected[side]).abs()
-        assert bool((error <= 1e-6 * sum(m[side] for m in masses)).all()), (formula, weight.dtype, tuple(x.shape))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -127,19 +108,8 @@ def test_repeats_of_every_kernel_give_the_same_bits(library: ctypes.CDLL) -> Non
 @pytest.mark.slow
 def test_the_emulator_notices_a_missing_barrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the check: without the barriers of the main loop the sums come out wrong."""
-    broken = tmp_path / "repository"
-    for part in ("planning", "kernels"):
-        (broken / "csrc" / part).mkdir(parents=True)
-        for file in (emulation.CSRC / part).iterdir():
-            text = file.read_text(encoding="utf-8")
-            if file.name == "activation_tile.cuh":
-                assert "__syncthreads();  // this step's" in text
-                text = text.replace("__syncthreads();  // this step's", "// this step's")
-            (broken / "csrc" / part / file.name).write_text(text, encoding="utf-8")
-    (broken / "csrc" / "common.h").write_text((emulation.CSRC / "common.h").read_text(encoding="utf-8"))
-    monkeypatch.setattr(emulation, "CSRC", broken / "csrc")
-    (tmp_path / "build").mkdir()
-    library = emulation.build(tmp_path / "build")
+    good, bad = "__syncthreads();  // this step's", "// this step's"
+    library = emulation.build_changed(tmp_path, monkeypatch, "activation_tile.cuh", good, bad)
     x, dy, weight = layer(3, 70, 140, 130, torch.bfloat16)
     rows, _ = emulation.activation_salience(library, x, dy, weight, "fisher", False, (1.0, 1.0))
     expected, _ = reference.activation_salience(x, dy, weight, "fisher")

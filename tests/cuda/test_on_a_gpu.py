@@ -28,11 +28,15 @@ def layer(samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dty
     return tuple(torch.randn(s, device="cuda").to(dtype) for s in shapes)  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("size", [(10, 128, 4096, 1024), (3, 100, 5000, 9000)], ids=["tokens", "tiles"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", ["taylor_signed", "taylor_abs", "fisher", "mixed"])
-def test_a_layer_of_a_real_size_matches_float64(formula: str, dtype: torch.dtype) -> None:
-    """Sums over 1280 tokens: the order and the rounding of the tensor cores must not show."""
-    args = layer(10, 128, 4096, 1024, dtype)
+def test_a_layer_of_a_real_size_matches_float64(
+    formula: str, dtype: torch.dtype, size: tuple[int, int, int, int]
+) -> None:
+    """Sums over 1280 tokens, where the order and the rounding of the tensor cores must not show; more tiles than run at
+    once, with ragged ends."""
+    args = layer(*size, dtype)
     wide = [t.double() for t in args]
     expected = reference.activation_salience(*wide, formula, gradient_scale=0.1, curvature_scale=0.1)
     got = ops.activation_salience(*args, formula, gradient_scale=0.1, curvature_scale=0.1)
@@ -41,10 +45,13 @@ def test_a_layer_of_a_real_size_matches_float64(formula: str, dtype: torch.dtype
         assert float((value.double() - truth).abs().max()) <= 1e-4 * scale
 
 
+@pytest.mark.parametrize("size", [(4, 100, 1030, 770), (4, 100, 1032, 776)], ids=["any rows", "whole words"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", ["taylor_abs", "fisher", "mixed"])
-def test_repeats_give_the_same_bits_beside_other_work(formula: str, dtype: torch.dtype) -> None:
-    args = layer(4, 100, 1030, 770, dtype)
+def test_repeats_give_the_same_bits_beside_other_work(
+    formula: str, dtype: torch.dtype, size: tuple[int, int, int, int]
+) -> None:
+    args = layer(*size, dtype)
     first = ops.activation_salience(*args, formula)
     other = torch.randn(2048, 2048, device="cuda")
     stream = torch.cuda.Stream()

@@ -135,6 +135,39 @@ def test_the_divergence_is_the_textbook_formula() -> None:
     assert fitness.of({}) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["head", "tied"])
+def test_of_a_large_vocabulary_the_likeliest_tokens_take_part(
+    changes: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyprune.search.fitness.WORDS", 40)
+    model = tiny_llama(**changes)
+    found = Set(model, {"widths": {"kv_heads": 1, "ffn": 16}})
+    fitness = found.fitness()
+    cut = apply(model, found.plan, copy=True)
+    x = torch.cat([s.inputs["input_ids"] for s in found.held])
+    with torch.no_grad():
+        dense, other = (m(x).logits.double() for m in (model, cut))
+    words = dense.softmax(-1).sum((0, 1)).topk(40).indices
+    p, q = (logits[..., words].log_softmax(-1) for logits in (dense, other))
+    want = float((p.exp() * (p - q)).sum(-1).mean())
+    assert fitness.words == 40 and want > 0.05
+    assert fitness.of(found.widths) == pytest.approx(want, rel=1e-4)
+    assert fitness.of({}) == pytest.approx(0, abs=1e-5)
+
+
+def test_logits_that_are_not_the_head_s_keep_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that multiplies by something else than the weight it names."""
+    monkeypatch.setattr("pyprune.search.fitness.WORDS", 40)
+    model = tiny_llama()
+    found = Set(model, {"widths": {"ffn": 16}})
+    whole = found.fitness().of(found.widths)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: nn.Linear(4, 97))
+    fitness = found.fitness()
+    assert fitness.words == 97 and fitness.of(found.widths) != pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert found.fitness().of(found.widths) == pytest.approx(fitness.of(found.widths), rel=1e-6)
+
+
 def test_padding_does_not_count() -> None:
     model = tiny_llama()
     found = Set(model, {"widths": {"ffn": 12}})

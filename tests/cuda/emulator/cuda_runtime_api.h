@@ -2,7 +2,7 @@
 //
 // A block's threads are fibers that one processor thread runs in turn. They give way at __syncthreads and at the
 // operations of a warp, which are carried out when all 32 lanes have arrived. Shared memory is static, and filled with
-// NaN before each block; blocks run one after the other.
+// NaN before each block; blocks run one after the other, or pair after pair.
 #pragma once
 
 #include <cmath>
@@ -15,11 +15,20 @@
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 using cudaStream_t = void*;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaMemcpyHostToDevice };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+};
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault };
 
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -37,6 +46,14 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device);
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned version, int flags,
+                                             cudaDriverEntryPointQueryResult* status);
+
 struct dim3 {
   unsigned x;
   explicit dim3(unsigned n) : x(n) {}
@@ -45,6 +62,12 @@ struct dim3 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -72,12 +95,23 @@ namespace emulator {
 struct Index {
   unsigned x;
 };
-extern Index thread, block;
+extern Index thread, block, grid;
+extern unsigned rank;  // of the block, where two run together
 constexpr int kSharedBytes = 227 * 1024;
-extern char dynamic_shared[kSharedBytes];
 
-void launch(unsigned grid, unsigned threads, int shared_bytes, const std::function<void()>& kernel);
+// The shared memory of the two blocks: one that starts at an address like that of a GPU's, a multiple of 16.
+struct alignas(1024) SharedMemory {
+  char before[16];
+  char bytes[kSharedBytes];
+};
+extern SharedMemory shared_memory[2];
+
+void launch(unsigned grid, unsigned threads, int shared_bytes, const std::function<void()>& kernel, unsigned pair = 1);
 void block_barrier();
+void group_barrier(int number, unsigned threads);  // of some threads of a block
+void pair_barrier();                               // of all threads of both blocks
+[[noreturn]] void give_up();  // a thread has done what a GPU answers with an error, or with nonsense
+void wait_until(const std::function<bool()>& there);
 
 // Waits for all lanes of the warp; the last one to arrive runs `work` with what each lane brought.
 void together(void* mine, const std::function<void(void* const (&lanes)[32])>& work);
@@ -86,9 +120,16 @@ void together(void* mine, const std::function<void(void* const (&lanes)[32])>& w
 
 #define threadIdx emulator::thread
 #define blockIdx emulator::block
+#define gridDim emulator::grid
 
 inline void __syncthreads() {
   emulator::block_barrier();
+}
+inline void __syncwarp() {
+  emulator::together(nullptr, [](void* const(&)[32]) {});
+}
+[[noreturn]] inline void __trap() {
+  emulator::give_up();
 }
 inline float __shfl_xor_sync(uint32_t, float x, int offset) {
   struct Lane {

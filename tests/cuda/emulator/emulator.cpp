@@ -3,28 +3,35 @@
 #include <ucontext.h>
 
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include "kernels/accumulate.h"
 #include "kernels/activation.h"
 #include "kernels/channels.h"
 #include "kernels/gather.h"
+#include "kernels/hopper.cuh"
 #include "kernels/salience.h"
 #include "kernels/tensor_core.cuh"
 
 namespace emulator {
 
-Index thread, block;
-alignas(16) char dynamic_shared[kSharedBytes];
+Index thread, block, grid;
+unsigned rank;
+SharedMemory shared_memory[2];
 
 namespace {
 
 constexpr size_t kStack = 128 << 10;
+constexpr int kIdleRounds = 1000;  // of all threads, after which they wait for what never comes
+int capability = 8;
+int64_t launches_of_pairs = 0;
 
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   Groups copies;
+  Products products;
   bool done;
 };
 
@@ -34,98 +41,178 @@ struct Warp {
   unsigned turn;
 };
 
+// Some threads that wait for each other.
+struct Meeting {
+  unsigned waiting, turn;
+};
+
 ucontext_t scheduler;
-std::vector<Fiber> fibers;
+std::vector<Fiber> fibers;  // of one block, then of the other
 std::vector<Warp> warps;
 const std::function<void()>* body;
-unsigned waiting, barrier_turn, running;
+unsigned current, threads_of_block, running[2];
+Meeting whole_block[2], groups[2][16], both;
+uint64_t events;  // that let a thread go on
+bool broken;      // what ran last did not come to its end
 
 void give_way() {
-  const unsigned me = thread.x;
+  const unsigned me = current, me_thread = thread.x, me_block = block.x, me_rank = rank;
   swapcontext(&fibers[me].context, &scheduler);
-  thread.x = me;
+  current = me, thread.x = me_thread, block.x = me_block, rank = me_rank;
 }
 
 void enter() {
   (*body)();
-  fibers[thread.x].done = true;
-  swapcontext(&fibers[thread.x].context, &scheduler);
+  fibers[current].done = true;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+void meet(Meeting& meeting, const unsigned& threads) {
+  const unsigned turn = meeting.turn;
+  ++meeting.waiting;
+  while (meeting.turn == turn) {
+    if (meeting.waiting >= threads) {  // also where those that were missing have returned
+      meeting.waiting = 0;
+      ++meeting.turn;
+      ++events;
+      return;
+    }
+    give_way();
+  }
 }
 
 }  // namespace
 
 Groups& copies() {
-  return fibers[thread.x].copies;
+  return fibers[current].copies;
+}
+
+Products& products() {
+  return fibers[current].products;
 }
 
 void block_barrier() {
-  const unsigned turn = barrier_turn;
-  if (++waiting == running) {
-    waiting = 0;
-    ++barrier_turn;
-    return;
-  }
-  while (barrier_turn == turn) give_way();
+  meet(whole_block[rank], running[rank]);
+}
+
+void group_barrier(int number, unsigned threads) {
+  meet(groups[rank][number], threads);
+}
+
+void pair_barrier() {
+  const unsigned all = 2 * threads_of_block;
+  meet(both, all);
+}
+
+void give_up() {
+  broken = true;
+  while (true) give_way();
+}
+
+void wait_until(const std::function<bool()>& there) {
+  while (!there()) give_way();
+  ++events;
 }
 
 void together(void* mine, const std::function<void(void* const (&lanes)[32])>& work) {
-  Warp& warp = warps[thread.x / 32];
+  Warp& warp = warps[current / 32];
   const unsigned turn = warp.turn;
-  warp.lanes[thread.x % 32] = mine;
+  warp.lanes[current % 32] = mine;
   if (++warp.arrived == 32) {
     work(warp.lanes);
     warp.arrived = 0;
     ++warp.turn;
+    ++events;
     return;
   }
   while (warp.turn == turn) give_way();
 }
 
-void launch(unsigned grid, unsigned threads, int shared_bytes, const std::function<void()>& kernel) {
-  if (threads % 32 != 0 || shared_bytes > kSharedBytes) std::abort();
+void launch(unsigned blocks, unsigned threads, int shared_bytes, const std::function<void()>& kernel, unsigned pair) {
+  if (threads % 32 != 0 || shared_bytes > kSharedBytes || blocks % pair != 0) std::abort();
   body = &kernel;
-  fibers.resize(threads);
+  launches_of_pairs += pair > 1;
+  grid.x = blocks;
+  threads_of_block = threads;
+  fibers.resize(pair * threads);
   for (Fiber& fiber : fibers) fiber.stack.resize(kStack);
-  for (block.x = 0; block.x < grid; ++block.x) {
-    std::memset(dynamic_shared, 0xff, kSharedBytes);  // NaN
-    warps.assign(threads / 32, Warp{});
-    waiting = 0, running = threads;
-    for (unsigned i = 0; i < threads; ++i) {
-      Fiber& fiber = fibers[i];
+  for (unsigned first = 0; first < blocks; first += pair) {
+    std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN
+    warps.assign(pair * threads / 32, Warp{});
+    both = {};
+    for (unsigned b = 0; b < 2; ++b) {
+      running[b] = threads;
+      whole_block[b] = {};
+      for (Meeting& group : groups[b]) group = {};
+    }
+    for (Fiber& fiber : fibers) {
       fiber.done = false;
       fiber.copies = {};
+      fiber.products = {};
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = kStack;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, enter, 0);
     }
-    // Backwards every other block, so that an order that works by chance in one does not in the other.
-    for (unsigned left = threads; left > 0;) {
-      const unsigned before = barrier_turn;
-      unsigned progress = 0;
-      for (unsigned i = 0; i < threads; ++i) {
-        const unsigned t = block.x % 2 == 0 ? i : threads - 1 - i;
-        if (fibers[t].done) continue;
-        thread.x = t;
-        swapcontext(&scheduler, &fibers[t].context);
-        ++progress;
-        if (fibers[t].done) {
+    // Backwards every other time, so that an order that works by chance in one does not in the other.
+    const unsigned all = pair * threads;
+    int idle = 0;
+    uint32_t dice = first + 1, held = 0, rounds = 0;
+    for (unsigned left = all; left > 0;) {
+      // Of a pair, some groups of 128 threads stand still for a while, so that others run as far ahead as they may.
+      if (pair > 1 && rounds++ % 64 == 0) {
+        dice = dice * 1664525 + 1013904223;
+        held = rounds % 128 == 1 ? 0 : dice >> 24;
+      }
+      const uint64_t before = events;
+      for (unsigned i = 0; i < all; ++i) {
+        current = first / pair % 2 == 0 ? i : all - 1 - i;
+        Fiber& fiber = fibers[current];
+        if (fiber.done || (held >> current / 128 & 1) != 0) continue;
+        thread.x = current % threads, rank = current / threads, block.x = first + rank;
+        swapcontext(&scheduler, &fiber.context);
+        if (fiber.done) {
           --left;
-          // A thread that has returned no longer counts at barriers.
-          if (--running > 0 && waiting == running) waiting = 0, ++barrier_turn;
+          --running[rank];  // no longer counts at barriers
+          ++events;
         }
       }
-      if (progress == 0 && barrier_turn == before) std::abort();
+      idle = events == before ? idle + 1 : 0;
+      broken = broken || idle == kIdleRounds;
+      if (broken) return;
     }
   }
 }
 
 }  // namespace emulator
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const int values[] = {emulator::capability, 0, 5};  // multiprocessors: two pairs at once, and one left over
+  *value = values[name];
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, unsigned, int,
+                                             cudaDriverEntryPointQueryResult* status) {
+  *found = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *status = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
 using namespace pyprune;
 
 extern "C" {
+
+// Compute capability of the GPU from now on: 8 or 9.
+void emulate_capability(int major) {
+  emulator::capability = major;
+}
+
+// How many kernels of pairs of blocks ran until now.
+int64_t emulate_launches_of_pairs() {
+  return emulator::launches_of_pairs;
+}
 
 int emulate_activation(int formula, int dtype, const Matrix* rows_input, const Matrix* cols_input, const Matrix* weight,
                        const int64_t* sizes, float gradient_scale, float curvature_scale, float* row_sums,
@@ -138,7 +225,8 @@ int emulate_activation(int formula, int dtype, const Matrix* rows_input, const M
   call.gradient_scale = gradient_scale, call.curvature_scale = curvature_scale;
   call.row_sums = row_sums, call.col_sums = col_sums;
   std::vector<char> workspace(static_cast<size_t>(activation_workspace(call)), '\xff');
-  return activation_salience_cuda(call, workspace.data(), nullptr);
+  const int status = activation_salience_cuda(call, workspace.data(), nullptr);
+  return std::exchange(emulator::broken, false) ? -1 : status;
 }
 
 int emulate_channels(int dtype, const Matrix* a, const Matrix* b, const int64_t* sizes, float* sums, float* squares) {

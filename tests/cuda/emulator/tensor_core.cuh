@@ -69,12 +69,15 @@ void multiply16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f
 namespace pyprune {
 
 inline char* dynamic_shared() {
-  return emulator::dynamic_shared;
+  return emulator::shared_memory[emulator::rank].bytes;
+}
+inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(static_cast<const char*>(at) - emulator::shared_memory[emulator::rank].before);
 }
 
 inline void copy16_async(void* to, const void* from, int bytes) {
   emulator::Copy copy{to, {}};
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::give_up();
   std::memcpy(copy.bytes, from, static_cast<size_t>(bytes));
   emulator::copies().open.push_back(copy);
 }
@@ -95,7 +98,7 @@ void wait_copies() {
 }
 
 inline void load_transposed(uint32_t (&to)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) std::abort();
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::give_up();
   struct Lane {
     uint32_t* to;
     const uint16_t* row;
