@@ -88,7 +88,9 @@ section "build" 150 env PYPRUNE_CUDA=ON PYPRUNE_CUDA_ARCHS="$arch-real" MAX_JOBS
 section "kernels usable" 60 "$PYTHON" -c 'from pyprune import ops; info = ops.backend_info(); print(info); assert info["cuda_usable"]'
 
 # A kernel that hangs or fails here would take the time of all that follows, which the other one can do.
-if [[ $arch == 90a ]] && ! section "products of four warps" 60 "$PYTHON" tests/cuda/small_calls.py; then
+real='test_a_layer_of_a_real_size or test_infinity'
+if [[ $arch == 90a ]] && ! section "products of four warps" 60 "$PYTHON" -m pytest -q -x -m cuda -p no:cacheprovider \
+    tests/cuda/test_on_a_gpu.py -k "$real"; then
     export PYPRUNE_WGMMA=0
     echo '| | off from here on: PYPRUNE_WGMMA=0 | | |' >>"$SUMMARY"
 fi

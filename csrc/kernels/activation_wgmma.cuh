@@ -73,6 +73,20 @@ struct Shared {
   }
 };
 
+// Tiles in the order in which pairs take them: all columns of eight pairs of row tiles, then of the next eight, so that
+// what runs together reads about as much of the one input as of the other.
+struct Place {
+  int pair, col_tile;
+
+  __device__ Place(const WgmmaJob& job, int tile) {
+    constexpr int kTogether = 8;
+    const int first = tile / (kTogether * job.col_tiles) * kTogether, rest = tile - first * job.col_tiles;
+    const int count = job.pairs - first < kTogether ? job.pairs - first : kTogether;
+    pair = first + rest % count;
+    col_tile = rest / count;
+  }
+};
+
 // The one thread of a block that copies.
 template <int COLS>
 __device__ inline void copy_tiles(const WgmmaJob& job, const Shared<COLS>& shared, int rank, int first, int step) {
@@ -84,7 +98,8 @@ __device__ inline void copy_tiles(const WgmmaJob& job, const Shared<COLS>& share
     return shared.full(ring.stage);
   };
   for (int tile = first; tile < job.pairs * job.col_tiles; tile += step) {
-    const int row = (tile % job.pairs * 2 + rank) * kBlockRows, col = tile / job.pairs * COLS;
+    const Place place(job, tile);
+    const int row = (place.pair * 2 + rank) * kBlockRows, col = place.col_tile * COLS;
     for (int batch = 0; batch < job.batches; ++batch) {
       for (int token = 0; token < job.tokens; token += kStepTokens) {
         Barrier* const full = begin(R::STAGE_BYTES);
@@ -115,12 +130,35 @@ __device__ inline void copy_tiles(const WgmmaJob& job, const Shared<COLS>& share
 }
 
 // Two neighbouring elements of a panel.
-template <class T>
-__device__ inline float2 widen_pair(const void* at) {
-  struct alignas(4) Pair {
-    T a, b;
-  } const pair = *static_cast<const Pair*>(at);
-  return make_float2(widen(pair.a), widen(pair.b));
+__device__ inline float2 widen_pair(const void* at, __nv_bfloat16) {
+  const uint32_t both = *static_cast<const uint32_t*>(at);
+  return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+__device__ inline float2 widen_pair(const void* at, __half) {
+  const __half* const both = static_cast<const __half*>(at);
+  return make_float2(widen(both[0]), widen(both[1]));
+}
+
+// Of 2 * HALF numbers the lane keeps one half and hands the other one on to lane ^ PARTNER, whose share joins its own.
+// Returns where the half that it keeps began.
+template <int HALF, int PARTNER, int COUNT>
+__device__ inline int halve_sums(float (&x)[COUNT]) {
+  const bool upper = (threadIdx.x & PARTNER) != 0;
+#pragma unroll
+  for (int i = 0; i < HALF; ++i) {
+    const float mine = upper ? x[i + HALF] : x[i], theirs = upper ? x[i] : x[i + HALF];
+    x[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, PARTNER);
+  }
+  return upper ? HALF : 0;
+}
+
+// Sums of COUNT numbers over the eight lanes l, l ^ 4, l ^ 8, ...: the lane is left with those of numbers first ..
+// first + COUNT / 8 - 1 in x[0 ..]. Returns first.
+template <int COUNT>
+__device__ inline int scatter_sums(float (&x)[COUNT]) {
+  int first = halve_sums<COUNT / 2, 16>(x);
+  first += halve_sums<COUNT / 4, 8>(x);
+  return first + halve_sums<COUNT / 8, 4>(x);
 }
 
 // One of the groups that multiply.
@@ -135,16 +173,22 @@ class Group {
         warp_(threadIdx.x % kGroupThreads / 32),
         lane_(threadIdx.x % 32) {}
 
+  // One group begins some steps later and stays behind: its products then fill the time in which the other one's are
+  // done and their sums are formed.
   __device__ void tiles(int first, int step) {
+    if (group_ == 1) await_go(kGo);
     for (int tile = first; tile < job_.pairs * job_.col_tiles; tile += step) {
       multiply();
-      finish(tile % job_.pairs * 2 + rank_, tile / job_.pairs);
+      const Place place(job_, tile);
+      finish(place.pair * 2 + rank_, place.col_tile);
     }
   }
 
  private:
   static constexpr int COUNT = COLS / 2;  // numbers of a set
   static constexpr bool KEEP_SUM = F::sum && F::squares;
+  static constexpr int kGo = 3, kLead = 2;  // steps
+  static_assert(Ring<COLS>::STAGES > kLead + 1, "no stage that the leading group waits for is held by the other");
 
   // This warp has done with a stage: both blocks copy to it.
   __device__ void release(int stage) {
@@ -180,6 +224,7 @@ class Group {
           add = true;
         }
         commit_products();
+        if (group_ == 0 && lead_ < kLead && ++lead_ == kLead) tell_go(kGo);
         if (before >= 0) {
           wait_products<1>();
           release(before);
@@ -198,12 +243,32 @@ class Group {
       }
     }
     if constexpr (!F::squares) await_products(before);
+    if (group_ == 0 && lead_ < kLead) {  // a tile of fewer steps
+      lead_ = kLead;
+      tell_go(kGo);
+    }
   }
 
   __device__ void await_products(int stage) {
     wait_products<0>();
     hold_sums(acc_);
     release(stage);
+  }
+
+  // Beyond the edge an infinite input has met zeros, which is NaN and would join the sums of what lies inside.
+  __device__ void clear_outside(int64_t rows_left, int64_t cols_left) {
+    const int rows = static_cast<int>(rows_left < kGroupRows ? rows_left : kGroupRows) - warp_ * 16 - lane_ / 4;
+    const int cols = static_cast<int>(cols_left < COLS ? cols_left : COLS) - lane_ % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (i / 2 % 2 * 8 < rows && i / 4 * 8 + i % 2 < cols) continue;
+      if constexpr (F::squares) {
+        squares_[i] = 0.0f;
+      } else {
+        acc_[i] = 0.0f;
+      }
+      if constexpr (KEEP_SUM) sum_[i] = 0.0f;
+    }
   }
 
   __device__ float salience(float w, int i) const {
@@ -219,27 +284,28 @@ class Group {
 
   // The criterion over the tile, and its sums.
   __device__ void finish(int row_tile, int col_tile) {
-    float rows[2] = {0.0f, 0.0f}, cols[COLS / 8][2];
+    const int64_t first = static_cast<int64_t>(row_tile) * kBlockRows + group_ * kGroupRows;
+    const int64_t first_col = static_cast<int64_t>(col_tile) * COLS;
+    if (first + kGroupRows > job_.rows || first_col + COLS > job_.cols)
+      clear_outside(job_.rows - first, job_.cols - first_col);
+    float rows[2] = {0.0f, 0.0f}, cols[COUNT / 2];
     if (group_ == 1) pass_by();  // the other group's rows of the weight
     wait_phase(shared_.full(ring_.stage), ring_.phase);
     const char* const line = shared_.stage(ring_.stage) + (warp_ * 16 + lane_ / 4) * kBoxBytes + lane_ % 4 * 4;
 #pragma unroll
     for (int j = 0; j < COLS / 8; ++j) {
       const char* const at = line + j / 8 * kPanelBytes + (j % 8 ^ lane_ / 4) * 16;
-      const float2 w[2] = {widen_pair<T>(at), widen_pair<T>(at + 8 * kBoxBytes)};
-      cols[j][0] = cols[j][1] = 0.0f;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float s = salience(w[half].x, 4 * j + 2 * half), t = salience(w[half].y, 4 * j + 2 * half + 1);
-        rows[half] += s + t;
-        cols[j][0] += s, cols[j][1] += t;
-      }
+      const float2 upper = widen_pair(at, T{}), lower = widen_pair(at + 8 * kBoxBytes, T{});
+      const float a = salience(upper.x, 4 * j), b = salience(upper.y, 4 * j + 1);
+      const float c = salience(lower.x, 4 * j + 2), d = salience(lower.y, 4 * j + 3);
+      rows[0] += a + b, rows[1] += c + d;
+      cols[2 * j] = a + c, cols[2 * j + 1] = b + d;
     }
+    done_reading();
     release(ring_.stage);
     ring_.next();
     if (group_ == 0) pass_by();
 
-    const int64_t first = static_cast<int64_t>(row_tile) * kBlockRows + group_ * kGroupRows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = first + warp_ * 16 + half * 8 + lane_ / 4;
@@ -247,17 +313,14 @@ class Group {
       if (lane_ % 4 == 0 && row < job_.rows) job_.row_parts[col_tile * job_.rows + row] = total;
     }
     float* const scratch = shared_.scratch(group_);  // [4 warps, COLS]
+    const int number = scatter_sums(cols);
 #pragma unroll
-    for (int j = 0; j < COLS / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float total = column_sum(cols[j][e]);
-        if (lane_ / 4 == 0) scratch[warp_ * COLS + j * 8 + lane_ % 4 * 2 + e] = total;
-      }
+    for (int i = 0; i < COUNT / 16; ++i) {
+      scratch[warp_ * COLS + (number + i) / 2 * 8 + lane_ % 4 * 2 + (number + i) % 2] = cols[i];
     }
     meet_group(1 + group_);
     for (int c = threadIdx.x % kGroupThreads; c < COLS; c += kGroupThreads) {
-      const int64_t col = static_cast<int64_t>(col_tile) * COLS + c;
+      const int64_t col = first_col + c;
       const float total = ((scratch[c] + scratch[COLS + c]) + scratch[2 * COLS + c]) + scratch[3 * COLS + c];
       if (first < job_.rows && col < job_.cols) job_.col_parts[first / kGroupRows * job_.cols + col] = total;
     }
@@ -268,12 +331,12 @@ class Group {
   const Shared<COLS>& shared_;
   const int rank_, group_, warp_, lane_;
   Ring<COLS> ring_;
+  int lead_ = 0;
   float acc_[COUNT];
   float squares_[F::squares ? COUNT : 1], sum_[KEEP_SUM ? COUNT : 1];
 };
 
-// grid: pairs of blocks, at most as many as there are pairs of tiles; row tiles run first, so that pairs that run
-// together share the columns' panels.
+// grid: pairs of blocks, at most as many as there are pairs of tiles.
 template <class F, class T, int COLS>
 __global__ void PYPRUNE_PAIRS __launch_bounds__((kGroups + 1) * kGroupThreads, 1)
     activation_pairs(const __grid_constant__ WgmmaJob job) {

@@ -84,9 +84,23 @@ __device__ inline void meet_pair() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
+// What this thread has read of shared memory is read before copies bring anything else there: to be called before the
+// arrival that lets them.
+__device__ inline void done_reading() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
 // The 128 threads that share a number from 1 on.
 __device__ inline void meet_group(int number) {
   asm volatile("bar.sync %0, 128;\n" ::"r"(number) : "memory");
+}
+
+// Half of 256 threads that share a number waits until all of the other half has told that it may go on.
+__device__ inline void await_go(int number) {
+  asm volatile("bar.sync %0, 256;\n" ::"r"(number) : "memory");
+}
+__device__ inline void tell_go(int number) {
+  asm volatile("bar.arrive %0, 256;\n" ::"r"(number) : "memory");
 }
 
 // Hands registers of this warp's share to others, or takes them: COUNT a thread from now on. All warps of a group of

@@ -62,8 +62,12 @@ bool map_tensor(const MappedTensor& t, TensorMap& map) {
 bool wgmma_available() {
 #ifdef PYPRUNE_COMPILED_FOR_90A
   static const bool wanted = [] {
-    const char* said = getenv("PYPRUNE_WGMMA");
-    return said == nullptr || strcmp(said, "0") != 0;
+    const auto is = [](const char* name, const char* value) {
+      const char* said = getenv(name);
+      return said != nullptr && strcmp(said, value) == 0;
+    };
+    // With the second one the driver takes the PTX, which is another processor's.
+    return !is("PYPRUNE_WGMMA", "0") && !is("CUDA_FORCE_PTX_JIT", "1");
   }();
   return wanted && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          attribute(cudaDevAttrComputeCapabilityMinor) == 0 && encode() != nullptr;

@@ -68,6 +68,19 @@ def test_infinity_outside_a_view_stays_outside(library: ctypes.CDLL) -> None:
             assert_activation(library, *inner, formula)
 
 
+def test_infinity_inside_reaches_what_it_meets_and_nothing_else(library: ctypes.CDLL) -> None:
+    """At ragged edges an infinite input meets the zeros that stand for what lies beyond."""
+    x, dy, weight = layer(2, 20, 72, 136, torch.bfloat16)
+    x[1, 7, 5] = torch.inf
+    for formula in ("fisher", "taylor_abs"):
+        expected = emulation.activation_salience(library, x, dy, weight, formula, False, (1.0, 1.0))
+        with emulation.capability_9(library, expected=1):
+            got = emulation.activation_salience(library, x, dy, weight, formula, False, (1.0, 1.0))
+        assert bool(got[0].isinf().all()) and got[1].isinf().nonzero().tolist() == [[5]]
+        for value, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(value, other)
+
+
 def test_repeats_give_the_same_bits(library: ctypes.CDLL) -> None:
     x, dy, weight = layer(2, 70, 400, 264, torch.float16)
 

@@ -45,6 +45,24 @@ def test_a_layer_of_a_real_size_matches_float64(
         assert float((value.double() - truth).abs().max()) <= 1e-4 * scale
 
 
+@pytest.mark.parametrize("start", [8, 3], ids=["whole words", "any start"])
+def test_infinity_outside_a_view_stays_outside(start: int) -> None:
+    """A number of channels that fills no word, between others: copies end in the middle of one."""
+    shapes, inputs, outputs = (
+        ((2, 40, 320), (2, 40, 288), (288, 320)),
+        slice(start, start + 266),
+        slice(start, start + 262),
+    )
+    x, dy, weight = (torch.full(s, torch.inf, dtype=torch.bfloat16, device="cuda") for s in shapes)
+    inner = (x[:, 1:39, inputs], dy[:, 1:39, outputs], weight[outputs, inputs])
+    for t in inner:
+        t.normal_()
+    for formula in ("taylor_abs", "fisher", "mixed"):
+        expected = reference.activation_salience(*(t.double() for t in inner), formula)
+        for value, truth in zip(ops.activation_salience(*inner, formula), expected, strict=True):
+            assert float((value.double() - truth).abs().max()) <= 1e-4 * float(truth.abs().max())
+
+
 @pytest.mark.parametrize("size", [(4, 100, 1030, 770), (4, 100, 1032, 776)], ids=["any rows", "whole words"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", ["taylor_abs", "fisher", "mixed"])

@@ -109,6 +109,7 @@ extern SharedMemory shared_memory[2];
 void launch(unsigned grid, unsigned threads, int shared_bytes, const std::function<void()>& kernel, unsigned pair = 1);
 void block_barrier();
 void group_barrier(int number, unsigned threads);  // of some threads of a block
+void group_arrival(int number, unsigned threads);  // arrives there and goes on
 void pair_barrier();                               // of all threads of both blocks
 [[noreturn]] void give_up();  // a thread has done what a GPU answers with an error, or with nonsense
 void wait_until(const std::function<bool()>& there);

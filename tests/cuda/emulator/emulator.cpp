@@ -99,6 +99,15 @@ void group_barrier(int number, unsigned threads) {
   meet(groups[rank][number], threads);
 }
 
+void group_arrival(int number, unsigned threads) {
+  Meeting& meeting = groups[rank][number];
+  if (++meeting.waiting == threads) {
+    meeting.waiting = 0;
+    ++meeting.turn;
+    ++events;
+  }
+}
+
 void pair_barrier() {
   const unsigned all = 2 * threads_of_block;
   meet(both, all);

@@ -151,6 +151,13 @@ inline uint32_t pair_rank() {
 inline void meet_pair() {
   emulator::pair_barrier();
 }
+inline void done_reading() {}
+inline void await_go(int number) {
+  emulator::group_barrier(number, 256);
+}
+inline void tell_go(int number) {
+  emulator::group_arrival(number, 256);
+}
 inline void meet_group(int number) {
   emulator::group_barrier(number, 128);
 }
