@@ -1,12 +1,10 @@
-// Salience from 16-bit activations on compute capability 9.0: the tiles of activation_tile.cuh, fed by copies in
-// hardware.
+// Salience from 16-bit activations on compute capability 9.0: as activation_tile.cuh, but fed by copies in hardware.
 //
 // Tile     a pair of blocks owns 256 x COLS elements of the weight, each 128 x COLS, and walks all samples, 64 tokens a
 //          step. A step's panels (hopper.cuh) wait in a ring of STAGES in shared memory; of the columns' panels each
 //          block copies one half to both, which takes a third off what the second-level cache gives.
-// Thread   four warps own 64 x COLS, of which a thread has COLS / 2 numbers a set: one, two or three sets. The other
-// four
-//          have the rows below. A third group of four copies, by one thread, and hands its registers to the other two.
+// Thread   four warps own 64 x COLS, of which a thread has COLS / 2 numbers a set: one, two or three sets. Another four
+//          have the rows below. A third group of four copies, by one thread, and hands its registers to these two.
 // Blocks   as many as run at once, tile after tile: the copies of the next tile begin before this one's sums are done.
 // Weight   comes through the same ring behind the last sample, 64 rows a step: zeros beyond the edge, and no waiting.
 // Sums     a row's by butterflies over the four lanes that share it; a column's over eight lanes, then over the four
@@ -187,7 +185,8 @@ class Group {
  private:
   static constexpr int COUNT = COLS / 2;  // numbers of a set
   static constexpr bool KEEP_SUM = F::sum && F::squares;
-  static constexpr int kGo = 3, kLead = 2;  // steps
+  static constexpr int kGo = 3;    // the barrier's number
+  static constexpr int kLead = 2;  // steps
   static_assert(Ring<COLS>::STAGES > kLead + 1, "no stage that the leading group waits for is held by the other");
 
   // This warp has done with a stage: both blocks copy to it.
