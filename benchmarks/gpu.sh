@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/gpu.sh [FOLDER]
 #
-# FOLDER (or $OUT; default benchmarks/results/<date>-<card>) gets eleven files: log.txt, summary.md, and the CSV, page
+# FOLDER (or $OUT; default benchmarks/results/<date>-<card>) gets fourteen files: log.txt, summary.md, and the CSV, page
 # and plot of each benchmark. A section that fails or runs out of time leaves the others alone; the status is the number of
 # sections that failed.
 #

@@ -50,10 +50,9 @@ Samples samples_of(const ActivationCall& c) {
   return {c.batches, c.tokens};
 }
 
-// False where the products of four warps cannot serve the call; nothing is launched then.
+// The kernel for compute capability 9.0. False where it cannot serve the call; nothing is launched then.
 template <class T>
-bool launch_by_fours(const ActivationCall& c, const Tiles& tiles, Parts& parts, cudaStream_t stream,
-                     cudaError_t& status) {
+bool try_wgmma(const ActivationCall& c, const Tiles& tiles, Parts& parts, cudaStream_t stream, cudaError_t& status) {
   if (sizeof(T) != 2 || !wgmma_available()) return false;
   const Samples samples = samples_of(c);
   const auto mapped = [&](const Matrix& m, const Samples& s, int64_t channels, TensorMap& map) {
@@ -77,7 +76,7 @@ bool launch_by_fours(const ActivationCall& c, const Tiles& tiles, Parts& parts, 
 template <class T>
 cudaError_t first_pass(const ActivationCall& c, const Tiles& tiles, Parts& parts, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
-  if (launch_by_fours<T>(c, tiles, parts, stream, status)) return status;
+  if (try_wgmma<T>(c, tiles, parts, stream, status)) return status;
   ActivationJob<T> job{};
   const Samples samples = samples_of(c);
   job.batches = samples.batches, job.tokens = samples.tokens;

@@ -68,19 +68,19 @@ class Fitness:
         self._real = [_real(step) for step in self.steps]
         masking.narrow(None)
         refits.at({}, masking)
-        mass = torch.zeros(0)
+        mass, head = torch.zeros(0), _head(model)
         for number in range(len(self.steps)):
             logits = self._scored(number, self._logits(number, 0, None, learn=True))
             if not bool(logits.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
-            if logits.shape[-1] > WORDS and _head(model) is not None:
+            if logits.shape[-1] > WORDS and head is not None:
                 mass = _mass(logits) if number == 0 else mass + _mass(logits)
             else:
                 self._dense.append(_summary(logits))
         self.words = logits.shape[-1]
         if len(mass):
-            self._narrow(_head(model), mass.topk(WORDS).indices.sort().values)
+            self._narrow(head, mass.topk(WORDS).indices.sort().values)
 
     @torch.no_grad()
     def _narrow(self, head: nn.Parameter | None, words: Tensor) -> None:
