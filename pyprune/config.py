@@ -17,6 +17,7 @@ from pyprune.stage_options import (
     METHODS,
     PRESETS,
     AdapterConfig,
+    BasisConfig,
     CalibrationConfig,
     CompensateConfig,
     DataConfig,
@@ -122,6 +123,7 @@ class PruneConfig(Recipe):
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
+    basis: BasisConfig = field(default_factory=BasisConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

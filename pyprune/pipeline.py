@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pyprune import layer_removal, method, preflight
+from pyprune.basis import Rebased, change_basis
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
@@ -177,6 +178,13 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             now = _groups(smaller)
             asked, roles, layers = layer_removal.requests_after(recipe.select, groups, plan, now)
     fresh = not by_depth  # whether `smaller` is still the dense model
+    rebased: Rebased | None = None
+    if recipe.basis.value_basis == "principal" and batches is not None:
+        with stages("change basis", bar=False):
+            if copy and fresh:
+                smaller, copy = deepcopy(smaller), False
+            chosen = now.prunable(roles, layers)
+            rebased = change_basis(smaller, chosen, batches, token_weighting=recipe.score.token_weights)
     for number, request in enumerate(asked, start=1):
         step = f" {number} of {len(asked)}" if len(asked) > 1 else ""
         if number > 1:
@@ -235,6 +243,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         plan=plan.details,
         scores={"criterion": first.criterion, **first.details},
         depth=depth,
+        basis=None if rebased is None else rebased.to_dict(),
         compensation=[c.to_dict() for c in made] or None,
         recipe=recipe.to_dict(),
         versions=versions(),
@@ -320,6 +329,8 @@ def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     second = recipe.select.allocation_criterion
     asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
     if recipe.depth.remove_layers is not None or recipe.compensate.compensation != "none":
+        return True
+    if recipe.basis.value_basis == "principal":
         return True
     return recipe.select.allocation in ON_MODEL or any(preflight.needs_batches(c) for c in asked)
 

@@ -59,6 +59,7 @@ def check_request(recipe: PruneConfig) -> None:
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
     check_budget(recipe)
     check_search(recipe)
+    check_basis(recipe)
     if recipe.save.profile is not None:
         hold_to_profile(asked, recipe.save.profile)
     if recipe.save.output_dir is not None:
@@ -117,6 +118,28 @@ def check_budget(recipe: PruneConfig) -> None:
         if given:
             hint = "Use budget parameters, or leave the other out."
             raise PyPruneError("budget", asked.budget, f"does not go with {name}, which counts parameters", hint)
+
+
+def check_basis(recipe: PruneConfig) -> None:
+    """Another basis of values is for cuts of them, found on text, in a model that is in memory. Method ``best`` takes
+    it only where that is so."""
+    value, asked = recipe.basis.value_basis, recipe.select
+    if value == "own":
+        return
+    if recipe.streaming.stream:
+        problem = "runs the model on text, and stream has one layer of it in memory"
+        raise PyPruneError("value_basis", value, problem, "Leave stream out, or use own.")
+    if asked.scores_file is not None:
+        problem = "makes other units than those that a file has scores of"
+        raise PyPruneError("value_basis", value, problem, "Leave scores_file out, or use own.")
+    if asked.method == "best":
+        return
+    if "vo_dim" not in (*(asked.roles or ()), *(asked.widths or ())):
+        raise PyPruneError("value_basis", value, "is for role vo_dim, which is not cut", "Add it to roles, or use own.")
+    if recipe.calibration.calibration is None:
+        problem = f"is missing, and value_basis {value} is found on text"
+        raise PyPruneError("calibration", None, problem, "Give a text, or use value_basis own.")
+    check_source("calibration", recipe.calibration.calibration)
 
 
 def check_search(recipe: PruneConfig) -> None:

@@ -204,6 +204,18 @@ class DepthConfig(Stage):
 
 
 @dataclass
+class BasisConfig(Stage):
+    """In which coordinates units are looked at before they are scored."""
+
+    value_basis: str = option(
+        "own",
+        parsing.choice("own", "principal"),
+        "Of the role vo_dim: own, or principal: every head's values are first written in coordinates of which few "
+        "carry most, found on the calibration; the model computes what it did.",
+    )
+
+
+@dataclass
 class SelectConfig(ScopeConfig):
     """How much goes, and from where."""
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"recovery", "evaluation", "checkpoint", "report"},
     {"search"},
     {"compensation"},
+    {"basis"},
     {"surgery"},
     {"families"},
     {"selection"},

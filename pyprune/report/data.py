@@ -50,6 +50,7 @@ class Report:
         plan: details of the plan (what was asked, widths, allocation).
         scores: criterion and details of the scores; None when nothing was scored.
         depth: which layers went, by which criterion, and what each was worth; None when no whole layer was to go.
+        basis: which groups' units are principal coordinates, as ``Rebased.to_dict()``; None when all are as they were.
         compensation: one entry a step, as ``Compensation.to_dict()``; None when nothing was compensated.
         recipe: every option's value.
         output_dir: where the result lies, or None.
@@ -68,6 +69,7 @@ class Report:
     plan: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] | None = None
     depth: dict[str, Any] | None = None
+    basis: dict[str, Any] | None = None
     compensation: list[dict[str, Any]] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
