@@ -251,6 +251,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             *groups.warnings,
             *overlap_notes(recipe.calibration.calibration, batches, recipe.evaluation.eval_text, windows),
             *plan.details["notes"],
+            *([] if rebased is None else rebased.notes),
             *(n for c in made for n in c.notes),
             *_how_to_open(smaller, recipe.save.profile),
         ],

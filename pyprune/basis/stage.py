@@ -48,6 +48,15 @@ class Rebased:
     left: dict[str, str] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the result should know, as sentences."""
+        if not self.left:
+            return []
+        name, why = next(iter(self.left.items()))
+        others = f" and {len(self.left) - 1} more" if len(self.left) > 1 else ""
+        return [f"Values of {name}{others} stay in their own basis: {why}."]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {"groups": self.groups, "left": self.left, "kept": self.kept}
@@ -92,8 +101,8 @@ def change_basis(
                 mine = [g for g in wanted if any(m.tensor in here for m in g.members)]
                 _Block(walk, i, here, parameters, token_weighting, done).run(mine)
                 bar.advance()
-    for name, why in done.left.items():
-        log.warning("values of %s stay in their own basis: %s", name, why)
+    for note in done.notes:
+        log.warning("%s", note)
     return done
 
 
@@ -154,11 +163,10 @@ class _Block:
                     if group.name in readers and readers[group.name].tensor == use.key.name:
                         self._add(found, group, readers[group.name], use, weights)
             self.walk.leave(number, stream)
-        for name, moments in found.items():
+        for moments in found.values():
             if not bool(moments.sums.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", moments.reader.tensor, "is given inputs with NaN or infinity", hint)
-            log.debug("%s: moments of %s", name, moments.reader.tensor)
         return found
 
     def _add(self, found: dict[str, _Moments], group: Group, reader: Member, use: Use, weights: Tensor) -> None:

@@ -32,6 +32,9 @@ Examples:
   Units by Wanda, and what stays of each layer refitted by least squares on the same text:
     pyprune prune MODEL --ratio 0.2 --calibration train.txt --criterion wanda --compensation least-squares
 
+  Three quarters of the dimensions of every head's values, in coordinates of which few carry most:
+    pyprune prune MODEL --widths vo_dim=0.75 --value_basis principal --calibration train.txt --output_dir smaller
+
   Three whole layers, those that change the residual stream least, and nothing else:
     pyprune prune MODEL --remove_layers 3 --calibration train.txt --output_dir shorter
 

@@ -91,12 +91,13 @@ class Moves:
     def seeds(self, scores: Mapping[str, np.ndarray]) -> dict[str, Widths]:
         """Name -> genome to start from; each meets the size, and no two are the same.
 
-        The plain allocations; widths that fall linearly with depth; first and last layers spared; and, where several
-        roles are cut, the finest alone.
+        The plain allocations, also with the dimensions of values whole where those are cut; widths that fall linearly
+        with depth; first and last layers spared; and, where several roles are cut, the finest alone.
         """
         found = {name: ALLOCATIONS[name].allocate(self.groups, scores, self.budget) for name in MEASURED}
         found["linear_depth"] = self._by_depth(self.groups, lambda depth: 0.5 + depth)
         found["spared_ends"] = self._by_depth(self.groups, lambda depth: float(0.1 < depth < 0.99))
+        found |= self._with_whole("vo_dim", scores)
         fine = [g for g in self.groups if g.role == self.finest_first[0].role]
         if len(fine) < len(self.groups) and self.budget.count(self._least(fine)) <= self.budget.target:
             for name in ("uniform", "log_depth"):
@@ -111,6 +112,17 @@ class Moves:
             if self.fits(mended) and mended not in out.values():
                 out[name] = mended
         return out
+
+    def _with_whole(self, role: str, scores: Mapping[str, np.ndarray]) -> dict[str, Widths]:
+        """The plain allocations that leave a role whole, where other roles are cut too and can make up the size."""
+        others = [g for g in self.groups if g.role != role]
+        if not 0 < len(others) < len(self.groups) or self.budget.count(self._least(others)) > self.budget.target:
+            return {}
+        whole = {g.name: g.units for g in self.groups}
+        return {
+            f"{name}, {role} whole": whole | ALLOCATIONS[name].allocate(others, scores, self.budget)
+            for name in MEASURED
+        }
 
     def _least(self, groups: Sequence[Group]) -> Widths:
         return {g.name: self.budget.limits[g.name].least for g in groups}

@@ -75,7 +75,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
 def notice(groups: tuple[str, ...], config: str, how: str) -> str:
     """What a user should know of groups that no configuration expresses."""
     shown = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
-    return f"No {config} expresses the cuts of {shown}: their {how}, for pyprune.load only."
+    return f"No {config} expresses the cuts of {shown}: their {how}, for pyprune.load and profile hetero-hf."
 
 
 def _unwrapped(model: Any) -> Any:

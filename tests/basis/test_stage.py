@@ -17,6 +17,7 @@ import pyprune
 from pyprune import discover
 from pyprune.basis import Rebased, change_basis
 from pyprune.errors import PyPruneError
+from pyprune.report.html import facts
 
 pytestmark = pytest.mark.filterwarnings("ignore:No .* expresses the cuts:UserWarning")
 
@@ -76,6 +77,8 @@ def test_a_cut_of_values_loses_less(config: str) -> None:
     own, principal = (pyprune.prune(dense, value_basis=how, **options) for how in ("own", "principal"))
     assert off(principal.model, dense) < off(own.model, dense)
     assert principal.report.basis is not None and own.report.basis is None
+    assert ("values", "in principal coordinates in 2 layers") in facts.done(principal.report.to_dict())
+    assert "values" not in dict(facts.done(own.report.to_dict()))
     again = model_of(config, SIZES[config])
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), again.parameters(), strict=True))
 
@@ -108,7 +111,8 @@ def test_where_something_treats_dimensions_apart_the_weights_go_back(caplog: pyt
         model, done = rebased(dense)
     assert not done.groups and set(done.left) == set(names)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
-    assert f"values of {names[0]} stay in their own basis" in caplog.text
+    note = f"Values of {names[0]} and 1 more stay in their own basis: another basis changes what the model computes."
+    assert done.notes == [note] and note in caplog.text
 
 
 def test_half_precision_keeps_its_type_and_nearly_its_outputs() -> None:

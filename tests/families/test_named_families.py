@@ -34,7 +34,7 @@ def told(small_of) -> tuple:
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
         small = small_of()
-    return small, [str(w.message) for w in notices if "for pyprune.load only" in str(w.message)]
+    return small, [str(w.message) for w in notices if "for pyprune.load and profile hetero-hf" in str(w.message)]
 
 
 @pytest.mark.parametrize("name", NAMED)

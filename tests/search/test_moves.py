@@ -109,3 +109,13 @@ def test_without_evidence_there_are_no_slopes() -> None:
     assert sample_slopes([[0.5, 0.5]], [0.1], 0, rng) is None
     assert sample_slopes([[0.5, 0.5]] * 4, [0.1] * 4, 0, rng) is None
     assert sample_slopes([[0.5, 0.5], [0.4, 0.6], [0.6, 0.4], [0.7, 0.3]], [0.1] + [float("inf")] * 3, 0, rng) is None
+
+
+def test_values_stay_whole_in_some_of_the_seeds_where_other_roles_make_up_the_size() -> None:
+    seen: list[dict[str, dict[str, int]]] = []
+    moves_of(lambda moves, seeds: seen.append(seeds), ratio=0.3, roles=["vo_dim", "ffn"])
+    moves_of(lambda moves, seeds: seen.append(seeds), ratio=0.3, roles=["kv_heads", "ffn"])
+    spared, none = ({name: w for name, w in seeds.items() if name.endswith("whole")} for seeds in seen)
+    assert spared and not none
+    for widths in spared.values():
+        assert {w for name, w in widths.items() if name.endswith(":vo_dim")} == {64}

@@ -40,7 +40,7 @@ def test_slicing_half_of_every_exact_group_equals_masking_it(family):
 def test_dimensions_inside_heads_are_cut_with_a_warning(role):
     model = h.tiny("llama")
     before = {n: p.shape for n, p in model.named_parameters()}
-    with pytest.warns(UserWarning, match="for pyprune.load only"):
+    with pytest.warns(UserWarning, match="for pyprune.load and profile hetero-hf"):
         small = apply(model, half(model, role))
     name = {"qk_dim": "k_proj", "vo_dim": "v_proj"}[role]
     layer = small.model.layers[0].self_attn.get_submodule(name)

@@ -24,6 +24,7 @@ def done(report: Record) -> list[tuple[str, str]]:
         ("roles", ", ".join(NAMES.get(r, r) for r in plan.get("roles") or ()) or None),
         ("layers", spans(sorted(plan["layers"])) if plan.get("layers") else None),
         ("limits", _limits(plan)),
+        ("values", _values(report.get("basis") or {})),
         ("compensation", _compensation(report.get("compensation") or ())),
         ("type and device", _pair(recipe.get("dtype"), recipe.get("device"))),
         ("form", recipe.get("profile")),
@@ -126,6 +127,11 @@ def _limits(plan: Record) -> str | None:
         elif values:
             parts.append(f"{label} {_amount(values)}")
     return "; ".join(parts) or None
+
+
+def _values(basis: Record) -> str | None:
+    changed = basis.get("groups") or ()
+    return f"in principal coordinates in {len(changed)} layers" if changed else None
 
 
 def _compensation(made: Sequence[Record]) -> str | None:
