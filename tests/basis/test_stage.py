@@ -104,15 +104,27 @@ def test_cutting_and_masking_agree_in_the_new_basis() -> None:
 
 
 def test_where_something_treats_dimensions_apart_the_weights_go_back(caplog: pytest.LogCaptureFixture) -> None:
-    dense = model_of("Qwen3NextConfig", GATED)  # a gate for every dimension of what attention gives
-    names = [g.name for g in discover(dense) if g.role == "vo_dim" and g.prunable and g.exact]
-    assert names
+    dense, model = tiny_llama(), tiny_llama()
+    for layer in (dense.model.layers[1], model.model.layers[1]):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: (given[0].tanh(),))
     with caplog.at_level(logging.WARNING):
-        model, done = rebased(dense)
-    assert not done.groups and set(done.left) == set(names)
+        done = change_basis(model, list(discover(model)), ids())
+    name = "model.layers.1.self_attn:vo_dim"
+    note = f"Values of {name} stay in their own basis: another basis changes what the model computes."
+    assert list(done.left) == [name] and done.notes == [note] and note in caplog.text
+    assert done.groups == ["model.layers.0.self_attn:vo_dim", "model.layers.2.self_attn:vo_dim"]
+    assert off(model, dense) < 1e-9
+    for matrix in ("v_proj", "o_proj"):
+        at = f"model.layers.1.self_attn.{matrix}.weight"
+        assert torch.equal(model.get_parameter(at), dense.get_parameter(at))
+
+
+def test_values_with_a_gate_for_every_dimension_stay() -> None:
+    dense = model_of("Qwen3NextConfig", GATED)
+    names = [g.name for g in discover(dense) if g.role == "vo_dim" and g.prunable and g.exact]
+    model, done = rebased(dense)
+    assert names and not done.groups and list(done.left) == names
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
-    note = f"Values of {names[0]} and 1 more stay in their own basis: another basis changes what the model computes."
-    assert done.notes == [note] and note in caplog.text
 
 
 def test_half_precision_keeps_its_type_and_nearly_its_outputs() -> None:
