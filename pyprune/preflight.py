@@ -121,8 +121,7 @@ def check_budget(recipe: PruneConfig) -> None:
 
 
 def check_basis(recipe: PruneConfig) -> None:
-    """Another basis of values is for cuts of them, found on text, in a model that is in memory. Method ``best`` takes
-    it only where that is so."""
+    """Another basis of values is for cuts of them, found on text, in a model that is in memory."""
     value, asked = recipe.basis.value_basis, recipe.select
     if value == "own":
         return
@@ -132,8 +131,6 @@ def check_basis(recipe: PruneConfig) -> None:
     if asked.scores_file is not None:
         problem = "makes other units than those that a file has scores of"
         raise PyPruneError("value_basis", value, problem, "Leave scores_file out, or use own.")
-    if asked.method == "best":
-        return
     if "vo_dim" not in (*(asked.roles or ()), *(asked.widths or ())):
         raise PyPruneError("value_basis", value, "is for role vo_dim, which is not cut", "Add it to roles, or use own.")
     if recipe.calibration.calibration is None:

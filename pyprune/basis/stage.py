@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 ROLE = "vo_dim"
 STEP_TOKENS = 2048
 TOKENS = 32768  # that second moments are made from, at most: of few numbers
-WITHIN = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative difference of what a reader gives; else of 16 bits
-WITHIN_HALF = 3e-2
+WITHIN, WITHIN_HALF = 1e-3, 3e-2  # relative difference of what a reader gives: of weights of 32 bits, of 16 bits
 
 
 @dataclass
@@ -116,7 +115,7 @@ class _Moments:
     every copy that reads the same values."""
 
     reader: Member
-    use: Use
+    transposed: bool  # the reader is stored [inputs, outputs]
     sums: Tensor
 
 
@@ -134,7 +133,7 @@ class _Block:
         found = self._moments(groups, readers)
         for group in groups:
             if group.name not in found:
-                self.done.left.setdefault(group.name, "no single linear layer reads them")
+                self.done.left[group.name] = "no single linear layer reads them"
             else:
                 self._change(group, found[group.name])
 
@@ -179,7 +178,7 @@ class _Block:
         if group.name in found:
             found[group.name].sums += sums
         else:
-            found[group.name] = _Moments(reader, use, sums)
+            found[group.name] = _Moments(reader, use.transposed, sums)
 
     def _change(self, group: Group, moments: _Moments) -> None:
         """Change one group's weights, and put them back where that changes what the reader gives."""
@@ -193,7 +192,7 @@ class _Block:
         touched = {m.tensor: self.parameters[m.tensor] for m in (reader, *makers)}
         before = {n: t.detach().clone() for n, t in touched.items()}
         given = self._given(reader.tensor)
-        matrix = (p.t() if moments.use.transposed else p).double()
+        matrix = (p.t() if moments.transposed else p).double()
         where = _positions(reader, p.device)
         kept = []
         for o, positions in enumerate(where):
@@ -204,8 +203,8 @@ class _Block:
                 _turn(p, reader.dim, copy, inverse.t())
             for m in makers:
                 _turn(self.parameters[m.tensor], m.dim, _positions(m, p.device)[o, :, 0], basis)
-        off = (self._given(reader.tensor) - given).norm() / given.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        if not bool(off <= WITHIN.get(p.dtype, WITHIN_HALF)):
+        off = (self._given(reader.tensor) - given).norm() / given.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        if not bool(off <= (WITHIN_HALF if p.element_size() == 2 else WITHIN)):
             for n, t in touched.items():
                 t.copy_(before[n])
             self.done.left[group.name] = "another basis changes what the model computes"
@@ -214,10 +213,10 @@ class _Block:
         self.done.kept[group.name] = kept
 
     def _given(self, name: str) -> Tensor:
-        """What a matrix gives on one sample, float32 [tokens, outputs]."""
+        """What a matrix gives on one sample, float64 [tokens, outputs]."""
         (use,) = self.walk.once(self.i, {name: self.here[name]})
         p = self.here[name]
-        return use.x.float() @ (p if use.transposed else p.t()).float()
+        return use.x.double() @ (p if use.transposed else p.t()).double()
 
 
 def _unfit(makers: Sequence[Member], parameters: Mapping[str, nn.Parameter]) -> str | None:

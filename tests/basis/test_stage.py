@@ -154,11 +154,12 @@ def test_activations_that_are_no_numbers_are_refused_by_name() -> None:
     ("options", "message"),
     [
         ({"roles": ["ffn"], "criterion": "wanda"}, "value_basis 'principal': is for role vo_dim, which is not cut"),
+        ({}, "value_basis 'principal': is for role vo_dim, which is not cut"),
         ({"roles": ["vo_dim"], "criterion": "l2", "calibration": None}, "calibration: is missing, and value_basis"),
         ({"roles": ["vo_dim"], "stream": True}, "value_basis 'principal': runs the model on text"),
         ({"roles": ["vo_dim"], "scores_file": "scores.safetensors"}, "value_basis 'principal': makes other units"),
     ],
-    ids=["no such role", "no text", "stream", "scores of the own basis"],
+    ids=["another role", "a ratio alone", "no text", "stream", "scores of the own basis"],
 )
 def test_what_it_does_not_go_with_is_said_before_anything_runs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PyPruneError, match=message):
