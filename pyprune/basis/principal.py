@@ -5,14 +5,14 @@ dimensions: values v = V x may be written in any basis, T v, when the readers of
 the model stays what it was. Wanted is the basis of which the first coordinates carry most of what the readers give.
 
 A reader W_c of inputs a_c (one for each query head c that reads the same values) loses tr(W_c P C_c P^T W_c^T) when a
-part P of its inputs is dropped, C_c = E[a_c a_c^T]. With the mean second moment C of the copies, whitened coordinates
-C^-1/2 a have a unit one, and there the loss of a direction u is u^T M u,
+part P of its inputs is dropped, C_c = E[a_c a_c^T]. With the mean C for every C_c, whitened coordinates C^-1/2 a
+have a unit second moment, and there the loss of a direction u is u^T M u,
 
     M = C^1/2 (sum_c W_c^T W_c) C^1/2,     M = U diag(s) U^T,     T = U^T C^-1/2,
 
-so that dropping the last coordinates of T v is the best that any projection of that rank can do: for one reader this
-is the truncated singular value decomposition of W C^1/2 (MoDeGPT, arXiv 2408.09632, section 3.3 and algorithm 3, whose
-readers see the values themselves in place of what attention makes of them).
+so that no projection of the same rank loses less than dropping the last coordinates of T v does. For one reader, where
+C is its own, this is the truncated singular value decomposition of W C^1/2 (MoDeGPT, arXiv 2408.09632, decomposes value
+and output matrices so, with the moments of what values are made from).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def principal_basis(moments: Tensor, readers: Tensor) -> tuple[Tensor, Tensor, T
     Args:
         moments: C_c, float64 [copies, units, units].
         readers: W_c, float64 [copies, outputs, units].
+
+    A direction with less than :data:`FLOOR` of the greatest second moment counts as if it had that much.
     """
     power, axes = torch.linalg.eigh(moments.mean(0))
     least = power.max().clamp_min(torch.finfo(power.dtype).tiny) * FLOOR

@@ -23,7 +23,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import check_vocabulary, load_calibration
 from pyprune.importance.inputs import Use
 from pyprune.importance.steps import make_steps
-from pyprune.importance.walk import Walk, token_weights, walking
+from pyprune.importance.walk import Walk, token_weights, walking, weights_for
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ class Rebased:
     Attributes:
         groups: names of the groups whose units are principal coordinates now, those that carry most first.
         left: names of those that stay as they were -> why.
-        kept: group name -> for every head, how many of its coordinates carry 99% of what it gives.
+        carrying: group name -> for every head, how many of its coordinates carry 99% of what it gives.
     """
 
     groups: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, list[int]] = field(default_factory=dict)
+    carrying: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -58,7 +58,7 @@ class Rebased:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {"groups": self.groups, "left": self.left, "kept": self.kept}
+        return {"groups": self.groups, "left": self.left, "carrying": self.carrying}
 
 
 def change_basis(
@@ -171,7 +171,7 @@ class _Block:
     def _add(self, found: dict[str, _Moments], group: Group, reader: Member, use: Use, weights: Tensor) -> None:
         positions = _positions(reader, use.x.device)  # [heads, units, copies]
         heads, units, copies = positions.shape
-        root = weights.clamp_min(0).sqrt()[:, None, None]
+        root = weights_for(use.x, weights, use.tokens).sqrt()[:, None, None]
         x = use.x[:, positions.permute(0, 2, 1).reshape(-1)].float().reshape(len(use.x), heads * copies, units)
         x = (x * root).transpose(0, 1)
         sums = (x.transpose(1, 2) @ x).double().reshape(heads, copies, units, units)
@@ -194,11 +194,11 @@ class _Block:
         given = self._given(reader.tensor)
         matrix = (p.t() if moments.transposed else p).double()
         where = _positions(reader, p.device)
-        kept = []
+        carrying = []
         for o, positions in enumerate(where):
             columns = matrix[:, positions.reshape(-1)].reshape(len(matrix), *positions.shape).permute(2, 0, 1)
             basis, inverse, values = principal_basis(moments.sums[o], columns)
-            kept.append(_carrying(values, 0.99))
+            carrying.append(_carrying(values, 0.99))
             for copy in positions.t():
                 _turn(p, reader.dim, copy, inverse.t())
             for m in makers:
@@ -210,7 +210,7 @@ class _Block:
             self.done.left[group.name] = "another basis changes what the model computes"
             return
         self.done.groups.append(group.name)
-        self.done.kept[group.name] = kept
+        self.done.carrying[group.name] = carrying
 
     def _given(self, name: str) -> Tensor:
         """What a matrix gives on one sample, float64 [tokens, outputs]."""

@@ -97,12 +97,12 @@ class Moves:
         found = {name: ALLOCATIONS[name].allocate(self.groups, scores, self.budget) for name in MEASURED}
         found["linear_depth"] = self._by_depth(self.groups, lambda depth: 0.5 + depth)
         found["spared_ends"] = self._by_depth(self.groups, lambda depth: float(0.1 < depth < 0.99))
-        found |= self._with_whole("vo_dim", scores)
+        others = [g for g in self.groups if g.role != "vo_dim"]
+        found |= {f"{n}, vo_dim whole": w for n, w in self._alone(others, MEASURED, scores).items()}
         fine = [g for g in self.groups if g.role == self.finest_first[0].role]
-        if len(fine) < len(self.groups) and self.budget.count(self._least(fine)) <= self.budget.target:
-            for name in ("uniform", "log_depth"):
-                alone = ALLOCATIONS[name].allocate(fine, scores, self.budget)
-                found[f"{name}, {fine[0].role} only"] = {g.name: g.units for g in self.groups} | alone
+        alone = self._alone(fine, ("uniform", "log_depth"), scores)
+        found |= {f"{n}, {fine[0].role} only": w for n, w in alone.items()}
+        if alone:
             found[f"linear_depth, {fine[0].role} only"] = self._by_depth(fine, lambda depth: 0.5 + depth)
         misses = {name: abs(self.miss(widths)) for name, widths in found.items() if name in MEASURED}
         self.tolerance = max(self.tolerance, min(misses.values()))
@@ -113,16 +113,15 @@ class Moves:
                 out[name] = mended
         return out
 
-    def _with_whole(self, role: str, scores: Mapping[str, np.ndarray]) -> dict[str, Widths]:
-        """The plain allocations that leave a role whole, where other roles are cut too and can make up the size."""
-        others = [g for g in self.groups if g.role != role]
-        if not 0 < len(others) < len(self.groups) or self.budget.count(self._least(others)) > self.budget.target:
+    def _alone(
+        self, groups: Sequence[Group], names: Sequence[str], scores: Mapping[str, np.ndarray]
+    ) -> dict[str, Widths]:
+        """What these allocations give where ``groups``, some of all, are cut and the others stay whole; empty where
+        they cannot make up the size."""
+        if not 0 < len(groups) < len(self.groups) or self.budget.count(self._least(groups)) > self.budget.target:
             return {}
         whole = {g.name: g.units for g in self.groups}
-        return {
-            f"{name}, {role} whole": whole | ALLOCATIONS[name].allocate(others, scores, self.budget)
-            for name in MEASURED
-        }
+        return {name: whole | ALLOCATIONS[name].allocate(groups, scores, self.budget) for name in names}
 
     def _least(self, groups: Sequence[Group]) -> Widths:
         return {g.name: self.budget.limits[g.name].least for g in groups}

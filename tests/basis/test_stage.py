@@ -89,7 +89,7 @@ def test_the_units_that_carry_most_come_first() -> None:
     scores = pyprune.score(model, groups, ids(), "wanda", roles=["vo_dim"])
     for name in done.groups:
         assert torch.equal(scores[name].argsort(dim=1, descending=True), torch.arange(8).expand(2, 8))
-        assert all(1 <= kept <= 8 for kept in done.kept[name])
+        assert all(1 <= count <= 8 for count in done.carrying[name])
 
 
 def test_cutting_and_masking_agree_in_the_new_basis() -> None:
