@@ -162,8 +162,8 @@ class CompensateConfig(Stage):
     compensation_scope: str = option(
         "outputs",
         parsing.choice("outputs", "ffn"),
-        "What is refitted: the output projections, or also what feeds those of FFNs (gate and up projections), by a "
-        "Gauss-Newton step.",
+        "What is refitted: the output projections, or also what feeds those of FFNs (gate and up projections), "
+        "fitted together to what the FFN gave whole.",
     )
     cache_limit: float | None = option(
         None,

@@ -1,8 +1,9 @@
 """The inner refit: after a projection, the matrices that feed it.
 
-An FFN whose down projection was refitted still has what is left of its gate and up projections as they were. A
-Gauss-Newton step (:mod:`pyprune.compensation.gauss_newton`) changes them so that the FFN comes nearer to what it gave
-whole, on the same inputs; then the projection is refitted once more. The held-out error decides whether both stay.
+An FFN whose down projection was refitted still has what is left of its gate and up projections as they were. They and
+the down projection are fitted together to what the FFN gave whole, on the same inputs
+(:mod:`pyprune.compensation.reconstruction`); then the projection is refitted once more. The held-out error decides
+whether all of it stays.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.compensation.cache import SumsCache
 from pyprune.compensation.course import Course
-from pyprune.compensation.feeders import Rows, SlopeTaps
-from pyprune.compensation.gauss_newton import Feeder, step
+from pyprune.compensation.feeders import FeederTaps, Given, Program, Rows
+from pyprune.compensation.reconstruction import Feeder, reconstruct
 from pyprune.compensation.refit import Refit, Sums, refit
 from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
 from pyprune.importance.walk import token_weights
 
-TOKENS = 65536  # that a step is fitted to, at most
-BYTES = 400 * 2**20  # of what is kept of them
-PENALTY = 0.1
-ITERATIONS = 6
+BYTES = 512 * 2**20  # of the inputs and outputs of the tokens that a reconstruction sees, at most
+CLOSE = 1e-3  # how far what a program gives may be from what the block gave, as a fraction
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Projection:
         bias: [outputs] or None, refitted.
         dense: copies of both as they were.
         inputs: int64 [channels], the inputs that stay.
-        feeders: rows in that order.
+        fitted: float64 [outputs, channels], and the bias where there is one: what held-out tokens have no part in.
+        feeders: rows in the order of ``inputs``.
         error: the held-out error now, as a fraction of the output's power.
     """
 
@@ -49,8 +50,24 @@ class Projection:
     bias: Tensor | None
     dense: tuple[Tensor, Tensor | None]
     inputs: Tensor
+    fitted: Tensor
     feeders: Sequence[Rows]
     error: float
+
+
+@dataclass
+class _Feeding:
+    """One of the matrices that feed a projection.
+
+    Attributes:
+        dim: the dimension along which its rows lie.
+        rows: int64, those that stay, in order.
+        bias: of these rows, or None.
+    """
+
+    dim: int
+    rows: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -59,28 +76,19 @@ class _Looked:
 
     Attributes:
         targets: the whole FFN's output at every step, [rows, outputs], of the dtype of products.
-        chosen: numbers of the steps that the rest is of.
-        residual: what is left of the outputs after the projection's refit, [tokens, outputs].
-        weights: what tokens count, float32 [tokens], 1 on average.
-        slopes: of every feeder, [tokens, channels].
-        inputs: of every feeder, [tokens, inputs]; one tensor where feeders read the same.
+        chosen: numbers of the steps that the reconstruction sees, in order.
+        weights: what their tokens count, float32 [tokens].
+        matrices: that feed the projection, by name.
+        inputs: of each matrix, [tokens, inputs]; one tensor where they read the same.
+        program: what is done to what they give.
     """
 
     targets: Sequence[Tensor]
-    chosen: set[int]
-    residual: Tensor
+    chosen: Sequence[int]
     weights: Tensor
-    slopes: list[Tensor]
-    inputs: list[Tensor] = field(default_factory=list)
-
-    def inputs_of(self, k: int, seen: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-        """Where the inputs of feeder ``k`` go, given those of one step."""
-        if k == len(self.inputs):
-            places = [seen[n].data_ptr() for n in names]
-            first = places.index(places[k])
-            shape = (len(self.residual), seen[names[k]].shape[1])
-            self.inputs.append(self.inputs[first] if first < k else self.residual.new_empty(shape))
-        return self.inputs[k]
+    matrices: dict[str, _Feeding]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    program: Program = field(default_factory=Program)
 
 
 class InnerRefit:
@@ -112,7 +120,7 @@ class InnerRefit:
         Returns:
             ``penalty`` and ``after`` as in :class:`Refit`, or nothing where nothing changed.
         """
-        name = f"{projection.name}, {list(self.penalties)}"
+        name = f"reconstructed {projection.name}, {list(self.penalties)}"
         kept = self.cache.weights(name)
         if kept is None:
             again = self._found(i, projection)
@@ -124,106 +132,124 @@ class InnerRefit:
         return kept[0]
 
     def _found(self, i: int, projection: Projection) -> Refit | None:
+        inputs = projection.matrix.shape[1]
+        bias = None if projection.bias is None else projection.fitted[:, -1].float()
         trim_heap(projection.matrix.device)
         looked = self._look(i, projection)
         if looked is None:
             return None
-        targets = looked.targets
         trim_heap(projection.matrix.device)
-        feeders = [Feeder(x, slope) for x, slope in zip(looked.inputs, looked.slopes, strict=True)]
-        kept = projection.matrix[:, projection.inputs]
-        changes = step(feeders, looked.residual, looked.weights, kept, PENALTY, ITERATIONS)
-        del looked, feeders
+        reader = projection.fitted[:, : len(projection.inputs)].float()
+        found, reader = reconstruct(
+            looked.program, self._feeders(looked), reader, bias, torch.cat([looked.targets[n] for n in looked.chosen]),
+            looked.weights, projection.error,
+        )  # fmt: skip
+        targets, matrices = looked.targets, looked.matrices
+        del looked
         trim_heap(projection.matrix.device)
-        if not all(bool(c.isfinite().all()) for c in changes):
+        if not all(bool(c.isfinite().all()) for c in (*found.values(), reader)):
             return None
-        before = self._add(projection.feeders, changes)
-        again = self._refit(i, projection, targets)
+        before = [(p, p.detach().clone()) for p in (projection.matrix, *(self.parameters[n] for n in found))]
+        projection.matrix[:, projection.inputs] = reader.to(projection.matrix.dtype)
+        for name, m in matrices.items():
+            value = found[name] if m.dim == 0 else found[name].t()
+            self.parameters[name].index_copy_(m.dim, m.rows, value.to(projection.matrix.dtype))
+        again = self._refit(i, projection, targets, bias)
         del targets
         trim_heap(projection.matrix.device)
         if again is None or not again.after < projection.error:
             for p, value in before:
                 p.copy_(value)
             return None
-        inputs = projection.matrix.shape[1]
         projection.matrix.copy_(again.weight[:, :inputs])
         if projection.bias is not None:
             projection.bias.copy_(again.weight[:, inputs])
         return again
 
+    def _feeders(self, looked: _Looked) -> dict[str, Feeder]:
+        def kept(name: str, m: _Feeding) -> Tensor:
+            rows = self.parameters[name].index_select(m.dim, m.rows)
+            return (rows if m.dim == 0 else rows.t()).float()
+
+        return {n: Feeder(looked.inputs[n], kept(n, m), m.bias) for n, m in looked.matrices.items()}
+
     def _look(self, i: int, projection: Projection) -> _Looked | None:
-        """The whole FFN's outputs on all tokens, and what the feeders do on some of those that fit; None where the
-        projection does not read what they give, token by token."""
+        """The whole FFN's outputs on all tokens, and what enters the feeders on those that fit; None where what lies
+        between the feeders and the projection cannot be done again for some channels of some tokens."""
         p, (matrix, bias) = self.parameters[projection.name], projection.dense
-        kept = projection.matrix[:, projection.inputs]
-        rows = [torch.from_numpy(r.positions).to(p.device) for r in projection.feeders]
-        names = [r.tensor for r in projection.feeders]
         looked = self._room(projection)
-        at = 0
-        with SlopeTaps(projection.name, names, self.parameters) as taps:
+        at, tried = 0, False
+        with FeederTaps(projection.name, looked.matrices, self.parameters) as taps:
             for number, uses, stream in self.course.run(i, projection.name, p):
-                seen, x = taps.take(), uses[0].x if len(uses) == 1 else None
-                if seen is None or x is None or len(x) != self.steps[number].targets.numel():
+                given, x = taps.take(), uses[0].x if len(uses) == 1 else None
+                if given is None or x is None or len(x) != self.steps[number].targets.numel():
                     return None
                 trim_heap(p.device)  # steps would leave holes behind, as large as what is kept of them
-                target = _outputs(x, matrix, bias)
-                looked.targets[number].copy_(target)
+                looked.targets[number].copy_(_outputs(x, matrix, bias))
+                if not tried:
+                    tried, looked.program = True, taps.program
+                    if not self._is_right(looked, given, x[:, projection.inputs]):
+                        return None
                 if number in looked.chosen:
                     part = slice(at, at := at + len(x))
-                    target -= _outputs(x[:, projection.inputs], kept, projection.bias)
-                    looked.residual[part] = target
                     looked.weights[part] = token_weights(self.steps[number], stream, self.weighting)
-                    for k, (name, which) in enumerate(zip(names, rows, strict=True)):
-                        looked.slopes[k][part] = seen.slopes[name][:, which]
-                        looked.inputs_of(k, seen.inputs, names)[part] = seen.inputs[name]
-                del seen, x, uses, stream, target  # before the next step makes its own
-        looked.weights /= looked.weights.mean()
+                    self._keep(looked, given, part)
+                del given, x, uses, stream  # before the next step makes its own
         return looked
+
+    def _is_right(self, looked: _Looked, given: Mapping[str, Given], wanted: Tensor) -> bool:
+        """Whether the program gives what the projection read, on the channels that stay alone."""
+        products = {}
+        for name, m in looked.matrices.items():
+            rows = self.parameters[name].index_select(m.dim, m.rows)
+            bias = given[name].bias
+            if bias is not None:
+                m.bias = bias.detach()[m.rows].float()
+            products[name] = _outputs(given[name].x, rows if m.dim == 0 else rows.t(), m.bias)
+        try:
+            found = looked.program(products)
+        except (RuntimeError, IndexError, ValueError, TypeError):  # sizes of the whole stand in it
+            return False
+        close = 30 * CLOSE if wanted.dtype in (torch.bfloat16, torch.float16) else CLOSE
+        return found.shape == wanted.shape and float((found - wanted).norm()) <= close * float(wanted.norm())
+
+    def _keep(self, looked: _Looked, given: Mapping[str, Given], part: slice) -> None:
+        """Keep what enters the feeders, once where they read the same."""
+        for name, g in given.items():
+            first = next(n for n, other in given.items() if other.x.data_ptr() == g.x.data_ptr())
+            if name not in looked.inputs:
+                shape = (len(looked.weights), g.x.shape[1])
+                looked.inputs[name] = looked.inputs[first] if first != name else looked.targets[0].new_empty(shape)
+            if first == name:
+                looked.inputs[name][part] = g.x
 
     def _room(self, projection: Projection) -> _Looked:
         """Memory for all of it at once: pieces that come and go in between would leave holes."""
-        p, outputs, channels = self.parameters[projection.name], projection.matrix.shape[0], len(projection.inputs)
+        p, outputs = self.parameters[projection.name], projection.matrix.shape[0]
+        rows: dict[str, list[Rows]] = {}
+        for r in projection.feeders:
+            rows.setdefault(r.tensor, []).append(r)
+        positions = {n: np.unique(np.concatenate([r.positions for r in all_])) for n, all_ in rows.items()}
+        matrices = {n: _Feeding(rows[n][0].dim, torch.from_numpy(k).to(p.device)) for n, k in positions.items()}
         dtype = product_dtype(p)
-        chosen = self._chosen(projection, dtype)
-        tokens = sum(self.steps[n].targets.numel() for n in chosen)
+        chosen = self._chosen(matrices, outputs, dtype)
         counts = [s.targets.numel() for s in self.steps]
         targets = p.new_empty(sum(counts), outputs, dtype=dtype).split(counts)
-        return _Looked(
-            targets, chosen, p.new_empty(tokens, outputs, dtype=dtype), p.new_empty(tokens, dtype=torch.float32),
-            [p.new_empty(tokens, channels, dtype=dtype) for _ in projection.feeders],
-        )  # fmt: skip
+        tokens = sum(counts[n] for n in chosen)
+        return _Looked(targets, chosen, p.new_empty(tokens, dtype=torch.float32), matrices)
 
-    def _chosen(self, projection: Projection, dtype: torch.dtype) -> set[int]:
-        """Numbers of the steps that a step of the feeders is fitted to: evenly over those that fit."""
-        channels, outputs = len(projection.inputs), projection.matrix.shape[0]
-        inputs = {
-            r.tensor: self.parameters[r.tensor].numel() // self.parameters[r.tensor].shape[r.dim]
-            for r in projection.feeders
-        }
-        each = (outputs + sum(inputs.values()) + channels * len(projection.feeders)) * dtype.itemsize
+    def _chosen(self, matrices: Mapping[str, _Feeding], outputs: int, dtype: torch.dtype) -> list[int]:
+        """Numbers of the steps that a reconstruction sees: evenly over those that fit."""
+        inputs = {n: self.parameters[n].shape[1 - m.dim] for n, m in matrices.items()}
+        each = (outputs + sum(inputs.values())) * dtype.itemsize
         fit = [n for n, h in enumerate(self.held) if not h]
         tokens = sum(self.steps[n].targets.numel() for n in fit)
-        room = min(TOKENS, BYTES // each, tokens)
-        count = max(1, round(len(fit) * room / tokens))
-        return {fit[len(fit) * (2 * k + 1) // (2 * count)] for k in range(count)}
+        count = max(1, round(len(fit) * min(BYTES // each, tokens) / tokens))
+        return sorted({fit[len(fit) * (2 * k + 1) // (2 * count)] for k in range(count)})
 
-    def _add(self, feeders: Sequence[Rows], changes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Change the rows; the parameters as they were."""
-        names = dict.fromkeys(r.tensor for r in feeders)
-        before: list[tuple[Tensor, Tensor]] = [(self.parameters[n], self.parameters[n].detach().clone()) for n in names]
-        for r, change in zip(feeders, changes, strict=True):
-            p = self.parameters[r.tensor]
-            p.index_add_(
-                r.dim, torch.from_numpy(r.positions).to(p.device), (change if r.dim == 0 else change.t()).to(p.dtype)
-            )
-        return before
-
-    def _refit(self, i: int, projection: Projection, targets: Sequence[Tensor]) -> Refit | None:
-        """The projection's refit towards the outputs that the whole gave, with a ridge towards its original columns:
-        the held-out samples have a part in what it is now."""
-        p, (matrix, bias) = self.parameters[projection.name], projection.dense
-        wide = matrix.double()
-        kept = projection.inputs
+    def _refit(self, i: int, projection: Projection, targets: Sequence[Tensor], bias: Tensor | None) -> Refit | None:
+        """The projection's refit towards the outputs that the whole gave, with a ridge towards what it is now."""
+        p, wide, kept = self.parameters[projection.name], projection.matrix.double(), projection.inputs
         if bias is not None:
             wide = torch.cat([wide, bias.double()[:, None]], dim=1)
             kept = torch.cat([kept, kept.new_tensor([wide.shape[1] - 1])])
@@ -241,7 +267,7 @@ class InnerRefit:
 
 
 def product_dtype(matrix: Tensor) -> torch.dtype:
-    """What the steps' products are made in: bfloat16 where the processor multiplies it faster, else float32."""
+    """What products of a reconstruction are made in: bfloat16 where the processor multiplies it faster."""
     if matrix.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     able = torch.cpu.get_capabilities()

@@ -61,6 +61,7 @@ class Refit:
 
     Attributes:
         weight: float64 [outputs, inputs], zero in the columns that go.
+        fitted: float64 [outputs, kept], what the held-out tokens have no part in.
         penalty: the lam that was chosen; None where the original columns were better or nothing could be fitted.
         blend: share of the separate targets in what was fitted (0: the layer's own output).
         before: squared error of the cut without a refit on the held-out tokens, as a fraction of the targets' power.
@@ -68,6 +69,7 @@ class Refit:
     """
 
     weight: Tensor
+    fitted: Tensor
     penalty: float | None
     blend: float
     before: float
@@ -130,6 +132,7 @@ def refit(
             error = squared_error(gram_held, goal_held, power, trial, kept)
             if error < least:
                 best, least, penalty, blend = trial, error, lam, share
+    fitted = best
     if penalty is not None:
         goals = [own + own_held]
         if train.cross is not None and held.cross is not None:
@@ -141,4 +144,4 @@ def refit(
     out = torch.zeros_like(weight)
     out[:, kept] = best
     scale = power if power > 0 else 1.0
-    return Refit(out, penalty, blend, first / scale, least / scale)
+    return Refit(out, fitted, penalty, blend, first / scale, least / scale)

@@ -235,10 +235,10 @@ class _Stage:
             own = found.biases.get(Key(name))
             was = None if own is None else own.clone()
             change = LastChange(name, p, p.detach().clone(), found.transposed, own, was)
-        self._refit(name, p, found)
+        fitted = self._refit(name, p, found)
         self.cache.follow(name, keeps, p, list(found.biases.values()))
-        if dense is not None:
-            self._refit_feeders(course, i, name, found, dense)
+        if dense is not None and fitted is not None:
+            self._refit_feeders(course, i, name, found, dense, fitted)
         if last:
             course.leave(i, change, inputs)
 
@@ -249,22 +249,27 @@ class _Stage:
         return sum(bool(rows_of(c, name, dim, self.parameters)[1]) for c in self.cuts.values() for dim in (0, 1)) == 1
 
     def _refit_feeders(
-        self, course: Course, i: int, name: str, found: Gathered, dense: tuple[Tensor, list[Tensor]]
+        self, course: Course, i: int, name: str, found: Gathered, dense: tuple[Tensor, list[Tensor]], fitted: Tensor
     ) -> None:
-        """Refit what feeds a projection, and the projection again, and say so in its entry."""
+        """Refit what feeds a projection, and the projection again, and say so in its entry.
+
+        Args:
+            dense: the projection and its biases as they were.
+            fitted: as in :class:`Refit`.
+        """
         p, entry = self.parameters[name], self.result.matrices[-1]
         dim = p.dim() - 2 if found.transposed else p.dim() - 1
         choices = (rows_of(cut, name, dim, self.parameters) for cut in self.cuts.values())
         inputs, feeders = next((c for c in choices if c[1]), (np.empty(0, dtype=np.int64), []))
-        if entry.after is None or not feeders:
-            return
         bias = found.biases.get(Key(name))
+        if entry.after is None or not feeders or fitted.shape[1] != len(inputs) + (bias is not None):
+            return
         written: dict[str, Tensor] = {name: p, **{r.tensor: self.parameters[r.tensor] for r in feeders}}
         written |= {} if bias is None else {f"{name}, bias": bias}
         matrices = [w.t() if found.transposed else w for w in (p, dense[0])]
         projection = Projection(
             name, matrices[0], bias, (matrices[1], dense[1][0] if bias is not None else None),
-            torch.from_numpy(inputs).to(p.device), feeders, entry.after,
+            torch.from_numpy(inputs).to(p.device), fitted, feeders, entry.after,
         )  # fmt: skip
         inner = InnerRefit(course, self.parameters, self.held, self.weighting, self.penalties, self.cache)
         about = inner.run(i, projection, written)
@@ -272,8 +277,9 @@ class _Stage:
             self.result.matrices[-1] = replace(entry, **about, after_outputs=entry.after)
             self.cache.follow(name, list(written.values()))
 
-    def _refit(self, name: str, p: nn.Parameter, found: Gathered) -> None:
-        """Write what stays of a matrix, or of every expert, in place."""
+    def _refit(self, name: str, p: nn.Parameter, found: Gathered) -> Tensor | None:
+        """Write what stays of a matrix, or of every expert, in place; of a matrix, ``fitted`` of its :class:`Refit`."""
+        fitted = None
         dim = p.dim() - 2 if found.transposed else p.dim() - 1
         if self.mode == "obs" and p.dim() == 2:
             bias = found.biases.get(Key(name))
@@ -282,12 +288,13 @@ class _Stage:
         for key in sorted(found.train, key=lambda k: k.expert or 0):
             matrix = p if key.expert is None else p[key.expert]
             matrix = matrix.t() if found.transposed else matrix
-            self._write(key, matrix, gone, found.biases.get(key), found.train[key], found.held[key])
+            fitted = self._write(key, matrix, gone, found.biases.get(key), found.train[key], found.held[key])
         untouched = range(p.shape[0]) if p.dim() == 3 else []
         for expert in untouched:  # experts that no token reached
             if Key(name, expert) not in found.train:
                 matrix = p[expert].t() if found.transposed else p[expert]
                 matrix[:, torch.from_numpy(gone).to(p.device)] = 0
+        return fitted if p.dim() == 2 else None
 
     def _input_bytes(self, p: nn.Parameter) -> int:
         """Bytes of a projection's inputs over all steps, at most."""
@@ -315,8 +322,10 @@ class _Stage:
             taken = np.union1d(taken, positions[~stays].reshape(-1))
         self.gone = _positions(self.cuts.values(), self.parameters)
 
-    def _write(self, key: Key, matrix: Tensor, gone: np.ndarray, bias: Tensor | None, train: Sums, held: Sums) -> None:
-        """Fit one matrix [outputs, inputs] and write it, and its bias, in place."""
+    def _write(
+        self, key: Key, matrix: Tensor, gone: np.ndarray, bias: Tensor | None, train: Sums, held: Sums
+    ) -> Tensor | None:
+        """Fit one matrix [outputs, inputs] and write it, and its bias, in place; what :meth:`_refit` returns."""
         if not bool(train.gram.isfinite().all() and held.gram.isfinite().all()):
             hint = "Load the model in float32 or bfloat16, and look at the calibration text."
             raise PyPruneError("model", key.name, "is given inputs with NaN or infinity", hint)
@@ -329,12 +338,12 @@ class _Stage:
         if self.mode == "bias":
             if bias is None or not train.rows:
                 matrix[:, removed] = 0
-                return
+                return None
             means = train.gram[:-1, -1].double() / train.gram[-1, -1].double()
             bias += (weight[:, removed] @ means[removed]).to(bias.dtype)
             matrix[:, removed] = 0
             self.result.matrices.append(entry())
-            return
+            return None
         if bias is not None:
             stays = torch.cat([stays, stays.new_ones(1)])
         found = refit(weight, stays.nonzero()[:, 0], train, held, self.penalties)
@@ -344,6 +353,7 @@ class _Stage:
         self.result.matrices.append(
             entry(penalty=found.penalty, blend=found.blend, before=found.before, after=found.after)
         )
+        return found.fitted
 
     def _note(self, compensated: set[str]) -> None:
         notes = self.result.notes

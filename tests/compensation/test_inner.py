@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyprune import apply
 from pyprune.compensation import compensate, inner, stage
-from pyprune.compensation.feeders import SlopeTaps, rows_of
+from pyprune.compensation.feeders import FeederTaps, Program, rows_of
 from pyprune.compensation.stage import Compensation
 from pyprune.errors import PyPruneError
 from pyprune.importance.steps import Forward
@@ -61,51 +61,84 @@ def test_it_lowers_the_held_out_error_of_every_kind_of_ffn_and_that_of_the_logit
 
 
 @pytest.mark.parametrize("config", FFNS)
-def test_slopes_are_the_derivatives_of_what_the_projection_reads(config: str) -> None:
-    dense = model_of(config).double()
+def test_what_lies_before_the_projection_can_be_done_again_for_other_tokens_and_fewer_channels(config: str) -> None:
+    dense = model_of(config)
     parameters = dict(dense.named_parameters())
-    cut = planned(model_of(config), ffn=0.7).cuts[0]
+    cut = planned(dense, ffn=0.7).cuts[0]
     names = ("down_proj.weight", "fc2.weight", "mlp.c_proj.weight")
     reader, dim = next((m.tensor, m.dim) for m in cut.group.members if m.tensor.endswith(names))
     inputs, rows = rows_of(cut, reader, dim, parameters)
-
-    def read() -> Tensor:
-        with walking(dense, {}), SlopeTaps(reader, [r.tensor for r in rows], parameters) as taps, torch.no_grad():
-            got: list[Tensor] = []
-            module = dense.get_submodule(reader.rsplit(".", 1)[0])
-            handle = module.register_forward_pre_hook(lambda _, args: got.append(args[0].detach().clone()))
-            dense(ids(2, 8))
-            handle.remove()
-        seen.append(taps.take())
-        return got[0].reshape(-1, got[0].shape[-1])[:, inputs]
-
-    seen: list[Any] = []
-    before = read()
+    module = dense.get_submodule(reader.rsplit(".", 1)[0])
+    read: list[Tensor] = []
+    module.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().reshape(-1, args[0].shape[-1])))
+    with walking(dense, {}), FeederTaps(reader, [r.tensor for r in rows], parameters) as taps, torch.no_grad():
+        dense(ids(2, 8))
+        first = taps.take()
+        dense(ids(3, 5, seed=1))
+        given = taps.take()
+    assert first is not None and given is not None
+    assert all(len(g.x) == 15 for g in given.values())
+    kept = {r.tensor: sorted({int(k) for q in rows if q.tensor == r.tensor for k in q.positions}) for r in rows}
+    products = {}
     for r in rows:
-        p, size = parameters[r.tensor], 1e-6
-        where, direction = torch.from_numpy(r.positions), torch.randn(seen[0].inputs[r.tensor].shape[1]).double()
-        change = size * direction.expand(len(where), -1)
-        with torch.no_grad():
-            p.index_add_(r.dim, where, change if r.dim == 0 else change.t())
-            moved = (read() - before) / size
-            p.index_add_(r.dim, where, -(change if r.dim == 0 else change.t()))
-        x, slope = seen[0].inputs[r.tensor], seen[0].slopes[r.tensor][:, where]
-        assert torch.allclose(moved, slope * (x @ direction)[:, None], rtol=1e-3, atol=1e-5)
+        matrix = parameters[r.tensor] if r.dim == 0 else parameters[r.tensor].t()
+        bias = given[r.tensor].bias
+        z = given[r.tensor].x @ matrix[kept[r.tensor]].t()
+        products[r.tensor] = (z if bias is None else z + bias[kept[r.tensor]]).detach()
+    before = {n: z.clone() for n, z in products.items()}
+    assert torch.allclose(taps.program(products), read[1][:, inputs], atol=1e-5)
+    assert all(torch.equal(z, before[n]) for n, z in products.items())
 
 
-def test_a_step_that_raises_the_held_out_error_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ffn_that_cannot_be_done_again_for_fewer_channels_is_left_as_the_refit_made_it() -> None:
+    dense = model_of("LlamaConfig")
+    for layer in dense.model.layers:  # type: ignore[union-attr]
+        layer.mlp.act_fn = _Scaled(48)
+    before, _ = fitted(dense, ids(60))
+    model, done = fitted(dense, ids(60), scope="ffn")
+    assert len(done.matrices) == 2 and all(m.after_outputs is None and m.penalty is not None for m in done.matrices)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+class _Scaled(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * self.scale
+
+
+def test_a_program_that_ends_elsewhere_is_not_complete() -> None:
+    program, z = Program(), torch.randn(3, 4)
+    program.begin("gate", z)
+    program.write(torch.relu, (z,), {}, out := torch.relu(z))
+    program.end(torch.randn(3, 4))
+    assert not program.complete(["gate"])
+    program = Program()
+    program.begin("gate", z)
+    program.write(torch.relu, (z,), {}, out)
+    program.end(out)
+    assert program.complete(["gate"]) and not program.complete(["gate", "up"])
+
+
+def test_a_reconstruction_that_raises_the_held_out_error_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "KEPT_BYTES", 0)  # streams go on by the same sums in both
     dense = model_of("LlamaConfig")
     plain, _ = fitted(dense, ids(120))
-    monkeypatch.setattr(inner, "step", lambda feeders, *_: [torch.randn(34, 24) for _ in feeders])
+    monkeypatch.setattr(inner, "reconstruct", lambda _, feeders, reader, *rest: (
+        {n: torch.randn_like(f.matrix) for n, f in feeders.items()}, reader
+    ))  # fmt: skip
     model, done = fitted(dense, ids(120), scope="ffn")
     assert same(model, plain) and all(m.after_outputs is None for m in done.matrices)
 
 
-def test_steps_with_nan_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_with_nan_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "KEPT_BYTES", 0)
     dense = model_of("LlamaConfig")
-    monkeypatch.setattr(inner, "step", lambda feeders, *_: [torch.full((34, 24), torch.nan) for _ in feeders])
+    monkeypatch.setattr(inner, "reconstruct", lambda _, feeders, reader, *rest: (
+        {n: torch.full_like(f.matrix, torch.nan) for n, f in feeders.items()}, reader
+    ))  # fmt: skip
     assert same(fitted(dense, ids(), scope="ffn")[0], fitted(dense, ids())[0])
 
 
