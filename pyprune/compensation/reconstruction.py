@@ -67,16 +67,21 @@ def reconstruct(
     size = min(TOKENS, max(1, tokens * EPOCHS // STEPS), tokens)
     each = tokens // size  # what is left over of an epoch comes in another one's
     problem = _Problem(activation, feeders, reader, offset)
-    adam = _Adam([*(f.matrix for f in feeders.values()), reader])
+    values = [v.float().clone() for v in (*(f.matrix for f in feeders.values()), reader)]
+    groups = [{"params": [v], "lr": rate * float(v.square().mean().sqrt())} for v in values]
+    adam = torch.optim.Adam(groups, betas=DECAYS, eps=1e-12)
+    course = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: _share((k + 1) / (EPOCHS * each)))
     scale = float((weights[:, None] * targets.float().square()).sum() / tokens) or 1.0
     random = torch.Generator().manual_seed(0)
-    for epoch in range(EPOCHS):
+    for _ in range(EPOCHS):
         order = torch.randperm(tokens, generator=random).to(targets.device)
-        for k in range(each):
-            at = order[k * size : (k + 1) * size]
-            gradients = problem.gradients(at, targets[at], weights[at, None] / (size * scale), adam.values)
-            adam.step(gradients, rate * _share((epoch * each + k + 1) / (EPOCHS * each)))
-    *matrices, found = adam.values
+        for at in order.split(size)[:each]:
+            gradients = problem.gradients(at, targets[at], weights[at, None] / (size * scale), values)
+            for v, g in zip(values, gradients, strict=True):
+                v.grad = g
+            adam.step()
+            course.step()
+    *matrices, found = values
     return dict(zip(feeders, matrices, strict=True)), found
 
 
@@ -112,24 +117,6 @@ class _Problem:
             for g, f in zip(back, self.feeders.values(), strict=True)
         ]
         return [*found, _product(missed.t(), narrow.t())]
-
-
-class _Adam:
-    def __init__(self, values: list[Tensor]) -> None:
-        self.values = [v.float().clone() for v in values]
-        self.sizes = [float(v.square().mean().sqrt()) for v in self.values]
-        self.means = [torch.zeros_like(v) for v in self.values]
-        self.squares = [torch.zeros_like(v) for v in self.values]
-        self.count = 0
-
-    def step(self, gradients: list[Tensor], rate: float) -> None:
-        self.count += 1
-        first, second = (1 - decay**self.count for decay in DECAYS)
-        for v, g, m, s, size in zip(self.values, gradients, self.means, self.squares, self.sizes, strict=True):
-            m.lerp_(g, 1 - DECAYS[0])
-            s.mul_(DECAYS[1]).addcmul_(g, g, value=1 - DECAYS[1])
-            below = (s / second).sqrt_().add_(1e-12)
-            v.addcdiv_(m, below, value=-rate * size / first)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
