@@ -198,7 +198,10 @@ class InnerRefit:
         return looked
 
     def _is_right(self, looked: _Looked, given: Mapping[str, Given], wanted: Tensor) -> bool:
-        """Whether the program gives what the projection read, on the channels that stay alone."""
+        """Whether the program gives what the projection read, on the channels that stay alone.
+
+        Notes the biases that were seen, which the reconstruction needs too.
+        """
         products = {}
         for name, m in looked.matrices.items():
             rows = self.parameters[name].index_select(m.dim, m.rows)
