@@ -76,7 +76,7 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
     if not all(g.exact and g.role in INSIDE for g in cut):
-        how = replace(how, compensation="none")
+        how = replace(how, compensation="none", compensation_gains=False)
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)
@@ -105,7 +105,9 @@ def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibrat
         recipe,
         score=replace(recipe.score, criterion=LOSS, score_tokens=recipe.score.score_tokens or SCORE_TOKENS),
         select=replace(chosen, allocation="knapsack" if measured else chosen.allocation, allocation_criterion=None),
-        compensate=replace(recipe.compensate, compensation="none", compensation_scope="outputs"),
+        compensate=replace(
+            recipe.compensate, compensation="none", compensation_scope="outputs", compensation_gains=False
+        ),
     )
 
 

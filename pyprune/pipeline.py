@@ -21,6 +21,7 @@ from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
 from pyprune.compensation.cache import LIMIT
 from pyprune.compensation.checks import check_plan, check_samples
+from pyprune.compensation.gains import Gains, Reference, fit_gains, reference
 from pyprune.compensation.stage import Compensation, compensate
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery.discover import discover
@@ -145,7 +146,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             check_search_samples(batches)
         if batches is not None and recipe.compensate.compensation != "none":
             check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
-            check_samples(batches, recipe.compensate.compensation)
+            check_samples(batches, recipe.compensate.compensation, recipe.compensate.compensation_gains)
         recipe = method.for_saving(recipe, smallest)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest, dense.tokenizer)
@@ -155,6 +156,11 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
     before["samples"] = ask(dense.model, dense.tokenizer, prompts, recipe, stages, " before")
     prompts = prompts[: len(before["samples"])]
+
+    dense_says = None
+    if batches is not None and recipe.compensate.compensation_gains:
+        with stages("ask the dense model", bar=False):
+            dense_says = reference(dense.model, batches)
 
     first: Scores | None = None
     depth: dict[str, Any] | None = None
@@ -223,6 +229,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             if dense.mine and number == 1 and fresh:
                 _leave_file(smaller)
         first = scores if number == 1 else first
+    if dense_says is not None and made:
+        with stages("fit gains", bar=False):
+            made[-1].gains = _gains(smaller, dense_says, recipe)
     assert first is not None
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
@@ -363,6 +372,11 @@ def _compensate(
         model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
         target=config.compensation_target, scope=config.compensation_scope, cache=scoring.cache, cache_limit=limit,
     )  # fmt: skip
+
+
+def _gains(model: Any, dense_says: Reference, recipe: PruneConfig) -> Gains:
+    limit = LIMIT if recipe.compensate.cache_limit is None else recipe.compensate.cache_limit
+    return fit_gains(model, _groups(model), dense_says, cache=recipe.score.cache, cache_limit=limit)
 
 
 def _measure(

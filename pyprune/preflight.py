@@ -87,6 +87,9 @@ def check_request(recipe: PruneConfig) -> None:
 
         how = recipe.compensate
         check_scope(how.compensation_scope, how.compensation, how.compensation_target)
+    if recipe.compensate.compensation_gains and recipe.compensate.compensation == "none" and asked.method != "best":
+        problem = "are fitted behind a compensation, and there is none"
+        raise PyPruneError("compensation_gains", True, problem, "Give compensation too, or leave it out.")
     if recipe.compensate.compensation != "none":
         if recipe.calibration.calibration is None:
             problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"

@@ -165,6 +165,12 @@ class CompensateConfig(Stage):
         "What is refitted: the output projections, or also what feeds those of FFNs (gate and up projections), "
         "fitted together to what the FFN gave whole.",
     )
+    compensation_gains: bool = option(
+        False,
+        parsing.flag(),
+        "After the cut, multiply each matrix by one number, and one that reads heads by one for each head: those with "
+        "which the model's next-token distribution comes nearest to the dense one's.",
+    )
     cache_limit: float | None = option(
         None,
         parsing.number(0.0),

@@ -42,8 +42,8 @@ def check_plan(plan: Plan, mode: str) -> None:
             raise PyPruneError("compensation", mode, problem, "Cut heads and FFN channels only, or use none.")
 
 
-def check_samples(calibration: Calibration, mode: str) -> None:
+def check_samples(calibration: Calibration, mode: str, gains: bool = False) -> None:
     """Raises PyPruneError when there are too few samples to hold one out."""
-    if mode != "bias" and calibration.samples < 2:
+    if (mode != "bias" or gains) and calibration.samples < 2:
         hint = "Give more calibration, or split it into samples."
         raise PyPruneError("samples", calibration.samples, "leave none to choose the penalty with", hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,19 @@ class Gathered:
     transposed: bool = False
 
 
-def split_steps(calibration: Calibration, device: torch.device, mode: str) -> tuple[list[Step], list[bool]]:
-    """Steps, and which of them are held out: one in :data:`HELD_OUT` samples, evenly over the calibration."""
+def split_rows(calibration: Calibration) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Samples that fit, and those that are held out: one in :data:`HELD_OUT`, evenly over the calibration."""
     rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
-    count = 0 if mode == "bias" else max(1, len(rows) // HELD_OUT)
+    count = max(1, len(rows) // HELD_OUT)
     chosen = {len(rows) * (2 * k + 1) // (2 * count) for k in range(count)}
-    fit = [r for k, r in enumerate(rows) if k not in chosen]
-    out = [r for k, r in enumerate(rows) if k in chosen]
+    return [r for k, r in enumerate(rows) if k not in chosen], [r for k, r in enumerate(rows) if k in chosen]
+
+
+def split_steps(calibration: Calibration, device: torch.device, mode: str) -> tuple[list[Step], list[bool]]:
+    """Steps, and which of them are held out: none of them in mode ``bias``."""
+    fit, out = split_rows(calibration)
+    if mode == "bias":
+        fit, out = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))], []
     steps = [make_steps(part, device, tokens=STEP_TOKENS) if part else [] for part in (fit, out)]
     return [*steps[0], *steps[1]], [False] * len(steps[0]) + [True] * len(steps[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pyprune.compensation.gains import Gains
 from pyprune.selection.plan import Plan
 
 
@@ -36,6 +37,7 @@ class Compensation:
         matrices: one entry for each projection, in the order in which they were compensated.
         notes: what a reader of the result should know, as sentences.
         details: token weights, target, samples that fitted and that chose.
+        gains: what multiplied the matrices afterwards, or None.
     """
 
     mode: str
@@ -43,7 +45,9 @@ class Compensation:
     matrices: list[Compensated] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    gains: Gains | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        return {"mode": self.mode, **self.details, "matrices": [asdict(m) for m in self.matrices], "notes": self.notes}
+        out = {"mode": self.mode, **self.details, "matrices": [asdict(m) for m in self.matrices], "notes": self.notes}
+        return out if self.gains is None else {**out, "gains": self.gains.to_dict()}

@@ -49,7 +49,7 @@ def plan_sweep(
         NotSweepable: the model has no blocks, or they are not all that lies between its embedding and its head.
     """
     layout = Layout.of(model, parameters)
-    step = _few_tokens(batch, device)
+    step = few_tokens(batch, device)
     _tried(taps, forward, parameters, step, lambda: _rehearse(forward, layout, parameters, step))
     return layout
 
@@ -62,7 +62,7 @@ def plan_whole(
     Raises:
         NotSweepable: the model does not run on a few tokens of the batch.
     """
-    step = _few_tokens(batch, device)
+    step = few_tokens(batch, device)
     _tried(taps, forward, parameters, step, lambda: forward(step))
 
 
@@ -184,7 +184,7 @@ def _check_reach(
         raise NotSweepable("its logits do not depend on all of its blocks")
 
 
-def _few_tokens(batch: Mapping[str, Any], device: torch.device) -> Step:
+def few_tokens(batch: Mapping[str, Any], device: torch.device) -> Step:
     """A step of two samples, so that a layer's input shows whether it keeps samples apart."""
     if "input_ids" in batch:
         ids = batch["input_ids"][0]

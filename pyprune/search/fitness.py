@@ -2,9 +2,8 @@
 
     KL(p || q) = sum_i p_i log(p_i / q_i),   p: dense, q: cut
 
-over the dense model's ``TOP`` most likely tokens and one class for all others together, which is a lower bound of the
-divergence over the whole vocabulary (data-processing inequality), and nats per token. Of the dense model only these
-``TOP`` numbers a token are kept.
+over the dense model's most likely tokens and one class for all others together, in nats per token
+(:mod:`pyprune.importance.divergence`).
 
 Of a larger vocabulary than ``WORDS`` only the tokens to which the dense model gives most over the whole text take part:
 both distributions are those given that one of them follows. Logits of a large vocabulary cost more than the layers of a
@@ -22,14 +21,13 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, intercepted, like, stream_of
+from pyprune.importance.divergence import divergence, pieces, real_tokens, summary
 from pyprune.importance.steps import Forward, Step
 from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
 
-TOP = 256
 WORDS = 65536
 STREAM_BYTES = 64 << 20  # of residual streams at the borders of blocks
-PIECE_BYTES = 32 << 20  # of wide logits at a time
 
 
 class Fitness:
@@ -65,7 +63,7 @@ class Fitness:
         self._base: dict[str, int] | None = None
         self._streams: list[dict[int, Tensor]] = [{} for _ in self.steps]
         self._dense: list[tuple[Tensor, Tensor]] = []
-        self._real = [_real(step) for step in self.steps]
+        self._real = [real_tokens(step) for step in self.steps]
         masking.narrow(None)
         refits.at({}, masking)
         mass, head = torch.zeros(0), _head(model)
@@ -77,7 +75,7 @@ class Fitness:
             if logits.shape[-1] > WORDS and head is not None:
                 mass = _mass(logits) if number == 0 else mass + _mass(logits)
             else:
-                self._dense.append(_summary(logits))
+                self._dense.append(summary(logits))
         self.words = logits.shape[-1]
         if len(mass):
             self._narrow(head, mass.topk(WORDS).indices.sort().values)
@@ -91,7 +89,7 @@ class Fitness:
             if logits.shape[-1] != len(words) and number == 0:
                 self._masking.narrow(None)
                 logits = self._scored(number, self._logits(number, 0, None))
-            self._dense.append(_summary(logits))
+            self._dense.append(summary(logits))
         self.words = logits.shape[-1]
 
     def _scored(self, number: int, logits: Tensor) -> Tensor:
@@ -114,7 +112,7 @@ class Fitness:
         for number in range(first, last):
             start = max((j for j in self._streams[number] if j <= changed), default=0)
             logits = self._logits(number, start, self._streams[number].get(start))
-            total += _divergence(self._scored(number, logits), *self._dense[number])
+            total += divergence(self._scored(number, logits), *self._dense[number])
         return total if math.isfinite(total) else math.inf
 
     def of(self, widths: Mapping[str, int]) -> float:
@@ -193,14 +191,6 @@ class _Behind(Exception):
     """Ends a forward pass of which no more is needed."""
 
 
-def _real(step: Step) -> Tensor:
-    """Which positions are text and not padding, bool [batch, length]."""
-    mask = step.inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == step.targets.shape:
-        return mask != 0
-    return torch.ones_like(step.targets, dtype=torch.bool)
-
-
 def _head(model: nn.Module) -> nn.Parameter | None:
     """The weight [vocabulary, hidden] that logits are formed with, if the model names it."""
     named = getattr(model, "get_output_embeddings", None)
@@ -210,41 +200,4 @@ def _head(model: nn.Module) -> nn.Parameter | None:
 
 def _mass(logits: Tensor) -> Tensor:
     """Sum over the rows of the probability of each token, float64 [vocabulary]."""
-    return sum((piece.float().softmax(-1).sum(0, dtype=torch.float64) for piece in _pieces(logits)), torch.zeros(()))
-
-
-def _pieces(logits: Tensor) -> Sequence[Tensor]:
-    return logits.split(max(1, PIECE_BYTES // (4 * logits.shape[-1])))
-
-
-def _summary(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits [tokens, vocabulary]: the most likely tokens, int32 [tokens, top]; their log-probabilities and that of
-    all others together, float32 [tokens, top + 1]."""
-    top = min(TOP, logits.shape[-1] - 1)
-    places, values = [], []
-    for piece in _pieces(logits):
-        wide = piece.float()
-        best = wide.topk(top, dim=-1)
-        places.append(best.indices.to(torch.int32))
-        values.append(_with_rest(best.values.double() - wide.logsumexp(-1, keepdim=True).double()).float())
-    return torch.cat(places), torch.cat(values)
-
-
-def _with_rest(logs: Tensor) -> Tensor:
-    """Log-probabilities [tokens, top], float64, and that of what is left; at least e^-30, for what rounding hides."""
-    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(math.exp(-30)).log()
-    return torch.cat([logs, rest], dim=-1)
-
-
-def _divergence(logits: Tensor, places: Tensor, values: Tensor) -> float:
-    """Sum over the tokens of KL(dense || logits), nats."""
-    total, row = 0.0, 0
-    for piece in _pieces(logits):
-        rows = slice(row, row + len(piece))
-        row += len(piece)
-        wide = piece.float()
-        chosen = wide.gather(1, places[rows].long()).double()
-        q = _with_rest(chosen - wide.logsumexp(-1, keepdim=True).double())
-        p = values[rows].double()
-        total += float((p.exp() * (p - q)).sum())
-    return total
+    return sum((piece.float().softmax(-1).sum(0, dtype=torch.float64) for piece in pieces(logits)), torch.zeros(()))

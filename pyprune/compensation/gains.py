@@ -1,0 +1,295 @@
+"""Gains: a number for each matrix that stays, so that the whole model says again what the dense one says.
+
+Refits fit every layer to its own output. What they miss of it makes outputs smaller than they were, and what layers
+miss together no layer sees. Here every matrix of a decoder block is multiplied by one number, and one that reads heads
+by one for each head. All of them together, a few hundred for a model, minimise the divergence of its next-token
+distributions from the dense model's,
+
+    min over g   sum_t KL(p_t || q_t(g)),
+
+by Adam (Kingma and Ba 2015, algorithm 1) over the samples that are not held out. There are no labels: p is what the
+dense model says. The held-out samples decide whether the gains stay, and then the weights take them in: the model on
+disk has no trace of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyprune import progress as bars
+from pyprune.compensation.cache import LIMIT, SumsCache
+from pyprune.compensation.gather import split_rows
+from pyprune.discovery.groups import Groups
+from pyprune.errors import PyPruneError
+from pyprune.importance.blocks import Call, NotSweepable, find_blocks, intercepted
+from pyprune.importance.cache import fingerprint_of_model
+from pyprune.importance.calibration import Calibration
+from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, summary
+from pyprune.importance.inputs import InputTaps, read_product
+from pyprune.importance.rehearsal import few_tokens
+from pyprune.importance.scoring import scoring_state
+from pyprune.importance.steps import Forward, Step, make_steps
+
+log = logging.getLogger(__name__)
+
+TOP = 128  # of the dense model's most likely tokens that are kept for each token
+PASS_TOKENS = 512  # in one pass through the model
+STEP_TOKENS = 1024  # for one step of the gains, about
+STEPS = 48  # at least; a small calibration is gone through more than once
+RATE = 0.02  # the largest step of a gain
+WARM_UP = 0.1  # of all steps
+DECAYS = (0.9, 0.95)  # beta_1 and beta_2
+BOUNDS = (0.5, 2.0)
+HEADS = ("query_heads", "kv_heads")  # the finer first
+
+
+@dataclass
+class Reference:
+    """What the dense model says about a calibration.
+
+    Attributes:
+        steps: samples, some of them held out.
+        held: which are.
+        said: for each step, :func:`pyprune.importance.divergence.summary` of the tokens that count.
+    """
+
+    steps: list[Step]
+    held: list[bool]
+    said: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Gains:
+    """What was found.
+
+    Attributes:
+        before: held-out divergence from the dense model, nats a token.
+        after: the same with the gains.
+        kept: whether they were taken into the weights.
+        values: matrix -> its gain, or those of its heads in their order.
+        note: why there are none, or None.
+    """
+
+    before: float | None = None
+    after: float | None = None
+    kept: bool = False
+    values: dict[str, list[float]] = field(default_factory=dict)
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def reference(model: nn.Module, calibration: Calibration) -> Reference:
+    """What ``model``, the dense one, says about every sample: 1 KiB a token.
+
+    Raises:
+        PyPruneError: it gives NaN or infinity.
+    """
+    device = next(model.parameters()).device
+    fit, out = (make_steps(rows, device, tokens=PASS_TOKENS) for rows in split_rows(calibration))
+    steps, held = [*fit, *out], [False] * len(fit) + [True] * len(out)
+    said = []
+    with scoring_state(model, {}), torch.no_grad():
+        forward = Forward(model)
+        for step in bars.track(steps, "what the dense model says"):
+            logits = _scored(forward(step), step)
+            if not bool(logits.isfinite().all()):
+                hint = "Load the model in float32 or bfloat16, and look at the calibration text."
+                raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
+            said.append(summary(logits, TOP))
+    return Reference(steps, held, said)
+
+
+def fit_gains(
+    model: nn.Module, groups: Groups, dense: Reference, cache: str | Path | None = None, cache_limit: float = LIMIT
+) -> Gains:
+    """Multiply the matrices of ``model`` **in place** by the gains, where these bring it nearer to the dense model.
+
+    Args:
+        model: pruned, of any shapes; its weights in memory.
+        groups: its own, which say where heads lie.
+        dense: of the model that it was.
+        cache: folder where gains that were found stay for the same model and text.
+        cache_limit: as in :func:`pyprune.compensation.compensate`.
+    """
+    kept = SumsCache(cache, cache_limit, lambda: [fingerprint_of_model(model), _key(dense)])
+    with scoring_state(model, {}):
+        try:
+            fit = _Fit(model, groups, dense)
+        except NotSweepable as reason:
+            return Gains(note=f"No gains were fitted: {reason}.")
+        found = Gains(**kept.answer("gains", lambda: fit.run().to_dict()))
+        if found.kept:
+            fit.fold(found)
+    return found
+
+
+def _key(dense: Reference) -> list[Any]:
+    return [[s.inputs for s in dense.steps], dense.held, [list(pair) for pair in dense.said]]
+
+
+def _scored(logits: Tensor, step: Step) -> Tensor:
+    """Those of the tokens that count, [tokens, vocabulary]."""
+    mask = real_tokens(step)
+    return logits.flatten(0, -2) if bool(mask.all()) else logits[mask]
+
+
+class _Scaling(InputTaps):
+    """Within it, as a context manager, what enters watched matrices is multiplied by their gains.
+
+    Args:
+        parameters: name -> matrix.
+        factors: name -> its gains, float32 [gains].
+        places: name -> which gain each input takes, int64 [inputs].
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], places: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(parameters)
+        self._factors, self._places = factors, places
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = read_product(func, args, kwargs)
+        key = None if found is None else self._find(found[1])[0]
+        if found is not None and key is not None and key.name in self._factors:
+            x = found[0]
+            scaled = x * self._factors[key.name][self._places[key.name]].to(x.dtype)
+            args = [scaled if a is x else a for a in args]
+            kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class _Fit:
+    """Args: as of :func:`fit_gains`. Raises NotSweepable: the model has no decoder blocks."""
+
+    def __init__(self, model: nn.Module, groups: Groups, dense: Reference) -> None:
+        self.dense, self.forward, self.blocks = dense, Forward(model), find_blocks(model)
+        inside = {id(p) for block in self.blocks for p in block.parameters()}
+        watched = {n: p for n, p in model.named_parameters() if id(p) in inside and p.dim() == 2}
+        few = few_tokens(dense.steps[0].inputs, dense.steps[0].targets.device)
+        with torch.no_grad(), InputTaps(watched) as taps:
+            self.forward(few)
+        dims = {u.key.name: u.input_dim(2) for u in taps.uses if u.key.expert is None}
+        del taps
+        self.dims = {n: dims[n] for n in watched if n in dims}
+        self.matrices = {n: watched[n] for n in self.dims}
+        self.places = {n: _places(groups, n, d, watched[n]) for n, d in self.dims.items()}
+        self.factors = {
+            n: torch.ones(int(at.max()) + 1, device=at.device).requires_grad_() for n, at in self.places.items()
+        }
+        self.forward.around = lambda: _Scaling(self.matrices, self.factors, self.places)
+
+    def run(self) -> Gains:
+        """Fit the gains, and measure; the weights stay as they are."""
+        held = [j for j, out in enumerate(self.dense.held) if out]
+        fit = [j for j, out in enumerate(self.dense.held) if not out]
+        before = self._divergence(held)
+        self._descend(fit)
+        after = self._divergence(held)
+        values = {n: f.tolist() for n, f in self.factors.items()}
+        sound = math.isfinite(after)
+        return Gains(before, after if sound else None, sound and after < before, values)
+
+    def _descend(self, numbers: Sequence[int]) -> None:
+        counts = [len(self.dense.said[j][0]) for j in numbers]
+        together = max(1, round(STEP_TOKENS * len(counts) / sum(counts)))  # passes for a step
+        each = math.ceil(len(numbers) / together)
+        rounds = math.ceil(STEPS / each)
+        adam = torch.optim.Adam(self.factors.values(), lr=RATE, betas=DECAYS)
+        course = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: _share((k + 1) / (rounds * each)))
+        random = torch.Generator().manual_seed(0)
+        with bars.bar("fitting gains", rounds * each) as bar:
+            for _ in range(rounds):
+                for chosen in torch.randperm(len(numbers), generator=random).split(together):
+                    tokens = sum(counts[k] for k in chosen.tolist())
+                    for k in chosen.tolist():
+                        self._backward(numbers[k], 1 / tokens)
+                    adam.step()
+                    adam.zero_grad()
+                    course.step()
+                    with torch.no_grad():
+                        for factors in self.factors.values():
+                            factors.clamp_(*BOUNDS)
+                    bar.advance()
+
+    def _backward(self, number: int, factor: float) -> None:
+        """Add the gradient of ``factor`` times a step's divergence. Blocks run again on the way back, so that one
+        block's activations are in memory at a time."""
+
+        def handler(i: int, stream: Tensor, call: Call, rest: list[Any]) -> Any:
+            again = self.forward.again(call)
+            return checkpoint(again, stream, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+        step = self.dense.steps[number]
+        with intercepted(self.blocks, handler):
+            logits = _scored(self.forward(step), step)
+            _, seed = divergence_and_seed(logits, *self.dense.said[number], factor)
+            torch.autograd.backward(logits, seed)
+
+    @torch.no_grad()
+    def _divergence(self, numbers: Sequence[int]) -> float:
+        """Mean over the tokens of some steps, nats."""
+        total = tokens = 0.0
+        for j in numbers:
+            step, said = self.dense.steps[j], self.dense.said[j]
+            total += divergence(_scored(self.forward(step), step), *said)
+            tokens += len(said[0])
+        return total / tokens
+
+    @torch.no_grad()
+    def fold(self, found: Gains) -> None:
+        """Take the gains into the weights, unless the model then computes something else than it did with them."""
+        for name, values in found.values.items():
+            self.factors[name].copy_(torch.tensor(values))
+        sample = [self.dense.held.index(True)]
+        wanted = self._divergence(sample)
+        self._multiply(1.0)
+        for factors in self.factors.values():
+            factors.fill_(1.0)
+        given = self._divergence(sample)
+        if not abs(given - wanted) <= 0.05 * wanted + 1e-3:
+            log.warning("weights are used by more than products; gains are left out")
+            for name, values in found.values.items():
+                self.factors[name].copy_(torch.tensor(values))
+            self._multiply(-1.0)
+            found.kept, found.note = False, "Gains were left out: the weights are used by more than matrix products."
+
+    def _multiply(self, power: float) -> None:
+        for name, p in self.matrices.items():
+            by = self.factors[name][self.places[name]] ** power
+            p.mul_((by[None, :] if self.dims[name] == 1 else by[:, None]).to(p.dtype))
+
+
+def _share(done: float) -> float:
+    """Of the largest step, behind this part of all steps."""
+    return min(1.0, done / WARM_UP) * (1.0 - done)
+
+
+def _places(groups: Groups, name: str, dim: int, p: nn.Parameter) -> Tensor:
+    """Which gain each input of a matrix takes: its head's where heads lie along the inputs, else the matrix's only one;
+    int64 [inputs]."""
+    found = np.zeros(p.shape[dim], dtype=np.int64)
+    for role in HEADS:
+        for group in groups:
+            member = next((m for m in group.members if (m.tensor, m.dim) == (name, dim)), None)
+            if group.role == role and member is not None:
+                heads = member.index.positions()
+                heads = heads.reshape(-1, heads.shape[-1])
+                found[heads] = np.arange(len(heads))[:, None]
+                return torch.from_numpy(found).to(p.device)
+    return torch.from_numpy(found).to(p.device)
