@@ -231,7 +231,8 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         first = scores if number == 1 else first
     if dense_says is not None and made:
         with stages("fit gains", bar=False):
-            made[-1].gains = _gains(smaller, dense_says, recipe)
+            made[-1].gains = found = _gains(smaller, dense_says, recipe)
+            made[-1].notes += [] if found.note is None else [found.note]
     assert first is not None
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}

@@ -112,6 +112,18 @@ def test_a_page_of_next_to_nothing_is_still_a_page() -> None:
     assert bare.unbalanced == [] and bare.outside() == []
 
 
+def test_gains_are_told_and_so_is_that_they_were_left_out() -> None:
+    given = sources()
+    for kept, words in ((True, "0.3000 to 0.2500 nats"), (False, "left out (0.3000 to 0.2500 nats")):
+        gains = {"before": 0.3, "after": 0.25, "kept": kept, "values": {}, "note": None}
+        given.report = {
+            **given.report,
+            "compensation": [{"mode": "obs", "target": "own", "matrices": [], "gains": gains}],
+        }
+        assert words in Page(page(given)).texts["done"]
+        assert ("left out" in Page(page(given)).texts["done"]) is not kept
+
+
 @pytest.mark.parametrize("part", ["plan", "scores", "perplexity", "stages", "recipe", "parameters", "weights_bytes"])
 def test_a_report_may_lack_any_part(part: str) -> None:
     given = sources()

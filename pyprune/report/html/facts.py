@@ -26,6 +26,7 @@ def done(report: Record) -> list[tuple[str, str]]:
         ("limits", _limits(plan)),
         ("values", _values(report.get("basis") or {})),
         ("compensation", _compensation(report.get("compensation") or ())),
+        ("gains", _gains(report.get("compensation") or ())),
         ("type and device", _pair(recipe.get("dtype"), recipe.get("device"))),
         ("form", recipe.get("profile")),
         ("time until saving", seconds(report["seconds"]) if report.get("seconds") else None),
@@ -140,6 +141,14 @@ def _compensation(made: Sequence[Record]) -> str | None:
     matrices = sum(len(one.get("matrices") or ()) for one in made)
     target = f", target {made[0]['target']}" if made[0].get("target") else ""
     return f"{made[0]['mode']}{target}, {matrices} matrices"
+
+
+def _gains(made: Sequence[Record]) -> str | None:
+    found = next((one["gains"] for one in made if one.get("gains")), None)
+    if found is None or found.get("before") is None or found.get("after") is None:
+        return None
+    change = f"{found['before']:.4f} to {found['after']:.4f} nats a token from the dense model on held-out calibration"
+    return change if found.get("kept") else f"left out ({change})"
 
 
 def _data(sources: Sequence[Any]) -> str | None:
