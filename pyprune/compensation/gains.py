@@ -43,8 +43,8 @@ from pyprune.importance.steps import Forward, Step, make_steps
 log = logging.getLogger(__name__)
 
 TOP = 128  # of the dense model's most likely tokens that are kept for each token
-PASS_TOKENS = 512  # in one pass through the model
 STEP_TOKENS = 1024  # for one step of the gains, about
+PASS_TOKENS = 512  # in one pass through the model on the CPU, where logits would be most of the memory
 STEPS = 48  # at least; a small calibration is gone through more than once
 RATE = 0.02  # the largest step of a gain
 WARM_UP = 0.1  # of all steps
@@ -99,7 +99,8 @@ def reference(model: nn.Module, calibration: Calibration) -> Reference:
         PyPruneError: it gives NaN or infinity.
     """
     device = next(model.parameters()).device
-    fit, out = (make_steps(rows, device, tokens=PASS_TOKENS) for rows in split_rows(calibration))
+    size = PASS_TOKENS if device.type == "cpu" else STEP_TOKENS
+    fit, out = (make_steps(rows, device, tokens=size) for rows in split_rows(calibration))
     steps, held = [*fit, *out], [False] * len(fit) + [True] * len(out)
     said = []
     with scoring_state(model, {}), torch.no_grad():
