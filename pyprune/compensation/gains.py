@@ -29,12 +29,13 @@ from torch.utils.checkpoint import checkpoint
 from pyprune import progress as bars
 from pyprune.compensation.cache import LIMIT, SumsCache
 from pyprune.compensation.gather import split_rows
+from pyprune.compensation.reconstruction import share_of_step
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, NotSweepable, find_blocks, intercepted
 from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration
-from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, summary
+from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, scored, summary
 from pyprune.importance.inputs import InputTaps, read_product
 from pyprune.importance.rehearsal import few_tokens
 from pyprune.importance.scoring import scoring_state
@@ -47,7 +48,6 @@ STEP_TOKENS = 1024  # for one step of the gains, about
 PASS_TOKENS = 512  # in one pass through the model on the CPU, where logits would be most of the memory
 STEPS = 48  # at least; a small calibration is gone through more than once
 RATE = 0.02  # the largest step of a gain
-WARM_UP = 0.1  # of all steps
 DECAYS = (0.9, 0.95)  # beta_1 and beta_2
 BOUNDS = (0.5, 2.0)
 HEADS = ("query_heads", "kv_heads")  # the finer first
@@ -106,7 +106,7 @@ def reference(model: nn.Module, calibration: Calibration) -> Reference:
     with scoring_state(model, {}), torch.no_grad():
         forward = Forward(model)
         for step in bars.track(steps, "what the dense model says"):
-            logits = _scored(forward(step), step)
+            logits = scored(forward(step), real_tokens(step))
             if not bool(logits.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
@@ -140,12 +140,6 @@ def fit_gains(
 
 def _key(dense: Reference) -> list[Any]:
     return [[s.inputs for s in dense.steps], dense.held, [list(pair) for pair in dense.said]]
-
-
-def _scored(logits: Tensor, step: Step) -> Tensor:
-    """Those of the tokens that count, [tokens, vocabulary]."""
-    mask = real_tokens(step)
-    return logits.flatten(0, -2) if bool(mask.all()) else logits[mask]
 
 
 class _Scaling(InputTaps):
@@ -212,7 +206,7 @@ class _Fit:
         each = math.ceil(len(numbers) / together)
         rounds = math.ceil(STEPS / each)
         adam = torch.optim.Adam(self.factors.values(), lr=RATE, betas=DECAYS)
-        course = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: _share((k + 1) / (rounds * each)))
+        course = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: share_of_step((k + 1) / (rounds * each)))
         random = torch.Generator().manual_seed(0)
         with bars.bar("fitting gains", rounds * each) as bar:
             for _ in range(rounds):
@@ -238,7 +232,7 @@ class _Fit:
 
         step = self.dense.steps[number]
         with intercepted(self.blocks, handler):
-            logits = _scored(self.forward(step), step)
+            logits = scored(self.forward(step), real_tokens(step))
             _, seed = divergence_and_seed(logits, *self.dense.said[number], factor)
             torch.autograd.backward(logits, seed)
 
@@ -248,7 +242,7 @@ class _Fit:
         total = tokens = 0.0
         for j in numbers:
             step, said = self.dense.steps[j], self.dense.said[j]
-            total += divergence(_scored(self.forward(step), step), *said)
+            total += divergence(scored(self.forward(step), real_tokens(step)), *said)
             tokens += len(said[0])
         return total / tokens
 
@@ -276,11 +270,6 @@ class _Fit:
             p.mul_((by[None, :] if self.dims[name] == 1 else by[:, None]).to(p.dtype))
 
 
-def _share(done: float) -> float:
-    """Of the largest step, behind this part of all steps."""
-    return min(1.0, done / WARM_UP) * (1.0 - done)
-
-
 def _places(groups: Groups, name: str, dim: int, p: nn.Parameter) -> Tensor:
     """Which gain each input of a matrix takes: its head's where heads lie along the inputs, else the matrix's only one;
     int64 [inputs]."""
@@ -292,5 +281,6 @@ def _places(groups: Groups, name: str, dim: int, p: nn.Parameter) -> Tensor:
                 heads = member.index.positions()
                 heads = heads.reshape(-1, heads.shape[-1])
                 found[heads] = np.arange(len(heads))[:, None]
-                return torch.from_numpy(found).to(p.device)
+        if found.any():
+            break
     return torch.from_numpy(found).to(p.device)

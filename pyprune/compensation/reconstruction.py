@@ -70,7 +70,7 @@ def reconstruct(
     values = [v.float().clone() for v in (*(f.matrix for f in feeders.values()), reader)]
     groups = [{"params": [v], "lr": rate * float(v.square().mean().sqrt())} for v in values]
     adam = torch.optim.Adam(groups, betas=DECAYS, eps=1e-12)
-    course = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: _share((k + 1) / (EPOCHS * each)))
+    course = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: share_of_step((k + 1) / (EPOCHS * each)))
     scale = float((weights[:, None] * targets.float().square()).sum() / tokens) or 1.0
     random = torch.Generator().manual_seed(0)
     for _ in range(EPOCHS):
@@ -85,7 +85,7 @@ def reconstruct(
     return dict(zip(feeders, matrices, strict=True)), found
 
 
-def _share(done: float) -> float:
+def share_of_step(done: float) -> float:
     """Of the largest step, behind this part of all steps."""
     return min(1.0, done / WARM_UP) * (1.0 - done)
 

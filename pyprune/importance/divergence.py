@@ -30,6 +30,12 @@ def real_tokens(step: Step) -> Tensor:
     return torch.ones_like(step.targets, dtype=torch.bool)
 
 
+def scored(logits: Tensor, real: Tensor) -> Tensor:
+    """Of logits [batch, length, vocabulary] those of the tokens in ``real`` (bool [batch, length]): [tokens,
+    vocabulary], no copy where all of them count."""
+    return logits.flatten(0, -2) if bool(real.all()) else logits[real]
+
+
 def pieces(logits: Tensor) -> Sequence[Tensor]:
     return logits.split(max(1, PIECE_BYTES // (4 * logits.shape[-1])))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, intercepted, like, stream_of
-from pyprune.importance.divergence import divergence, pieces, real_tokens, summary
+from pyprune.importance.divergence import divergence, pieces, real_tokens, scored, summary
 from pyprune.importance.steps import Forward, Step
 from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
@@ -94,8 +94,7 @@ class Fitness:
 
     def _scored(self, number: int, logits: Tensor) -> Tensor:
         """Those of the tokens that count, [tokens, vocabulary]; no copy where all of them do."""
-        mask = self._real[number]
-        return logits.flatten(0, -2) if bool(mask.all()) else logits[mask]
+        return scored(logits, self._real[number])
 
     @property
     def tokens(self) -> list[int]:

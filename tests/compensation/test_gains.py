@@ -146,7 +146,7 @@ def test_gains_that_do_not_help_held_out_text_are_left_out(monkeypatch: pytest.M
     dense = tiny_llama()
     model, _ = weakened(dense)
     before = copy.deepcopy(model)
-    monkeypatch.setattr(module, "_share", lambda done: -1.0)  # uphill
+    monkeypatch.setattr(module, "share_of_step", lambda done: -1.0)  # uphill
     found = fitted(model, dense, ids(20, 16))
     assert not found.kept and found.after > found.before and same(model, before)
 
