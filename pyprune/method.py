@@ -79,6 +79,8 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         how = replace(how, compensation="none", compensation_gains=False)
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
+    if how.compensation != "obs" or _stacked(groups, cut):
+        how = replace(how, compensation_criterion=None)  # units stay as planned
     recipe = replace(recipe, compensate=how)
     unmeasured = "log_depth" if heavy else "knapsack"
     recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
@@ -93,11 +95,16 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
 def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibration | None) -> PruneConfig:
     """Expected loss in place of inputs and refits, where something is cut that no linear layer reads as inputs (an
     expert in a batched product)."""
-    if recipe.select.method != "best" or batches is None or not get_criterion(recipe.score.criterion).inputs:
+    if recipe.select.method != "best" or batches is None:
+        return recipe
+    inputs = get_criterion(recipe.score.criterion).inputs
+    if not inputs and recipe.compensate.compensation_criterion is None:
         return recipe
     missed = unread(model, groups.prunable(roles_to_share(groups, recipe.select.roles, ())), batches)
     if not missed:
         return recipe
+    if not inputs:
+        return replace(recipe, compensate=replace(recipe.compensate, compensation_criterion=None))
     log.warning("no linear layer reads the units of %s: scored by %s, without a refit", missed[0].name, LOSS)
     chosen = recipe.select
     measured = chosen.allocation in ON_MODEL
@@ -106,7 +113,11 @@ def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibrat
         score=replace(recipe.score, criterion=LOSS, score_tokens=recipe.score.score_tokens or SCORE_TOKENS),
         select=replace(chosen, allocation="knapsack" if measured else chosen.allocation, allocation_criterion=None),
         compensate=replace(
-            recipe.compensate, compensation="none", compensation_scope="outputs", compensation_gains=False
+            recipe.compensate,
+            compensation="none",
+            compensation_criterion=None,
+            compensation_scope="outputs",
+            compensation_gains=False,
         ),
     )
 
@@ -134,6 +145,11 @@ def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
     if recipe.compensate.compensation not in REFITS or recipe.select.iterative_steps != 1 or samples < LEAST_SAMPLES:
         return False
     return sum(_sums(g) for g in cut) <= MEASURED_UP_TO
+
+
+def _stacked(groups: Groups, cut: list[Group]) -> bool:
+    """Whether all that is cut lies in stacked matrices, of experts."""
+    return all(len(groups.shapes[m.tensor]) == 3 for g in cut for m in g.members if m.parameter)
 
 
 def _sums(group: Group) -> int:

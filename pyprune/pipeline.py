@@ -46,7 +46,7 @@ from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import select
-from pyprune.stage_options import CalibrationConfig, CompensateConfig, EvalConfig, ModelConfig, ScoreConfig
+from pyprune.stage_options import CalibrationConfig, EvalConfig, ModelConfig, ScoreConfig
 from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import apply
 from pyprune.surgery.skeleton import is_stock
@@ -168,6 +168,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     if recipe.select.allocation_criterion is not None:
         tokens = recipe.select.allocation_tokens or recipe.score.score_tokens
         costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None, score_tokens=tokens)
+    judge = _judge(recipe, costs)
     plan, smaller, now = Plan(), dense.model, groups
     made: list[Compensation] = []
     if dense.mine:
@@ -202,6 +203,10 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if costs is not None:
             with stages("score for allocation" + step, bar=False):
                 shares = _score(smaller, now, batches, recipe, roles, layers, costs)
+        worth = None
+        if judge is not None:
+            with stages("score for choice" + step, bar=False):
+                worth = shares if judge == costs else _score(smaller, now, batches, recipe, roles, layers, judge)
         if recipe.select.allocation in ON_MODEL:
             with stages("search" if recipe.select.allocation == "search" else "measure widths", bar=False):
                 file = preflight.search_file(recipe) if recipe.select.allocation == "search" else None
@@ -221,7 +226,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             with stages("compensate" + step, bar=False):
                 if copy and number == 1 and fresh:
                     smaller = deepcopy(smaller)
-                made.append(_compensate(smaller, cut, batches, recipe.compensate, recipe.score))
+                made.append(_compensate(smaller, cut, batches, recipe, worth))
                 cut = made[-1].plan
         with stages("prune" + step):
             smaller = apply(smaller, cut, copy=copy and number == 1 and fresh and not made)
@@ -365,13 +370,24 @@ def _score(
     )
 
 
+def _judge(recipe: PruneConfig, costs: ScoreConfig | None) -> ScoreConfig | None:
+    """How units are scored whose worth has a say in the compensation's choice; None without such a say."""
+    criterion = recipe.compensate.compensation_criterion
+    if criterion is None or recipe.compensate.compensation != "obs":
+        return None
+    tokens = recipe.select.allocation_tokens or recipe.score.score_tokens
+    return replace(costs or recipe.score, criterion=criterion, route=None, score_tokens=tokens)
+
+
 def _compensate(
-    model: Any, plan: Plan, batches: Calibration, config: CompensateConfig, scoring: ScoreConfig
+    model: Any, plan: Plan, batches: Calibration, recipe: PruneConfig, worth: Scores | None
 ) -> Compensation:
+    config, scoring = recipe.compensate, recipe.score
     limit = LIMIT if config.cache_limit is None else config.cache_limit
     return compensate(
         model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
-        target=config.compensation_target, scope=config.compensation_scope, cache=scoring.cache, cache_limit=limit,
+        target=config.compensation_target, scope=config.compensation_scope, worth=worth, cache=scoring.cache,
+        cache_limit=limit,
     )  # fmt: skip
 
 

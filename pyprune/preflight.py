@@ -97,6 +97,12 @@ def check_request(recipe: PruneConfig) -> None:
         check_source("calibration", recipe.calibration.calibration)
         if recipe.score.cache is not None:
             check_folder(recipe.score.cache)
+    judge = recipe.compensate.compensation_criterion
+    if judge is not None:
+        if recipe.compensate.compensation != "obs" and asked.method != "best":
+            problem = "has a say in which units go, and only compensation obs chooses them anew"
+            raise PyPruneError("compensation_criterion", judge, problem, "Use compensation obs, or leave it out.")
+        check_scoring(replace(recipe.score, criterion=judge, route=None), recipe.calibration.calibration)
     limit = recipe.compensate.cache_limit
     if limit is not None and (recipe.score.cache is None or recipe.compensate.compensation == "none"):
         problem = "bounds what compensation keeps in a cache folder, and there is none of either"

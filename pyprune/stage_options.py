@@ -41,7 +41,7 @@ AUTO = "auto"  # the allocation that a method settles when it knows the model an
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
         "criterion": "wanda", "allocation": AUTO, "allocation_criterion": "group_fisher", "allocation_tokens": 8192,
-        "compensation": "obs", "compensation_scope": "ffn",
+        "compensation": "obs", "compensation_criterion": "token_fisher", "compensation_scope": "ffn",
     },
     "plain": {},
 }  # fmt: skip
@@ -153,6 +153,12 @@ class CompensateConfig(Stage):
         parsing.choice("none", "bias", "least-squares", "obs"),
         "least-squares refits the output projections on the calibration text; obs also chooses anew which units go, "
         "by what the refit cannot make up for; bias moves lost means into their biases.",
+    )
+    compensation_criterion: str | None = option(
+        None,
+        parsing.text(),
+        "With obs: criterion that has a say in which units go beside what the refit cannot make up for, as "
+        "token_fisher. It reads as much as allocation_criterion. Left out: none.",
     )
     compensation_target: str = option(
         "own",

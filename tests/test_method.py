@@ -224,3 +224,14 @@ def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_pat
     with torch.no_grad():
         want = out.model(ids(2)).logits
         assert torch.equal(opened(ids(2)).logits, want) and torch.equal(again(ids(2)).logits, want)
+
+
+def test_units_that_are_chosen_anew_are_chosen_by_their_worth_to_the_whole_model_too() -> None:
+    assert settled(tiny_llama(), ratio=0.1).compensate.compensation_criterion == "token_fisher"
+    own = {"compensation_criterion": "l2"}
+    assert settled(tiny_llama(), ratio=0.1, **own).compensate.compensation_criterion == "l2"
+    for how in ({"compensation": "none"}, {"compensation": "least-squares"}, {"roles": ["hidden"]}):
+        assert settled(tiny_llama(), ratio=0.1, **how).compensate.compensation_criterion is None
+    # Units inside stacked experts stay as planned.
+    assert settled(mixture("mixtral"), ratio=0.1).compensate.compensation_criterion is None
+    assert settled(mixture("mixtral"), ratio=0.5).compensate.compensation_criterion == "token_fisher"

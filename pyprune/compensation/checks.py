@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.walk import TOKEN_WEIGHTS
@@ -40,6 +45,23 @@ def check_plan(plan: Plan, mode: str) -> None:
         if cut.group.role not in INSIDE or not cut.group.exact:
             problem = f"cannot make up for cuts of {cut.group.role}"
             raise PyPruneError("compensation", mode, problem, "Cut heads and FFN channels only, or use none.")
+
+
+def check_worth(worth: Mapping[str, Any] | None, mode: str, plan: Plan) -> None:
+    """Raises PyPruneError when no units are chosen, or there is not one number for each of a group that is cut."""
+    if worth is None:
+        return
+    if mode != "obs":
+        problem = f"says which units go, and compensation {mode} takes those of the plan"
+        raise PyPruneError("worth", ", ".join(worth), problem, "Use compensation obs, or leave it out.")
+    for cut in plan.cuts:
+        group, found = cut.group, worth.get(cut.group.name)
+        shape = None if found is None else tuple(torch.as_tensor(found).shape)
+        if shape not in (None, (group.outer, group.units)):
+            problem = f"has shape {list(shape or ())} for [{group.outer}, {group.units}] units"
+            raise PyPruneError("worth", group.name, problem, "Score the groups that the plan was made from.")
+        if found is not None and not bool(torch.as_tensor(found).isfinite().all()):
+            raise PyPruneError("worth", group.name, "holds NaN or infinity", "Score the model anew.")
 
 
 def check_samples(calibration: Calibration, mode: str, gains: bool = False) -> None:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pyprune import progress as bars
 from pyprune.compensation.cache import LIMIT, SumsCache
@@ -32,11 +31,12 @@ from pyprune.compensation.gather import split_rows
 from pyprune.compensation.reconstruction import share_of_step
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
-from pyprune.importance.blocks import Call, NotSweepable, find_blocks, intercepted
+from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, scored, summary
-from pyprune.importance.inputs import InputTaps, read_product
+from pyprune.importance.inputs import InputTaps, read_product, with_input
+from pyprune.importance.recomputing import recomputed
 from pyprune.importance.rehearsal import few_tokens
 from pyprune.importance.scoring import scoring_state
 from pyprune.importance.steps import Forward, Step, make_steps
@@ -164,8 +164,7 @@ class _Scaling(InputTaps):
         if found is not None and key is not None and key.name in self._factors:
             x = found[0]
             scaled = x * self._factors[key.name][self._places[key.name]].to(x.dtype)
-            args = [scaled if a is x else a for a in args]
-            kwargs = {k: scaled if a is x else a for k, a in kwargs.items()}
+            args, kwargs = with_input(args, kwargs, x, scaled)
         return func(*args, **kwargs)
 
 
@@ -223,15 +222,9 @@ class _Fit:
                     bar.advance()
 
     def _backward(self, number: int, factor: float) -> None:
-        """Add the gradient of ``factor`` times a step's divergence. Blocks run again on the way back, so that one
-        block's activations are in memory at a time."""
-
-        def handler(i: int, stream: Tensor, call: Call, rest: list[Any]) -> Any:
-            again = self.forward.again(call)
-            return checkpoint(again, stream, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-
+        """Add the gradient of ``factor`` times a step's divergence."""
         step = self.dense.steps[number]
-        with intercepted(self.blocks, handler):
+        with recomputed(self.forward, self.blocks):
             logits = scored(self.forward(step), real_tokens(step))
             _, seed = divergence_and_seed(logits, *self.dense.said[number], factor)
             torch.autograd.backward(logits, seed)

@@ -8,6 +8,13 @@ squared error by
 after which W <- W - W_g [(H^-1)_gg]^-1 (H^-1)_g: and H^-1 <- H^-1 - (H^-1)_:g [(H^-1)_gg]^-1 (H^-1)_g: speak of what is
 left (SparseGPT and ZipLM, arXiv 2302.04089, section 3). Units are removed a few at a time; scores are exact between.
 
+Where it is told what units are worth to the whole model, F_g (``token_fisher``: the expected loss without a refit), the
+score is the geometric mean of s_g and of the part of F_g that a refit cannot make up for,
+
+    sqrt( s_g * F_g s_g / S_g ) = s_g sqrt(F_g / S_g),      S_g = tr(W_g A_gg W_g^T)
+
+S_g being the error of the layer's output without a refit.
+
 ``lam`` goes from the best refit on these very tokens (0) to no refit at all, where s_g is what Wanda compares: ridge in
 proportion to the diagonal is what independent noise on every input does. On text of another kind than the calibration's
 the middle does best: how the others make up for an input carries over only in part.
@@ -26,7 +33,9 @@ PENALTY_HEADS = 0.01  # for units of many: which head goes is told best by how w
 STEPS = 64  # single columns are removed in about so many rounds; units of several columns one by one
 
 
-def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: int, gone: np.ndarray) -> np.ndarray:
+def removed_units(
+    gram: Tensor, weight: Tensor, positions: np.ndarray, count: int, gone: np.ndarray, worth: Tensor | None = None
+) -> np.ndarray:
     """Which units to remove from every copy.
 
     Args:
@@ -35,6 +44,7 @@ def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: in
         positions: inputs that a unit holds, int64 [outer, units, k].
         count: units to remove from each of the ``outer`` copies.
         gone: inputs that other groups remove already, int64.
+        worth: F_g, [outer, units], in any unit; None compares s_g alone.
 
     Returns:
         Bool [outer, units], ``count`` true in every row. Dead inputs go first.
@@ -47,8 +57,10 @@ def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: in
     lost = np.isin(positions, gone).all(axis=2)
     at_once = 1 if k > 1 or outer > 1 else max(1, math.ceil(count / STEPS))
     where = torch.from_numpy(positions.copy()).to(gram.device)
+    factors = None if worth is None else _factors(gram, weight, where, worth)
     while (left := count - int(taken[0].sum())) > 0:
-        scores = state.scores(where).cpu().numpy()
+        found = state.scores(where)
+        scores = (found if factors is None else found * factors).cpu().numpy()
         scores[lost] = 0.0
         scores[taken] = np.inf
         chosen = np.argsort(scores, axis=1, kind="stable")[:, : min(at_once, left)]
@@ -57,6 +69,15 @@ def removed_units(gram: Tensor, weight: Tensor, positions: np.ndarray, count: in
         flat = np.concatenate([positions[o, chosen[o]].reshape(-1) for o in range(outer)])
         state.remove(torch.from_numpy(np.setdiff1d(flat, gone)).to(gram.device))
     return taken
+
+
+def _factors(gram: Tensor, weight: Tensor, where: Tensor, worth: Tensor) -> Tensor:
+    """sqrt(F_g / S_g), float64 [outer, units]; zero for what is dead."""
+    columns = weight[:, where].permute(1, 2, 3, 0)  # [outer, units, k, outputs]
+    inner = gram[where[..., :, None], where[..., None, :]]
+    alone = (columns * (inner @ columns)).sum((2, 3))
+    found = worth.to(alone).clamp_min(0) / alone
+    return torch.where(alone > 0, found, torch.zeros_like(found)).sqrt()
 
 
 def ridge(gram: Tensor, penalty: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyprune import progress as bars
 from pyprune.compensation.cache import LIMIT, SumsCache
-from pyprune.compensation.checks import check_names, check_plan, check_samples
+from pyprune.compensation.checks import check_names, check_plan, check_samples, check_worth
 from pyprune.compensation.course import Course, LastChange
 from pyprune.compensation.feeders import rows_of
 from pyprune.compensation.gather import Gathered, gather, split_steps
@@ -50,6 +50,7 @@ def compensate(
     target: str = "own",
     scope: str = "outputs",
     penalties: Sequence[float] = PENALTIES,
+    worth: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     cache_limit: float = LIMIT,
     progress: bool | None = None,
@@ -78,6 +79,9 @@ def compensate(
         scope: ``"outputs"``: projections that read removed units are refitted; ``"ffn"``: what feeds those of an FFN
             too, by :mod:`pyprune.compensation.inner`. It goes with refits towards the own output.
         penalties: values of lam that are tried.
+        worth: of mode ``obs``: group name -> what its units are worth to the whole model, [outer, units], such as
+            scores of the dense model by ``token_fisher``; it then has a say beside the layer's own output
+            (:mod:`pyprune.compensation.removal`). Groups that are not named are chosen by the output alone.
         cache: folder where the sums of the calibration stay (:mod:`pyprune.compensation.cache`): what another run did
             on the same model and text, up to where the models first differ, needs no forward pass.
         cache_limit: GiB that such sums may take in the folder.
@@ -91,21 +95,25 @@ def compensate(
             bias to move a mean into; weights or activations with NaN or infinity.
     """
     check_names(mode, token_weighting, target, scope)
+    check_worth(worth, mode, plan)
     check_plan(plan, mode)
     calibration = load_calibration(batches)
     check_samples(calibration, mode)
     check_vocabulary(calibration, model)
     with bars.shown(progress is not False):
-        stage = _Stage(model, plan, calibration, mode, token_weighting, target, scope, penalties, cache, cache_limit)
+        stage = _Stage(
+            model, plan, calibration, mode, token_weighting, target, scope, penalties, worth or {}, cache, cache_limit
+        )  # fmt: skip
         return stage.run()
 
 
 class _Stage:
     def __init__(
         self, model: nn.Module, plan: Plan, calibration: Calibration, mode: str, weighting: str, target: str,
-        scope: str, penalties: Sequence[float], cache: str | Path | None, cache_limit: float,
+        scope: str, penalties: Sequence[float], worth: Mapping[str, Any], cache: str | Path | None, cache_limit: float,
     ) -> None:  # fmt: skip
         self.model, self.mode, self.target, self.scope, self.penalties = model, mode, target, scope, penalties
+        self.worth = worth
         self.weighting = "equal" if mode == "bias" else weighting
         self.parameters = dict(model.named_parameters())
         self.cuts = {cut.group.name: cut for cut in plan.cuts}
@@ -313,7 +321,9 @@ class _Stage:
             positions = member.index.positions()
             if cut.group.name not in self.chosen:
                 self.chosen.add(cut.group.name)
-                goes = removed_units(gram, weight, positions, cut.group.units - cut.width, taken)
+                worth = self.worth.get(cut.group.name)
+                worth = None if worth is None else torch.as_tensor(worth)
+                goes = removed_units(gram, weight, positions, cut.group.units - cut.width, taken, worth)
                 kept = tuple(tuple(np.flatnonzero(~row).tolist()) for row in goes)
                 cut = self.cuts[cut.group.name] = Cut(cut.group, kept)
             stays = np.zeros(positions.shape[:2], dtype=bool)

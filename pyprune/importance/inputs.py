@@ -131,6 +131,13 @@ def read_product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> F
     return None if read is None else read(*args, **kwargs)
 
 
+def with_input(
+    args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, other: Tensor
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of such a call with ``other`` in place of its input ``x``."""
+    return [other if a is x else a for a in args], {k: other if a is x else a for k, a in kwargs.items()}
+
+
 _READ: dict[Any, Callable[..., Found]] = {
     linear: _linear,
     torch.addmm: _addmm,

@@ -41,6 +41,7 @@ class Criterion:
         inputs: ``"moments"`` or ``"gram"``: reads these statistics of the inputs of linear layers.
         units: with ``inputs``: (weight float64 [outputs, inputs], its statistics, positions int64 [outer, units, k]) ->
             float64 [outer, units].
+        tokens: reads what units hand on at single tokens and the gradient that comes back there.
         experts: reads the gated outputs of routed experts, and scores them alone.
         draw: (group, generator) -> float32 [outer, units], for criteria that read no tensor.
     """
@@ -56,6 +57,7 @@ class Criterion:
     per_sample: bool = False
     inputs: str | None = None
     units: Callable[[Tensor, InputStatistics, Tensor], Tensor] | None = None
+    tokens: bool = False
     experts: bool = False
     draw: Callable[[Group, torch.Generator], Tensor] | None = None
 
@@ -67,12 +69,17 @@ class Criterion:
     @property
     def calibrated(self) -> bool:
         """Whether calibration batches are needed."""
-        return self.backward or self.forward_only
+        return self.backward or self.of_units
 
     @property
     def forward_only(self) -> bool:
         """Whether it is measured in forward passes alone."""
         return self.inputs is not None or self.experts
+
+    @property
+    def of_units(self) -> bool:
+        """Whether units are scored as such, and not from row and column sums of tensors."""
+        return self.forward_only or self.tokens
 
     @property
     def separate(self) -> bool:

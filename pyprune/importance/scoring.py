@@ -32,6 +32,7 @@ from pyprune.importance.scores import Scores
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.sweep import Layout, Sweep
 from pyprune.importance.taps import Taps, experts_one_by_one
+from pyprune.importance.token_scores import score_tokens
 from pyprune.importance.walk import TOKEN_WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def score(
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer. Needed by criteria that
             read gradients.
         criterion: a registered name: random, l1, l2, vectorize, param_first (taylor), param_second (fisher), param_mix,
-            group_fisher; wanda, flap, obs (forward passes alone), reap (of experts).
+            group_fisher, token_fisher; wanda, flap, obs (forward passes alone), reap (of experts).
         aggregation: sum, mean, max, prod, first or last, over a group's members in their order. ``prod`` is scaled by a
             power of two for each role where float32 could not hold it (``details["prod_shift"]``).
         roles: only groups of these roles; None is all.
@@ -133,12 +134,14 @@ def score(
                 values[group.name] = spec.draw(group, generator)
         else:
             samples = None
-            if spec.forward_only:
+            if spec.of_units:
                 calibration = _calibration(batches, spec)
                 check_vocabulary(calibration, model)
                 details |= {"calibration": calibration.to_dict(), "token_weights": token_weights}
                 _check_weights(parameters)
-                if spec.experts:
+                if spec.tokens:
+                    wide = score_tokens(model, spec, chosen, parameters, calibration, aggregation, seed, details)
+                elif spec.experts:
                     wide = score_experts(model, chosen, parameters, calibration, spec.name, details)
                 else:
                     wide = score_inputs(
@@ -152,7 +155,7 @@ def score(
                 details["calibration"] = calibration.to_dict()
                 sums = _from_calibration(model, spec, parameters, calibration, route, activation_memory, details)
                 samples = calibration.samples if spec.per_sample else None
-            if not spec.forward_only:
+            if not spec.of_units:
                 wide = {g.name: group_scores(g, sums, groups.shapes, aggregation, spec.signed, samples) for g in chosen}
             values, shifts = to_float32(wide, {g.name: g.role for g in chosen}, aggregation)
             if shifts:
@@ -232,10 +235,9 @@ def check_route(route: str | None, spec: Criterion) -> None:
     """Raises PyPruneError when there is no such route, or the criterion cannot take it."""
     if route is not None and route not in ROUTES:
         raise unknown_name("route", route, ROUTES)
-    if route is not None and spec.forward_only:
-        raise PyPruneError(
-            "route", route, f"means nothing to criterion {spec.name!r}, which takes no gradient", "Leave it out."
-        )
+    if route is not None and spec.of_units:
+        problem = f"means nothing to criterion {spec.name!r}, which takes no gradient of a weight"
+        raise PyPruneError("route", route, problem, "Leave it out.")
     if route == "activations" and spec.backward and spec.formula is None:
         raise PyPruneError(
             "route", route, f"cannot serve criterion {spec.name!r}, which needs whole gradients", "Use gradients."

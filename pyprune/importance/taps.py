@@ -52,8 +52,8 @@ class Product:
     cols: Tensor
 
 
-class _Before(torch.autograd.Function):
-    """Identity in front of a layer. Going back, hands on the layer's input and that input's gradient.
+class GradientTap(torch.autograd.Function):
+    """Identity in front of a layer. Going back, hands the layer's input and that input's gradient to ``sink``.
 
     The input is saved before the layer computes, so that recomputing a block still stops short of its last product.
     """
@@ -225,7 +225,7 @@ class Taps:
                 self._bias(own, dy, b)
                 self._matrix(key, w, transposed, x, dx, dy, None if y is None else y if b is None else y - b)
 
-        x = _Before.apply(x, back)
+        x = GradientTap.apply(x, back)
         y = _Linear.apply(x, w if not transposed else w.t(), b)
         return _After.apply(y, self.criterion.signed, lambda dy, y: arrived.append((dy, y)), key.name)
 

@@ -100,7 +100,7 @@ class Moves:
         others = [g for g in self.groups if g.role != "vo_dim"]
         found |= {f"{n}, vo_dim whole": w for n, w in self._alone(others, MEASURED, scores).items()}
         fine = [g for g in self.groups if g.role == self.finest_first[0].role]
-        alone = self._alone(fine, ("uniform", "log_depth"), scores)
+        alone = self._alone(fine, ("uniform", "log_depth", "knapsack"), scores)
         found |= {f"{n}, {fine[0].role} only": w for n, w in alone.items()}
         if alone:
             found[f"linear_depth, {fine[0].role} only"] = self._by_depth(fine, lambda depth: 0.5 + depth)

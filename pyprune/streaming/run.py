@@ -178,7 +178,7 @@ def _check(recipe: PruneConfig, model: Any) -> Path:
         problem = "wants the smaller model of each step in memory"
         raise PyPruneError("iterative_steps", recipe.select.iterative_steps, problem, "Leave it or stream out.")
     criterion = recipe.score.criterion
-    if recipe.select.scores_file is None and get_criterion(criterion).forward_only:
+    if recipe.select.scores_file is None and get_criterion(criterion).of_units:
         hint = "Choose random, l1, l2 or one of the Taylor and Fisher criteria."
         raise PyPruneError("criterion", criterion, "does not go with stream", hint)
     if recipe.compensate.compensation != "none":

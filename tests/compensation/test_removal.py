@@ -14,6 +14,7 @@ import pyprune
 from pyprune import apply
 from pyprune.compensation import compensate
 from pyprune.compensation.removal import PENALTY, PENALTY_HEADS, removed_units, ridge
+from pyprune.errors import PyPruneError
 
 
 def problem(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,3 +94,87 @@ def test_the_whole_line_applies_the_plan_of_the_chosen_units() -> None:
     assert {c.group.role for c in out.plan.cuts} == {"ffn"}
     down = dict(out.model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     assert down.shape[1] == out.plan.cuts[0].width and bool((down != 0).any(dim=0).all())
+
+
+def alone(gram: torch.Tensor, weight: torch.Tensor, unit: list[int]) -> float:
+    """Squared error of the output when these inputs are dropped and nothing takes over."""
+    return float(((weight[:, unit] @ gram[unit][:, unit]) * weight[:, unit]).sum())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_worth_has_half_a_say_in_the_first_choice(k: int) -> None:
+    gram, weight = problem(12, 4, 11)
+    positions = np.arange(12).reshape(1, 12 // k, k)
+    worth = torch.rand(1, 12 // k, generator=torch.Generator().manual_seed(1)) ** 3
+    none = np.empty(0, dtype=np.int64)
+    units = positions[0].tolist()
+    lam = PENALTY if k == 1 else PENALTY_HEADS
+    scores = [
+        error(gram, weight, u, lam) * (float(f) / alone(gram, weight, u)) ** 0.5
+        for u, f in zip(units, worth[0], strict=True)
+    ]
+    for scale in (1.0, 1e-6, 1e6):
+        found = removed_units(gram, weight, positions, 1, none, worth * scale)
+        assert np.flatnonzero(found[0]).tolist() == [int(np.argmin(scores))]
+
+
+def test_worth_that_says_what_the_output_says_changes_nothing() -> None:
+    gram, weight = problem(12, 4, 13)
+    positions = np.arange(12).reshape(1, 12, 1)
+    same = torch.tensor([[alone(gram, weight, [u]) for u in range(12)]])
+    none = np.empty(0, dtype=np.int64)
+    for count in range(13):
+        found = removed_units(gram, weight, positions, count, none, same)
+        assert (found == removed_units(gram, weight, positions, count, none)).all()
+
+
+def test_units_that_are_worth_nothing_or_dead_go_first() -> None:
+    gram, weight = problem(6, 3, 7)
+    gram[2] = gram[:, 2] = 0
+    worth = torch.tensor([[5.0, 4.0, 9.0, 0.0, 3.0, 2.0]])
+    found = removed_units(gram, weight, np.arange(6)[None, :, None], 2, np.empty(0, dtype=np.int64), worth)
+    assert np.flatnonzero(found[0]).tolist() == [2, 3]
+
+
+def test_a_compensation_told_what_units_are_worth_chooses_others() -> None:
+    dense = tiny_llama()
+    plan, groups = planned(dense, "random", ffn=14), pyprune.discover(dense)
+    worth = pyprune.score(dense, groups, ids(20), "token_fisher", roles=["ffn"])
+    without, told, same = (copy.deepcopy(dense) for _ in range(3))
+    first = compensate(without, plan, ids(40), "obs")
+    second = compensate(told, plan, ids(40), "obs", worth=worth)
+    assert {c.kept for c in first.plan.cuts} != {c.kept for c in second.plan.cuts}
+    assert {c.kept for c in compensate(same, plan, ids(40), "obs", worth={}).plan.cuts} == {
+        c.kept for c in first.plan.cuts
+    }
+
+
+def test_the_whole_line_lets_a_criterion_have_its_say() -> None:
+    options = {"ratio": 0.2, "calibration": ids(40), "criterion": "wanda", "compensation": "obs", "roles": ["ffn"]}
+    plain = pyprune.prune(tiny_llama(), **options)
+    told = pyprune.prune(tiny_llama(), compensation_criterion="token_fisher", **options)
+    assert {c.kept for c in plain.plan.cuts} != {c.kept for c in told.plan.cuts}
+    assert "score for choice" in [s["name"] for s in told.report.stages]
+
+
+def test_worth_that_fits_nothing_is_refused() -> None:
+    dense = tiny_llama()
+    plan = planned(dense, "random", ffn=14)
+    name = plan.cuts[0].group.name
+    for mode, worth, problem in (
+        ("least-squares", {name: torch.ones(1, 24)}, "takes those of the plan"),
+        ("obs", {name: torch.ones(1, 23)}, r"has shape \[1, 23\] for \[1, 24\] units"),
+        ("obs", {name: torch.full((1, 24), float("nan"))}, "holds NaN"),
+    ):
+        with pytest.raises(PyPruneError, match=problem):
+            compensate(copy.deepcopy(dense), plan, ids(8), mode, worth=worth)
+    with pytest.raises(PyPruneError, match="only compensation obs chooses them anew"):
+        pyprune.prune(
+            tiny_llama(), ratio=0.2, criterion="l2", compensation="least-squares", calibration=ids(8),
+            compensation_criterion="token_fisher",
+        )  # fmt: skip
+    with pytest.raises(PyPruneError, match="criterion"):
+        pyprune.prune(
+            tiny_llama(), ratio=0.2, criterion="l2", compensation="obs", calibration=ids(8),
+            compensation_criterion="tokenfisher",
+        )  # fmt: skip

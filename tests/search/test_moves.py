@@ -119,3 +119,12 @@ def test_values_stay_whole_in_some_of_the_seeds_where_other_roles_make_up_the_si
     assert spared and not none
     for widths in spared.values():
         assert {w for name, w in widths.items() if name.endswith(":vo_dim")} == {64}
+
+
+def test_channels_alone_are_among_the_seeds_where_heads_go_too() -> None:
+    seen: list[dict[str, dict[str, int]]] = []
+    moves_of(lambda moves, seeds: seen.append(seeds), ratio=0.2, roles=["kv_heads", "ffn"])
+    alone = {name: widths for name, widths in seen[0].items() if name.endswith(", ffn only")}
+    assert "knapsack, ffn only" in alone
+    for widths in alone.values():
+        assert all(widths[g.name] == g.units for g in GROUPS if g.role == "kv_heads" and g.name in widths)

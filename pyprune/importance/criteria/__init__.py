@@ -11,6 +11,7 @@ from pyprune.importance.criteria import (
     param_second,
     random,
     reap,
+    token_fisher,
     vectorize,
     wanda,
 )
@@ -24,6 +25,7 @@ register(param_first.CRITERION, "taylor")
 register(param_second.CRITERION, "fisher")
 register(param_mix.CRITERION)
 register(group_fisher.CRITERION)
+register(token_fisher.CRITERION)
 register(wanda.CRITERION)
 register(flap.CRITERION)
 register(obs.CRITERION)
