@@ -18,7 +18,7 @@ from pyprune.discovery.groups import Group
 from pyprune.errors import PyPruneError
 from pyprune.importance.aggregation import AGGREGATIONS, scored_members
 from pyprune.importance.blocks import NotSweepable, find_blocks
-from pyprune.importance.calibration import Calibration
+from pyprune.importance.calibration import Calibration, batch_rows, take
 from pyprune.importance.divergence import pieces, real_tokens, scored
 from pyprune.importance.inputs import InputTaps, read_product, with_input
 from pyprune.importance.recomputing import recomputed
@@ -27,7 +27,8 @@ from pyprune.importance.steps import Forward, make_steps
 from pyprune.importance.taps import GradientTap, Key
 from pyprune.importance.walk import walking
 
-STEP_TOKENS = 512  # in one pass: logits are most of the memory
+STEP_TOKENS = 512  # in one pass, at most
+LOGIT_BYTES = 128 << 20  # that their logits take as float32; there is a gradient of that size, too
 Sink = Callable[[Key, int, Tensor, Tensor], None]
 
 
@@ -45,7 +46,8 @@ def score_tokens(
     """
     matrices = {n: p for n, p in parameters.items() if p.dim() in (2, 3)}
     device = next(model.parameters()).device
-    steps = make_steps(calibration, device, tokens=STEP_TOKENS)
+    rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
+    steps = make_steps(rows, device, tokens=_step_tokens(model))
     random = torch.Generator().manual_seed(seed)
     sums = _Sums(groups, matrices)
     tokens = 0
@@ -69,6 +71,12 @@ def score_tokens(
             tokens += len(logits)
     combine = AGGREGATIONS[aggregation]
     return {name: combine(values / tokens) for name, values in sums.found().items()}
+
+
+def _step_tokens(model: nn.Module) -> int:
+    named = getattr(model, "get_output_embeddings", None)
+    weight = getattr(named() if callable(named) else None, "weight", None)
+    return STEP_TOKENS if weight is None else min(STEP_TOKENS, max(1, LOGIT_BYTES // (4 * len(weight))))
 
 
 def _not_finite(where: str, what: str) -> PyPruneError:

@@ -160,3 +160,19 @@ def test_nan_in_logits_is_refused() -> None:
     model.lm_head.weight.data[3] = float("inf")
     with pytest.raises(PyPruneError, match="NaN or infinity"):
         score(model, discover(model), ids(), "token_fisher", roles=["ffn"])
+
+
+def test_steps_are_small_where_the_vocabulary_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    drawn = token_scores._drawn_seed
+
+    def counted(logits: Tensor, random: torch.Generator) -> Tensor:
+        seen.append(len(logits))
+        return drawn(logits, random)
+
+    monkeypatch.setattr(token_scores, "_drawn_seed", counted)
+    model = tiny_llama()
+    for room in (97 * 4 * 2 * TOKENS, 97 * 4):  # logits of two samples; of one token, where a sample is the least
+        monkeypatch.setattr(token_scores, "LOGIT_BYTES", room)
+        score(model, discover(model), ids(4), "token_fisher", roles=["ffn"])
+    assert seen == [2 * TOKENS] * 2 + [TOKENS] * 4
