@@ -73,9 +73,12 @@ def removed_units(
 
 def _factors(gram: Tensor, weight: Tensor, where: Tensor, worth: Tensor) -> Tensor:
     """sqrt(F_g / S_g), float64 [outer, units]; zero for what is dead."""
-    columns = weight[:, where].permute(1, 2, 3, 0)  # [outer, units, k, outputs]
-    inner = gram[where[..., :, None], where[..., None, :]]
-    alone = (columns * (inner @ columns)).sum((2, 3))
+    if where.shape[2] == 1:
+        alone = (weight.square().sum(0) * gram.diagonal())[where[:, :, 0]]
+    else:
+        columns = weight[:, where].permute(1, 2, 3, 0)  # [outer, units, k, outputs]
+        inner = gram[where[..., :, None], where[..., None, :]]
+        alone = (columns * (inner @ columns)).sum((2, 3))
     found = worth.to(alone).clamp_min(0) / alone
     return torch.where(alone > 0, found, torch.zeros_like(found)).sqrt()
 
