@@ -50,7 +50,7 @@ SYNONYMS = (("ratio", "target_params"), ("protocol", "eval_length"))
 # Who says one of these says how to prune, and gets nothing else of the method ``best`` with it.
 HOW = (
     "criterion", "route", "aggregation", "scores_file", "allocation", "allocation_criterion", "widths",
-    "iterative_steps", "compensation", "compensation_criterion", "compensation_target", "remove_layers", "stream",
+    "iterative_steps", "compensation", "compensation_target", "remove_layers", "stream",
 )  # fmt: skip
 
 

@@ -76,11 +76,9 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
     if not all(g.exact and g.role in INSIDE for g in cut):
-        how = replace(how, compensation="none", compensation_gains=False)
+        how = replace(how, compensation="none", compensation_criterion=None, compensation_gains=False)
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
-    if how.compensation != "obs" or _stacked(groups, cut):
-        how = replace(how, compensation_criterion=None)  # units stay as planned
     recipe = replace(recipe, compensate=how)
     unmeasured = "log_depth" if heavy else "knapsack"
     recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
@@ -95,16 +93,11 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
 def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibration | None) -> PruneConfig:
     """Expected loss in place of inputs and refits, where something is cut that no linear layer reads as inputs (an
     expert in a batched product)."""
-    if recipe.select.method != "best" or batches is None:
-        return recipe
-    inputs = get_criterion(recipe.score.criterion).inputs
-    if not inputs and recipe.compensate.compensation_criterion is None:
+    if recipe.select.method != "best" or batches is None or not get_criterion(recipe.score.criterion).inputs:
         return recipe
     missed = unread(model, groups.prunable(roles_to_share(groups, recipe.select.roles, ())), batches)
     if not missed:
         return recipe
-    if not inputs:
-        return replace(recipe, compensate=replace(recipe.compensate, compensation_criterion=None))
     log.warning("no linear layer reads the units of %s: scored by %s, without a refit", missed[0].name, LOSS)
     chosen = recipe.select
     measured = chosen.allocation in ON_MODEL
@@ -145,11 +138,6 @@ def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
     if recipe.compensate.compensation not in REFITS or recipe.select.iterative_steps != 1 or samples < LEAST_SAMPLES:
         return False
     return sum(_sums(g) for g in cut) <= MEASURED_UP_TO
-
-
-def _stacked(groups: Groups, cut: list[Group]) -> bool:
-    """Whether all that is cut lies in stacked matrices, of experts."""
-    return all(len(groups.shapes[m.tensor]) == 3 for g in cut for m in g.members if m.parameter)
 
 
 def _sums(group: Group) -> int:

@@ -99,7 +99,7 @@ def check_request(recipe: PruneConfig) -> None:
             check_folder(recipe.score.cache)
     judge = recipe.compensate.compensation_criterion
     if judge is not None:
-        if recipe.compensate.compensation != "obs" and asked.method != "best":
+        if recipe.compensate.compensation != "obs":
             problem = "has a say in which units go, and only compensation obs chooses them anew"
             raise PyPruneError("compensation_criterion", judge, problem, "Use compensation obs, or leave it out.")
         check_scoring(replace(recipe.score, criterion=judge, route=None), recipe.calibration.calibration)

@@ -41,7 +41,7 @@ AUTO = "auto"  # the allocation that a method settles when it knows the model an
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
         "criterion": "wanda", "allocation": AUTO, "allocation_criterion": "group_fisher", "allocation_tokens": 8192,
-        "compensation": "obs", "compensation_criterion": "token_fisher", "compensation_scope": "ffn",
+        "compensation": "obs", "compensation_scope": "ffn",
     },
     "plain": {},
 }  # fmt: skip

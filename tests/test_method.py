@@ -226,12 +226,10 @@ def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_pat
         assert torch.equal(opened(ids(2)).logits, want) and torch.equal(again(ids(2)).logits, want)
 
 
-def test_units_that_are_chosen_anew_are_chosen_by_their_worth_to_the_whole_model_too() -> None:
-    assert settled(tiny_llama(), ratio=0.1).compensate.compensation_criterion == "token_fisher"
-    own = {"compensation_criterion": "l2"}
-    assert settled(tiny_llama(), ratio=0.1, **own).compensate.compensation_criterion == "l2"
-    for how in ({"compensation": "none"}, {"compensation": "least-squares"}, {"roles": ["hidden"]}):
-        assert settled(tiny_llama(), ratio=0.1, **how).compensate.compensation_criterion is None
-    # Units inside stacked experts stay as planned.
-    assert settled(mixture("mixtral"), ratio=0.1).compensate.compensation_criterion is None
-    assert settled(mixture("mixtral"), ratio=0.5).compensate.compensation_criterion == "token_fisher"
+def test_a_criterion_with_a_say_in_the_choice_goes_with_the_method_and_not_without_a_refit() -> None:
+    own = {"compensation_criterion": "token_fisher"}
+    alone = PruneConfig.build({"ratio": 0.1, **own})
+    assert (alone.select.method, alone.compensate.compensation) == ("best", "obs")
+    assert settled(tiny_llama(), ratio=0.1).compensate.compensation_criterion is None
+    assert settled(tiny_llama(), ratio=0.1, **own).compensate.compensation_criterion == "token_fisher"
+    assert settled(tiny_llama(), ratio=0.1, roles=["hidden"], **own).compensate.compensation_criterion is None
