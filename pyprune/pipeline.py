@@ -164,11 +164,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
 
     first: Scores | None = None
     depth: dict[str, Any] | None = None
-    costs = None
-    if recipe.select.allocation_criterion is not None:
-        tokens = recipe.select.allocation_tokens or recipe.score.score_tokens
-        costs = replace(recipe.score, criterion=recipe.select.allocation_criterion, route=None, score_tokens=tokens)
-    judge = _judge(recipe, costs)
+    costs = _second(recipe, recipe.select.allocation_criterion)
+    chooses = recipe.compensate.compensation == "obs"
+    judge = _second(recipe, recipe.compensate.compensation_criterion) if chooses else None
     plan, smaller, now = Plan(), dense.model, groups
     made: list[Compensation] = []
     if dense.mine:
@@ -370,13 +368,12 @@ def _score(
     )
 
 
-def _judge(recipe: PruneConfig, costs: ScoreConfig | None) -> ScoreConfig | None:
-    """How units are scored whose worth has a say in the compensation's choice; None without such a say."""
-    criterion = recipe.compensate.compensation_criterion
-    if criterion is None or recipe.compensate.compensation != "obs":
+def _second(recipe: PruneConfig, criterion: str | None) -> ScoreConfig | None:
+    """How units are scored by a criterion beside the first; None without one."""
+    if criterion is None:
         return None
     tokens = recipe.select.allocation_tokens or recipe.score.score_tokens
-    return replace(costs or recipe.score, criterion=criterion, route=None, score_tokens=tokens)
+    return replace(recipe.score, criterion=criterion, route=None, score_tokens=tokens)
 
 
 def _compensate(

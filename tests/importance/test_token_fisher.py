@@ -90,7 +90,7 @@ def test_over_drawn_labels_it_is_the_fisher_information_of_the_mask() -> None:
     assert float((found[0].double().sum() / want.mean(0).sum() - 1).abs()) < 0.05
 
 
-def test_labels_come_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_come_from_the_seed() -> None:
     model = tiny_llama()
     groups = discover(model)
     one, same, other = (score(model, groups, ids(), "token_fisher", roles=["ffn"], seed=s) for s in (1, 1, 2))
