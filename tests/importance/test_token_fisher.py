@@ -112,9 +112,15 @@ def test_padding_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_channels_of_stacked_experts_have_scores() -> None:
+    """A channel that no expert's projection reads is worth nothing; all others are worth something."""
     model = mixture("mixtral")
+    readers = [p for name, p in model.named_parameters() if name.endswith("experts.down_proj")]
+    for p in readers:
+        p.data[:, :, 3] = 0
     found = score(model, discover(model), ids(vocabulary=101), "token_fisher", roles=["expert_ffn"])
-    assert len(found) == 2 and all(bool((v > 0).any() and v.isfinite().all()) for v in found.values())
+    assert len(found) == len(readers) == 2
+    for values in found.values():
+        assert values.reshape(-1, 24).eq(0).nonzero()[:, 1].tolist() == [3] * (values.numel() // 24)
 
 
 def test_a_model_whose_blocks_are_not_found_is_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
