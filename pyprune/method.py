@@ -28,7 +28,8 @@ from pyprune.surgery.skeleton import is_stock
 
 log = logging.getLogger(__name__)
 
-LOSS = "group_fisher"  # expected loss of a unit, from any gradient
+TOKENS = "token_fisher"  # expected loss of a unit that a linear layer reads
+LOSS = "group_fisher"  # of any unit
 CHANNELS = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
 MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
@@ -75,11 +76,16 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         recipe = replace(recipe, select=replace(recipe.select, roles=roles))
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
+    by_tokens = not heavy and all(g.role in INSIDE for g in cut)
+    if how.compensation_criterion == AUTO:
+        how = replace(how, compensation_criterion=TOKENS if by_tokens and how.compensation == "obs" else "none")
     if not all(g.exact and g.role in INSIDE for g in cut):
-        how = replace(how, compensation="none", compensation_criterion=None, compensation_gains=False)
+        how = replace(how, compensation="none", compensation_criterion="none", compensation_gains=False)
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)
+    if recipe.select.allocation_criterion == AUTO:
+        recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=TOKENS if by_tokens else LOSS))
     unmeasured = "log_depth" if heavy else "knapsack"
     recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
     if recipe.select.allocation in SCORELESS:
@@ -91,28 +97,41 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
 
 
 def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibration | None) -> PruneConfig:
-    """Expected loss in place of inputs and refits, where something is cut that no linear layer reads as inputs (an
-    expert in a batched product)."""
-    if recipe.select.method != "best" or batches is None or not get_criterion(recipe.score.criterion).inputs:
+    """Expected loss in place of what linear layers read and of refits, where something is cut that none reads as inputs
+    (an expert in a batched product)."""
+    chosen, how = recipe.select, recipe.compensate
+    asked = (recipe.score.criterion, chosen.allocation_criterion, how.compensation_criterion)
+    if chosen.method != "best" or batches is None or not any(map(_by_readers, asked)):
         return recipe
     missed = unread(model, groups.prunable(roles_to_share(groups, recipe.select.roles, ())), batches)
     if not missed:
         return recipe
     log.warning("no linear layer reads the units of %s: scored by %s, without a refit", missed[0].name, LOSS)
-    chosen = recipe.select
     measured = chosen.allocation in ON_MODEL
     return replace(
         recipe,
-        score=replace(recipe.score, criterion=LOSS, score_tokens=recipe.score.score_tokens or SCORE_TOKENS),
+        score=replace(
+            recipe.score,
+            criterion=LOSS if _by_readers(recipe.score.criterion) else recipe.score.criterion,
+            score_tokens=recipe.score.score_tokens or SCORE_TOKENS,
+        ),
         select=replace(chosen, allocation="knapsack" if measured else chosen.allocation, allocation_criterion=None),
         compensate=replace(
-            recipe.compensate,
+            how,
             compensation="none",
-            compensation_criterion=None,
+            compensation_criterion="none",
             compensation_scope="outputs",
             compensation_gains=False,
         ),
     )
+
+
+def _by_readers(criterion: str | None) -> bool:
+    """Whether a criterion reads what enters linear layers."""
+    if criterion is None or criterion == "none":
+        return False
+    found = get_criterion(criterion)
+    return found.inputs is not None or found.tokens
 
 
 def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:

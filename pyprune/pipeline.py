@@ -46,7 +46,7 @@ from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import select
-from pyprune.stage_options import CalibrationConfig, EvalConfig, ModelConfig, ScoreConfig
+from pyprune.stage_options import AUTO, CalibrationConfig, EvalConfig, ModelConfig, ScoreConfig
 from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import apply
 from pyprune.surgery.skeleton import is_stock
@@ -166,7 +166,8 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     depth: dict[str, Any] | None = None
     costs = _second(recipe, recipe.select.allocation_criterion)
     chooses = recipe.compensate.compensation == "obs"
-    judge = _second(recipe, recipe.compensate.compensation_criterion) if chooses else None
+    said = recipe.compensate.compensation_criterion
+    judge = _second(recipe, said) if chooses and said != "none" else None
     plan, smaller, now = Plan(), dense.model, groups
     made: list[Compensation] = []
     if dense.mine:
@@ -205,13 +206,15 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         if judge is not None:
             with stages("score for choice" + step, bar=False):
                 worth = shares if judge == costs else _score(smaller, now, batches, recipe, roles, layers, judge)
+        # Which units stand for a width before compensation chooses them anew.
+        order, shares = (scores, shares) if worth is None else (scores.weighed(worth), shares or scores)
         if recipe.select.allocation in ON_MODEL:
             with stages("search" if recipe.select.allocation == "search" else "measure widths", bar=False):
                 file = preflight.search_file(recipe) if recipe.select.allocation == "search" else None
                 cut = search_plan(
                     smaller,
                     now,
-                    scores,
+                    order,
                     batches,
                     **search_options(recipe, request),
                     allocation_scores=shares,
@@ -219,7 +222,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
                 )
         else:
             with stages("select" + step):
-                cut = select(now, scores, **request, allocation_scores=shares)
+                cut = select(now, order, **request, allocation_scores=shares)
         if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
             with stages("compensate" + step, bar=False):
                 if copy and number == 1 and fresh:
@@ -341,6 +344,8 @@ def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
 def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     """Whether any stage reads calibration; ``scored``: criterion included."""
     second = recipe.select.allocation_criterion
+    if second == AUTO:  # whichever it comes to
+        return True
     asked = [recipe.score] * scored + ([] if second is None else [replace(recipe.score, criterion=second, route=None)])
     if recipe.depth.remove_layers is not None or recipe.compensate.compensation != "none":
         return True

@@ -31,6 +31,9 @@ def renamed(**options: str) -> Iterator[None]:
         raise PyPruneError(options[error.option], error.value, error.problem, error.hint) from error
 
 
+_LOSS = "group_fisher"  # reads what any criterion reads that method best may settle
+
+
 def check_request(recipe: PruneConfig) -> None:
     """Something says how much goes, names are known, texts are there, and the output may be written."""
     from pyprune.checkpoint.atomic import check_target
@@ -51,11 +54,15 @@ def check_request(recipe: PruneConfig) -> None:
         check_source("calibration", recipe.calibration.calibration)
         if recipe.score.cache is not None:
             check_folder(recipe.score.cache)
-    if asked.allocation == AUTO:
-        if asked.method != "best":
-            hint = "Give method best, or name an allocation."
-            raise PyPruneError("allocation", AUTO, "is what method best settles, and it is not asked for", hint)
-    elif asked.allocation not in ALLOCATIONS:
+    for option, value, kind in (
+        ("allocation", asked.allocation, "an allocation"),
+        ("allocation_criterion", asked.allocation_criterion, "a criterion"),
+        ("compensation_criterion", recipe.compensate.compensation_criterion, "a criterion"),
+    ):
+        if value == AUTO and asked.method != "best":
+            hint = f"Give method best, or name {kind}."
+            raise PyPruneError(option, AUTO, "is what method best settles, and it is not asked for", hint)
+    if asked.allocation not in (AUTO, *ALLOCATIONS):
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
     check_budget(recipe)
     check_search(recipe)
@@ -79,9 +86,8 @@ def check_request(recipe: PruneConfig) -> None:
         hint = "Name allocation_criterion too, or use score_tokens."
         raise PyPruneError("allocation_tokens", asked.allocation_tokens, "is for a criterion that is not named", hint)
     if asked.allocation_criterion is not None:
-        check_scoring(
-            replace(recipe.score, criterion=asked.allocation_criterion, route=None), recipe.calibration.calibration
-        )
+        named = _LOSS if asked.allocation_criterion == AUTO else asked.allocation_criterion
+        check_scoring(replace(recipe.score, criterion=named, route=None), recipe.calibration.calibration)
     if asked.method != "best":
         from pyprune.compensation.checks import check_scope
 
@@ -98,7 +104,7 @@ def check_request(recipe: PruneConfig) -> None:
         if recipe.score.cache is not None:
             check_folder(recipe.score.cache)
     judge = recipe.compensate.compensation_criterion
-    if judge is not None:
+    if judge not in ("none", AUTO):
         if recipe.compensate.compensation != "obs":
             problem = "has a say in which units go, and only compensation obs chooses them anew"
             raise PyPruneError("compensation_criterion", judge, problem, "Use compensation obs, or leave it out.")

@@ -37,11 +37,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Recipe name -> options."""
-AUTO = "auto"  # the allocation that a method settles when it knows the model and the size
+AUTO = "auto"  # what a method settles when it knows the model and the size
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
-        "criterion": "wanda", "allocation": AUTO, "allocation_criterion": "group_fisher", "allocation_tokens": 8192,
-        "compensation": "obs", "compensation_scope": "ffn",
+        "criterion": "wanda", "allocation": AUTO, "allocation_criterion": AUTO, "allocation_tokens": 8192,
+        "compensation": "obs", "compensation_criterion": AUTO, "compensation_scope": "ffn",
     },
     "plain": {},
 }  # fmt: skip
@@ -154,11 +154,11 @@ class CompensateConfig(Stage):
         "least-squares refits the output projections on the calibration text; obs also chooses anew which units go, "
         "by what the refit cannot make up for; bias moves lost means into their biases.",
     )
-    compensation_criterion: str | None = option(
-        None,
+    compensation_criterion: str = option(
+        "none",
         parsing.text(),
         "With obs: criterion that has a say in which units go beside what the refit cannot make up for, as "
-        "token_fisher. It reads as much as allocation_criterion. Left out: none.",
+        "token_fisher; or none. It reads as much as allocation_criterion.",
     )
     compensation_target: str = option(
         "own",

@@ -34,6 +34,15 @@ class Scores(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.by_group)
 
+    def weighed(self, worth: Scores) -> Scores:
+        """The geometric mean with ``worth``, unit by unit: what obs compares units by
+        (:mod:`pyprune.compensation.removal`) before anything takes over for anything."""
+        mean = {
+            n: (v.double().clamp_min(0) * worth[n].double().clamp_min(0)).sqrt() for n, v in self.items() if n in worth
+        }
+        details = {**self.details, "weighed_by": worth.criterion}
+        return Scores({n: v.to(self[n].dtype) for n, v in mean.items()}, self.criterion, details)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; criterion and details go into its metadata."""
         from safetensors.torch import save_file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +156,23 @@ def test_the_whole_line_lets_a_criterion_have_its_say() -> None:
     told = pyprune.prune(tiny_llama(), compensation_criterion="token_fisher", **options)
     assert {c.kept for c in plain.plan.cuts} != {c.kept for c in told.plan.cuts}
     assert "score for choice" in [s["name"] for s in told.report.stages]
+
+
+def test_widths_are_settled_with_units_in_the_order_of_the_first_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def select(groups: Any, scores: Any, *args: Any, allocation_scores: Any = None, **more: Any) -> Any:
+        asked.update(order=scores, shares=allocation_scores)
+        return pyprune.select(groups, scores, *args, allocation_scores=allocation_scores, **more)
+
+    monkeypatch.setattr("pyprune.pipeline.select", select)
+    options = {"ratio": 0.2, "calibration": ids(40), "criterion": "wanda", "compensation": "obs", "roles": ["ffn"]}
+    out = pyprune.prune(tiny_llama(), compensation_criterion="token_fisher", **options)
+    worth = pyprune.score(tiny_llama(), out.groups, ids(40), "token_fisher", roles=["ffn"])
+    assert asked["order"].details["weighed_by"] == "token_fisher"
+    for name, values in out.scores.items():
+        torch.testing.assert_close(asked["order"][name], (values * worth[name]).sqrt(), rtol=1e-4, atol=0.0)
+        assert torch.equal(asked["shares"][name], values)
 
 
 def test_worth_that_fits_nothing_is_refused() -> None:
