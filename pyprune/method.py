@@ -76,18 +76,19 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         recipe = replace(recipe, select=replace(recipe.select, roles=roles))
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
-    by_tokens = not heavy and all(g.role in INSIDE for g in cut)
-    if how.compensation_criterion == AUTO:
-        how = replace(how, compensation_criterion=TOKENS if by_tokens and how.compensation == "obs" else "none")
     if not all(g.exact and g.role in INSIDE for g in cut):
         how = replace(how, compensation="none", compensation_criterion="none", compensation_gains=False)
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)
-    if recipe.select.allocation_criterion == AUTO:
-        recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=TOKENS if by_tokens else LOSS))
     unmeasured = "log_depth" if heavy else "knapsack"
     recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
+    by_tokens = recipe.select.allocation == "knapsack" and not heavy and all(g.role in INSIDE for g in cut)
+    if how.compensation_criterion == AUTO:
+        judge = TOKENS if by_tokens and how.compensation == "obs" else "none"
+        recipe = replace(recipe, compensate=replace(how, compensation_criterion=judge))
+    if recipe.select.allocation_criterion == AUTO:
+        recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=TOKENS if by_tokens else LOSS))
     if recipe.select.allocation in SCORELESS:
         recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=None, allocation_tokens=None))
     if recipe.score.score_tokens is None and recipe.select.allocation != "descent":

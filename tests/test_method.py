@@ -16,9 +16,8 @@ from pyprune import discover, method
 from pyprune.config import PruneConfig, ScoringConfig
 from pyprune.errors import PyPruneError
 
-LIGHT = ("wanda", "descent", "token_fisher", "obs")
+LIGHT = ("wanda", "descent", "group_fisher", "obs")
 UNMEASURED = ("wanda", "knapsack", "token_fisher", "obs")
-LARGE = ("wanda", "descent", "group_fisher", "obs")
 HEAVY = ("wanda", "log_depth", None, "obs")
 EVEN = ("wanda", "uniform", None, "obs")
 ANY = ("wanda", "knapsack", "group_fisher", "none")
@@ -104,9 +103,9 @@ def test_widths_are_measured_only_where_there_is_text_and_memory_for_it(monkeypa
     assert said(settled(model, ratio=0.1, iterative_steps=2)) == UNMEASURED
     assert said(settled(model, ratio=0.1, roles=["kv_heads", "ffn"])) == LIGHT
     sums = sum(2 * g.units**2 for g in discover(model) if g.role == "ffn")
-    for ratio, more, measured, unmeasured in ((0.1, 0, LIGHT, UNMEASURED), (0.5, heads(model), LARGE, HEAVY)):
+    for ratio, more, unmeasured in ((0.1, 0, UNMEASURED), (0.5, heads(model), HEAVY)):
         monkeypatch.setattr(method, "MEASURED_UP_TO", sums + more)
-        assert said(settled(model, ratio=ratio)) == measured
+        assert said(settled(model, ratio=ratio)) == LIGHT
         monkeypatch.setattr(method, "MEASURED_UP_TO", sums + more - 1)
         assert said(settled(model, ratio=ratio)) == unmeasured
 
@@ -118,7 +117,7 @@ def heads(model: Any) -> int:
 
 def test_a_large_ratio_takes_heads_too_and_unmeasured_more_in_later_layers() -> None:
     recipe = settled(tiny_llama(), ratio=0.5)
-    assert said(recipe) == LARGE and recipe.select.roles is None
+    assert said(recipe) == LIGHT and recipe.select.roles is None
     recipe = settled(tiny_llama(), samples=3, ratio=0.5)
     assert said(recipe) == HEAVY and recipe.select.roles is None
 
@@ -220,7 +219,7 @@ def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_pat
 
     out = pyprune.prune(tiny_llama(), ratio=0.2, method="best", calibration=ids(), output_dir=tmp_path / "out")
     assert out.report.parameters["with_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.005)
-    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("descent", "token_fisher")
+    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("descent", "group_fisher")
     assert len({c.width for c in out.plan.cuts}) > 1 and out.report.compensation is not None
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     again = pyprune.load(tmp_path / "out")
@@ -233,11 +232,13 @@ def test_a_criterion_with_a_say_in_the_choice_goes_with_the_method_and_not_witho
     def judge(**options: Any) -> str:
         return settled(tiny_llama(), **{"ratio": 0.1, **options}).compensate.compensation_criterion
 
-    assert judge() == judge(profile="uniform") == "token_fisher" and judge(ratio=0.5) == "none"
-    assert judge(ratio=0.5, compensation_criterion="token_fisher") == "token_fisher"
+    assert judge(allocation="knapsack") == judge(iterative_steps=2) == "token_fisher"
+    assert judge() == judge(ratio=0.5) == judge(profile="uniform") == judge(ratio=0.5, allocation="knapsack") == "none"
+    assert judge(compensation_criterion="token_fisher") == "token_fisher"
     assert judge(compensation_criterion="group_fisher") == "group_fisher"
-    assert judge(compensation_criterion="none") == "none"
-    assert judge(roles=["hidden"]) == judge(compensation="least-squares") == judge(compensation="none") == "none"
+    assert judge(allocation="knapsack", compensation_criterion="none") == "none"
+    for option in ({"roles": ["hidden"]}, {"compensation": "least-squares"}, {"compensation": "none"}):
+        assert judge(allocation="knapsack", **option) == "none"
     with pytest.raises(PyPruneError, match="compensation_criterion 'token_fisher': has a say in which units go"):
         own = {"method": "best", "compensation": "bias", "compensation_criterion": "token_fisher"}
         pyprune.prune(tiny_llama(), ratio=0.1, calibration=ids(), **own)
