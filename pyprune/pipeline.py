@@ -207,7 +207,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             with stages("score for choice" + step, bar=False):
                 worth = shares if judge == costs else _score(smaller, now, batches, recipe, roles, layers, judge)
         # Which units stand for a width before compensation chooses them anew.
-        order, shares = (scores, shares) if worth is None else (scores.weighed(worth), shares or scores)
+        order = scores
+        if worth is not None:
+            order, shares = scores.weighed(worth), scores if shares is None else shares
         if recipe.select.allocation in ON_MODEL:
             with stages("search" if recipe.select.allocation == "search" else "measure widths", bar=False):
                 file = preflight.search_file(recipe) if recipe.select.allocation == "search" else None

@@ -35,8 +35,11 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self.by_group)
 
     def weighed(self, worth: Scores) -> Scores:
-        """The geometric mean with ``worth``, unit by unit: what obs compares units by
-        (:mod:`pyprune.compensation.removal`) before anything takes over for anything."""
+        """sqrt(s F), unit by unit, F of ``worth``, of the groups that both have; negative scores count as zero.
+
+        It is what obs compares units by as long as nothing takes over for anything
+        (:mod:`pyprune.compensation.removal`: s_g sqrt(F_g / S_g) with s_g = S_g, which wanda scores).
+        """
         mean = {
             n: (v.double().clamp_min(0) * worth[n].double().clamp_min(0)).sqrt() for n, v in self.items() if n in worth
         }
