@@ -20,7 +20,7 @@ from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
 from pyprune.compensation.cache import LIMIT
-from pyprune.compensation.checks import check_plan, check_samples
+from pyprune.compensation.checks import check_plan, check_samples, judged_roles
 from pyprune.compensation.gains import Gains, Reference, fit_gains, reference
 from pyprune.compensation.stage import Compensation, compensate
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
@@ -153,6 +153,11 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     prompts = preflight.prompts(recipe, dense.tokenizer)
     roles, layers = trial.details["roles"], trial.details["layers"]
+    chooses = recipe.compensate.compensation == "obs"
+    said = recipe.compensate.compensation_criterion
+    judge = _second(recipe, said) if chooses and said != "none" else None
+    if judge is not None:
+        judged_roles(roles, said)
     before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
     before["samples"] = ask(dense.model, dense.tokenizer, prompts, recipe, stages, " before")
     prompts = prompts[: len(before["samples"])]
@@ -165,9 +170,6 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     first: Scores | None = None
     depth: dict[str, Any] | None = None
     costs = _second(recipe, recipe.select.allocation_criterion)
-    chooses = recipe.compensate.compensation == "obs"
-    said = recipe.compensate.compensation_criterion
-    judge = _second(recipe, said) if chooses and said != "none" else None
     plan, smaller, now = Plan(), dense.model, groups
     made: list[Compensation] = []
     if dense.mine:
@@ -205,7 +207,10 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         worth = None
         if judge is not None:
             with stages("score for choice" + step, bar=False):
-                worth = shares if judge == costs else _score(smaller, now, batches, recipe, roles, layers, judge)
+                heard = judged_roles(roles, said)
+                worth = shares if judge == costs else None
+                worth = worth or _score(smaller, now, batches, recipe, heard, layers, judge)
+                worth = worth.among(g.name for g in now.prunable(heard, layers))
         # Which units stand for a width before compensation chooses them anew.
         order = scores
         if worth is not None:

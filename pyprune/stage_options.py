@@ -158,7 +158,7 @@ class CompensateConfig(Stage):
         "none",
         parsing.text(),
         "With obs: criterion that has a say in which units go beside what the refit cannot make up for, as "
-        "token_fisher; or none. It reads as much as allocation_criterion.",
+        "token_fisher; or none. Not in which heads. It reads as much as allocation_criterion.",
     )
     compensation_target: str = option(
         "own",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from pyprune.discovery.roles import HEADS
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.walk import TOKEN_WEIGHTS
@@ -62,6 +63,23 @@ def check_worth(worth: Mapping[str, Any] | None, mode: str, plan: Plan) -> None:
             raise PyPruneError("worth", group.name, problem, "Score the groups that the plan was made from.")
         if found is not None and not bool(torch.as_tensor(found).isfinite().all()):
             raise PyPruneError("worth", group.name, "holds NaN or infinity", "Score the model anew.")
+
+
+def judged_roles(roles: Iterable[str], criterion: str) -> list[str]:
+    """Those of ``roles`` in whose choice a second criterion has a say: all but heads.
+
+    Heads stand in for each other: each may go alone and all of them may not, which a score of each alone does not see
+    and the layer's output does (docs/results.md).
+
+    Raises:
+        PyPruneError: there are none.
+    """
+    found = [r for r in roles if r not in HEADS]
+    if not found:
+        problem = "has a say in which channels go; heads are chosen by their layer's output, and nothing else is cut"
+        hint = "Name ffn among the roles, or leave it out."
+        raise PyPruneError("compensation_criterion", criterion, problem, hint)
+    return found
 
 
 def check_samples(calibration: Calibration, mode: str, gains: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,21 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self.by_group)
 
     def weighed(self, worth: Scores) -> Scores:
-        """sqrt(s F), unit by unit, F of ``worth``, of the groups that both have; negative scores count as zero.
+        """sqrt(s F), unit by unit, F of ``worth``; negative scores count as zero. Groups that ``worth`` has not keep s.
 
         It is what obs compares units by as long as nothing takes over for anything
         (:mod:`pyprune.compensation.removal`: s_g sqrt(F_g / S_g) with s_g = S_g, which wanda scores).
         """
         mean = {
-            n: (v.double().clamp_min(0) * worth[n].double().clamp_min(0)).sqrt() for n, v in self.items() if n in worth
+            n: (v.double().clamp_min(0) * worth[n].double().clamp_min(0)).sqrt().to(v.dtype) if n in worth else v
+            for n, v in self.items()
         }
-        details = {**self.details, "weighed_by": worth.criterion}
-        return Scores({n: v.to(self[n].dtype) for n, v in mean.items()}, self.criterion, details)
+        return Scores(mean, self.criterion, {**self.details, "weighed_by": worth.criterion})
+
+    def among(self, groups: Iterable[str]) -> Scores:
+        """Those of the groups named, where there are any."""
+        names = set(groups)
+        return Scores({n: v for n, v in self.items() if n in names}, self.criterion, self.details)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; criterion and details go into its metadata."""

@@ -175,6 +175,33 @@ def test_widths_are_settled_with_units_in_the_order_of_the_first_choice(monkeypa
         assert torch.equal(asked["shares"][name], values)
 
 
+def test_which_heads_go_is_left_to_their_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def watched(*args: Any, worth: Any = None, **more: Any) -> Any:
+        asked.update(worth=worth)
+        return compensate(*args, worth=worth, **more)
+
+    def select(groups: Any, scores: Any, *args: Any, **more: Any) -> Any:
+        asked.update(order=scores)
+        return pyprune.select(groups, scores, *args, **more)
+
+    monkeypatch.setattr("pyprune.pipeline.compensate", watched)
+    monkeypatch.setattr("pyprune.pipeline.select", select)
+    options = {"ratio": 0.2, "calibration": ids(40), "criterion": "wanda", "compensation": "obs"}
+    for more in ({}, {"allocation": "knapsack", "allocation_criterion": "token_fisher"}):
+        out = pyprune.prune(
+            tiny_llama(), compensation_criterion="token_fisher", roles=["kv_heads", "ffn"], **options, **more
+        )
+        roles = {g.name: g.role for g in out.groups}
+        assert set(asked["order"]) == set(out.scores) and {roles[n] for n in out.scores} == {"kv_heads", "ffn"}
+        assert {roles[n] for n in asked["worth"]} == {"ffn"}
+        for name, values in out.scores.items():
+            assert torch.equal(asked["order"][name], values) == (roles[name] == "kv_heads")
+    with pytest.raises(PyPruneError, match="compensation_criterion 'token_fisher': has a say in which channels go"):
+        pyprune.prune(tiny_llama(), compensation_criterion="token_fisher", roles=["kv_heads"], **options)
+
+
 def test_worth_that_fits_nothing_is_refused() -> None:
     dense = tiny_llama()
     plan = planned(dense, "random", ffn=14)
