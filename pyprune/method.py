@@ -1,9 +1,8 @@
 """The method ``best``: what measured best at the size that is asked for (docs/results.md), settled for a model.
 
 Up to about a third of the parameters FFN channels go, beyond that heads too, and heads go also where the budget is not
-one of parameters. A small cut of channels is made where the expected loss is least, others as measured on the model.
-Where that would take much memory or has too little text, a larger cut too is made where the expected loss is least, and
-a large one more in later layers. Options that the user
+one of parameters: as many in each layer as measured on the model. Where that would take much memory or has too little
+text, a small cut is made where the expected loss is least, and a large one more in later layers. Options that the user
 gives stay as they are.
 """
 
@@ -33,7 +32,6 @@ TOKENS = "token_fisher"  # expected loss of a unit that a linear layer reads
 LOSS = "group_fisher"  # of any unit
 CHANNELS = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
-SCORED_UP_TO = 0.25  # widths of channels by TOKENS came out no worse than a descent's at 20%, in half of the time
 MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
 SCORE_TOKENS = 8192  # what criteria read where they order units that nothing is measured with
 SCORELESS = ("uniform", "log_depth", "linear_depth", "divergence")  # allocations that no criterion is asked for
@@ -84,9 +82,8 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)
     unmeasured = "log_depth" if heavy else "knapsack"
+    recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
     channels = all(g.role in CHANNELS for g in cut)
-    scored = goes <= SCORED_UP_TO and channels  # else measured, where that can be done
-    recipe = _allocated(recipe, "descent" if not scored and _can_measure(recipe, cut, samples) else unmeasured)
     by_tokens = recipe.select.allocation == "knapsack" and not heavy and channels
     if how.compensation_criterion == AUTO:
         judge = TOKENS if by_tokens and how.compensation == "obs" else "none"

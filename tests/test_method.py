@@ -16,8 +16,8 @@ from pyprune import discover, method
 from pyprune.config import PruneConfig, ScoringConfig
 from pyprune.errors import PyPruneError
 
-MEASURED = ("wanda", "descent", "group_fisher", "obs")
-LIGHT = ("wanda", "knapsack", "token_fisher", "obs")
+LIGHT = ("wanda", "descent", "group_fisher", "obs")
+UNMEASURED = ("wanda", "knapsack", "token_fisher", "obs")
 HEAVY = ("wanda", "log_depth", None, "obs")
 EVEN = ("wanda", "uniform", None, "obs")
 ANY = ("wanda", "knapsack", "group_fisher", "none")
@@ -90,29 +90,30 @@ def test_it_says_nothing_to_other_verbs(tmp_path: Path) -> None:
 def test_a_small_ratio_takes_channels_where_their_loss_is_least() -> None:
     recipe = settled(tiny_llama(), ratio=0.1)
     assert said(recipe) == LIGHT and recipe.select.roles == ("ffn",)
-    assert recipe.score.score_tokens == recipe.select.allocation_tokens == 8192
-    assert settled(tiny_llama(), ratio=0.1, score_tokens=64).score.score_tokens == 64
-
-
-def test_a_larger_one_takes_widths_that_were_measured() -> None:
-    recipe = settled(tiny_llama(), ratio=0.3)
-    assert said(recipe) == MEASURED and recipe.select.roles == ("ffn",)
     assert recipe.score.score_tokens is None and recipe.select.allocation_tokens == 8192
+    assert settled(tiny_llama(), ratio=0.1, score_tokens=64).score.score_tokens == 64
+    assert settled(tiny_llama(), ratio=0.1, allocation="knapsack").score.score_tokens == 8192
     assert settled(tiny_llama(), samples=3, ratio=0.5).score.score_tokens == 8192
 
 
 def test_widths_are_measured_only_where_there_is_text_and_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    assert said(settled(model, samples=4, ratio=0.3)) == MEASURED
-    assert said(settled(model, samples=3, ratio=0.3)) == LIGHT
-    assert said(settled(model, ratio=0.3, iterative_steps=2)) == LIGHT
-    assert said(settled(model, ratio=0.1, roles=["kv_heads", "ffn"])) == MEASURED
+    assert said(settled(model, samples=4, ratio=0.1)) == LIGHT
+    assert said(settled(model, samples=3, ratio=0.1)) == UNMEASURED
+    assert said(settled(model, ratio=0.1, iterative_steps=2)) == UNMEASURED
+    assert said(settled(model, ratio=0.1, roles=["kv_heads", "ffn"])) == LIGHT
     sums = sum(2 * g.units**2 for g in discover(model) if g.role == "ffn")
-    for ratio, more, unmeasured in ((0.3, 0, LIGHT), (0.5, heads(model), HEAVY)):
+    for ratio, more, unmeasured in ((0.1, 0, UNMEASURED), (0.5, heads(model), HEAVY)):
         monkeypatch.setattr(method, "MEASURED_UP_TO", sums + more)
-        assert said(settled(model, ratio=ratio)) == MEASURED
+        assert said(settled(model, ratio=ratio)) == LIGHT
         monkeypatch.setattr(method, "MEASURED_UP_TO", sums + more - 1)
         assert said(settled(model, ratio=ratio)) == unmeasured
+
+
+def test_heads_are_not_told_by_scores_of_each_alone() -> None:
+    recipe = settled(tiny_llama(), ratio=0.1, roles=["kv_heads", "ffn"], allocation="knapsack")
+    assert said(recipe) == ("wanda", "knapsack", "group_fisher", "obs")
+    assert recipe.compensate.compensation_criterion == "none"
 
 
 def heads(model: Any) -> int:
@@ -122,7 +123,7 @@ def heads(model: Any) -> int:
 
 def test_a_large_ratio_takes_heads_too_and_unmeasured_more_in_later_layers() -> None:
     recipe = settled(tiny_llama(), ratio=0.5)
-    assert said(recipe) == MEASURED and recipe.select.roles is None
+    assert said(recipe) == LIGHT and recipe.select.roles is None
     recipe = settled(tiny_llama(), samples=3, ratio=0.5)
     assert said(recipe) == HEAVY and recipe.select.roles is None
 
@@ -202,10 +203,10 @@ def test_what_no_linear_layer_reads_goes_by_its_expected_loss_without_a_refit(ca
 
 @pytest.mark.parametrize(
     ("option", "wanted"),
-    [({"criterion": "flap"}, ("flap", *LIGHT[1:])), ({"allocation": "global"}, ("wanda", "global", *MEASURED[2:])),
-     ({"allocation": "descent"}, MEASURED), ({"allocation": "uniform"}, EVEN),
-     ({"compensation": "none"}, (*LIGHT[:3], "none")), ({"roles": ["hidden"]}, ANY)],
-    ids=["criterion", "allocation", "descent", "uniform", "compensation", "roles"],
+    [({"criterion": "flap"}, ("flap", *LIGHT[1:])), ({"allocation": "global"}, (LIGHT[0], "global", *LIGHT[2:])),
+     ({"allocation": "knapsack"}, UNMEASURED), ({"allocation": "uniform"}, EVEN),
+     ({"compensation": "none"}, (*UNMEASURED[:3], "none")), ({"roles": ["hidden"]}, ANY)],
+    ids=["criterion", "allocation", "knapsack", "uniform", "compensation", "roles"],
 )  # fmt: skip
 def test_what_the_user_says_stays(option: dict[str, Any], wanted: tuple[Any, ...]) -> None:
     assert said(settled(tiny_llama(), ratio=0.1, **option)) == wanted
@@ -224,7 +225,7 @@ def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_pat
 
     out = pyprune.prune(tiny_llama(), ratio=0.2, method="best", calibration=ids(), output_dir=tmp_path / "out")
     assert out.report.parameters["with_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.005)
-    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("knapsack", "token_fisher")
+    assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("descent", "group_fisher")
     assert len({c.width for c in out.plan.cuts}) > 1 and out.report.compensation is not None
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     again = pyprune.load(tmp_path / "out")
@@ -237,13 +238,13 @@ def test_a_criterion_with_a_say_in_the_choice_goes_with_the_method_and_not_witho
     def judge(**options: Any) -> str:
         return settled(tiny_llama(), **{"ratio": 0.1, **options}).compensate.compensation_criterion
 
-    assert judge() == judge(ratio=0.3, allocation="knapsack") == "token_fisher"
-    assert judge(ratio=0.3) == judge(profile="uniform") == judge(ratio=0.5, allocation="knapsack") == "none"
-    assert judge(ratio=0.3, compensation_criterion="token_fisher") == "token_fisher"
+    assert judge(allocation="knapsack") == judge(iterative_steps=2) == "token_fisher"
+    assert judge() == judge(ratio=0.5) == judge(profile="uniform") == judge(ratio=0.5, allocation="knapsack") == "none"
+    assert judge(compensation_criterion="token_fisher") == "token_fisher"
     assert judge(compensation_criterion="group_fisher") == "group_fisher"
-    assert judge(compensation_criterion="none") == "none"
+    assert judge(allocation="knapsack", compensation_criterion="none") == "none"
     for option in ({"roles": ["hidden"]}, {"compensation": "least-squares"}, {"compensation": "none"}):
-        assert judge(**option) == "none"
+        assert judge(allocation="knapsack", **option) == "none"
     with pytest.raises(PyPruneError, match="compensation_criterion 'token_fisher': has a say in which units go"):
         own = {"method": "best", "compensation": "bias", "compensation_criterion": "token_fisher"}
         pyprune.prune(tiny_llama(), ratio=0.1, calibration=ids(), **own)
