@@ -68,8 +68,7 @@ def check_worth(worth: Mapping[str, Any] | None, mode: str, plan: Plan) -> None:
 def judged_roles(roles: Iterable[str], criterion: str) -> list[str]:
     """Those of ``roles`` in whose choice a second criterion has a say: all but heads.
 
-    Heads stand in for each other: each may go alone and all of them may not, which a score of each alone does not see
-    and the layer's output does (docs/results.md).
+    A say in heads was measured to cost much (docs/results.md).
 
     Raises:
         PyPruneError: there are none.
