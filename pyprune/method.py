@@ -2,8 +2,8 @@
 
 Up to about a third of the parameters FFN channels go, beyond that heads too, and heads go also where the budget is not
 one of parameters: as many in each layer as measured on the model. Where that would take much memory or has too little
-text, a small cut is made where the expected loss is least, and a large one more in later layers. Options that the user
-gives stay as they are.
+text, a small cut is made where the expected loss is least, and a large one more in later layers. A refit and gains
+follow. Options that the user gives stay as they are.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         recipe = replace(recipe, select=replace(recipe.select, roles=roles))
     cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
     how = recipe.compensate
-    if not all(g.exact and g.role in INSIDE for g in cut):
+    if how.compensation == "none" or not all(g.exact and g.role in INSIDE for g in cut):
         how = replace(how, compensation="none", compensation_criterion="none", compensation_gains=False)
+    if samples < 2:  # none to decide with
+        how = replace(how, compensation_gains=False)
     if how.compensation not in REFITS or how.compensation_target != "own":
         how = replace(how, compensation_scope="outputs")
     recipe = replace(recipe, compensate=how)

@@ -165,7 +165,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     dense_says = None
     if batches is not None and recipe.compensate.compensation_gains:
         with stages("ask the dense model", bar=False):
-            dense_says = reference(dense.model, batches)
+            dense_says = reference(dense.model, batches, recipe.score.cache, _limit(recipe))
 
     first: Scores | None = None
     depth: dict[str, Any] | None = None
@@ -392,17 +392,20 @@ def _compensate(
     model: Any, plan: Plan, batches: Calibration, recipe: PruneConfig, worth: Scores | None
 ) -> Compensation:
     config, scoring = recipe.compensate, recipe.score
-    limit = LIMIT if config.cache_limit is None else config.cache_limit
     return compensate(
         model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
         target=config.compensation_target, scope=config.compensation_scope, worth=worth, cache=scoring.cache,
-        cache_limit=limit,
+        cache_limit=_limit(recipe),
     )  # fmt: skip
 
 
 def _gains(model: Any, dense_says: Reference, recipe: PruneConfig) -> Gains:
-    limit = LIMIT if recipe.compensate.cache_limit is None else recipe.compensate.cache_limit
-    return fit_gains(model, _groups(model), dense_says, cache=recipe.score.cache, cache_limit=limit)
+    return fit_gains(model, _groups(model), dense_says, cache=recipe.score.cache, cache_limit=_limit(recipe))
+
+
+def _limit(recipe: PruneConfig) -> float:
+    """GiB of sums in a cache folder."""
+    return LIMIT if recipe.compensate.cache_limit is None else recipe.compensate.cache_limit
 
 
 def _measure(

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "best": {
         "criterion": "wanda", "allocation": AUTO, "allocation_criterion": AUTO, "allocation_tokens": 8192,
         "compensation": "obs", "compensation_criterion": AUTO, "compensation_scope": "ffn",
+        "compensation_gains": True,
     },
     "plain": {},
 }  # fmt: skip

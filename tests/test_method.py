@@ -22,6 +22,7 @@ HEAVY = ("wanda", "log_depth", None, "obs")
 EVEN = ("wanda", "uniform", None, "obs")
 ANY = ("wanda", "knapsack", "group_fisher", "none")
 PLAIN = ("param_first", "uniform", None, "none")
+QUICK = {"count_embeddings": False, "compensation_gains": False}
 
 
 def settled(model: Any, samples: int = 128, **options: Any) -> PruneConfig:
@@ -56,6 +57,16 @@ def test_what_feeds_projections_is_refitted_where_those_are() -> None:
     assert settled(tiny_llama(), ratio=0.1).compensate.compensation_scope == "ffn"
     for how in ({"compensation": "none"}, {"compensation": "bias"}, {"compensation_target": "stream"}):
         assert settled(tiny_llama(), ratio=0.1, **how).compensate.compensation_scope == "outputs"
+
+
+def test_gains_follow_a_refit_and_nothing_else() -> None:
+    def gains(samples: int = 128, **options: Any) -> bool:
+        return settled(tiny_llama(), samples, **{"ratio": 0.1, **options}).compensate.compensation_gains
+
+    assert gains() and gains(ratio=0.5) and gains(profile="uniform") and gains(compensation="least-squares")
+    assert not gains(compensation="none") and not gains(roles=["hidden"]) and not gains(compensation_gains=False)
+    assert not gains(samples=1, compensation="bias")  # none to decide with
+    assert not gains(method="plain", compensation="least-squares")
 
 
 def test_a_scope_without_a_refit_is_refused() -> None:
@@ -135,17 +146,17 @@ def test_a_target_size_counts_as_the_ratio_that_it_comes_to() -> None:
 
 
 def test_where_channels_cannot_reach_the_ratio_all_roles_are_cut() -> None:
-    out = pyprune.prune(tiny_llama(intermediate_size=4), ratio=0.3, calibration=ids())
+    out = pyprune.prune(tiny_llama(intermediate_size=4), ratio=0.3, calibration=ids(), compensation_gains=False)
     assert {c.group.role for c in out.plan.cuts} == {"kv_heads", "ffn"}
     assert (out.recipe.select.roles, out.recipe.select.allocation) == (None, "descent")
-    out = pyprune.prune(tiny_llama(), ratio=0.2, min_keep={"ffn": 0.9}, calibration=ids(), count_embeddings=False)
+    out = pyprune.prune(tiny_llama(), ratio=0.2, min_keep={"ffn": 0.9}, calibration=ids(), **QUICK)
     assert out.recipe.select.roles is None and "kv_heads" in {c.group.role for c in out.plan.cuts}
     assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.parametrize(("budget", "ratio"), [("macs", 0.2), ("memory", 0.2), ("macs", 0.45)])
 def test_a_ratio_of_another_budget_is_met_with_heads_too(budget: str, ratio: float) -> None:
-    out = pyprune.prune(tiny_llama(), ratio=ratio, budget=budget, calibration=ids())
+    out = pyprune.prune(tiny_llama(), ratio=ratio, budget=budget, calibration=ids(), compensation_gains=False)
     assert out.plan.details["budget"]["ratio"] == pytest.approx(ratio, abs=0.05)  # a head of so small a model is much
     assert {c.group.role for c in out.plan.cuts} == {"kv_heads", "ffn"}
 
@@ -159,11 +170,11 @@ def test_query_heads_go_where_all_of_them_share_one_kv_head() -> None:
     assert settled(model, ratio=0.5).select.roles == ("query_heads", "ffn")
     assert settled(model, ratio=0.5, roles="ffn").select.roles == ("ffn",)
     assert settled(model, ratio=0.1).select.roles == ("ffn",)
-    out = pyprune.prune(model, ratio=0.5, count_embeddings=False, calibration=ids())
+    out = pyprune.prune(model, ratio=0.5, calibration=ids(), **QUICK)
     assert {c.group.role for c in out.plan.cuts} == {"query_heads", "ffn"}
     assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(0.5, abs=0.02)
     narrow = tiny_llama(num_key_value_heads=1, intermediate_size=8)
-    out = pyprune.prune(narrow, ratio=0.3, count_embeddings=False, calibration=ids())
+    out = pyprune.prune(narrow, ratio=0.3, calibration=ids(), **QUICK)
     assert {c.group.role for c in out.plan.cuts} == {"query_heads", "ffn"}
 
 
@@ -174,7 +185,7 @@ def test_a_class_whose_layers_cannot_differ_gets_even_widths(ratio: float) -> No
 
     values = {**BASE, **LATENT, "num_key_value_heads": 6, "intermediate_size": 34, "num_hidden_layers": 3}
     model = spread(AutoModelForCausalLM.from_config(MiniCPM3Config(**values)).eval())
-    out = pyprune.prune(model, ratio=ratio, count_embeddings=False, calibration=ids())
+    out = pyprune.prune(model, ratio=ratio, calibration=ids(), **QUICK)
     assert out.report.parameters["without_embeddings"]["ratio"] == pytest.approx(ratio, abs=0.03)
     assert out.recipe.select.allocation == "uniform" and out.report.compensation is not None
     assert len({c.width for c in out.plan.cuts if c.group.role == "ffn"}) == 1
@@ -227,6 +238,8 @@ def test_the_whole_line_meets_the_ratio_and_transformers_open_the_result(tmp_pat
     assert out.report.parameters["with_embeddings"]["ratio"] == pytest.approx(0.2, abs=0.005)
     assert (out.plan.details["allocation"], out.plan.details["allocation_criterion"]) == ("descent", "group_fisher")
     assert len({c.width for c in out.plan.cuts}) > 1 and out.report.compensation is not None
+    made = out.report.compensation[0]["gains"]
+    assert made["after"] < made["before"] or not made["kept"]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     again = pyprune.load(tmp_path / "out")
     with torch.no_grad():

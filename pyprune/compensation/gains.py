@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from pyprune.importance.recomputing import recomputed
 from pyprune.importance.rehearsal import few_tokens
 from pyprune.importance.scoring import scoring_state
 from pyprune.importance.steps import Forward, Step, make_steps
+from pyprune.importance.words import likely, narrowed
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +63,13 @@ class Reference:
         steps: samples, some of them held out.
         held: which are.
         said: for each step, :func:`pyprune.importance.divergence.summary` of the tokens that count.
+        words: which tokens of a large vocabulary take part (:mod:`pyprune.importance.words`), or None for all.
     """
 
     steps: list[Step]
     held: list[bool]
     said: list[tuple[Tensor, Tensor]]
+    words: Tensor | None = None
 
 
 @dataclass
@@ -92,8 +96,14 @@ class Gains:
 
 
 @torch.no_grad()
-def reference(model: nn.Module, calibration: Calibration) -> Reference:
+def reference(
+    model: nn.Module, calibration: Calibration, cache: str | Path | None = None, cache_limit: float = LIMIT
+) -> Reference:
     """What ``model``, the dense one, says about every sample: 1 KiB a token.
+
+    Args:
+        cache: folder where it stays for another cut of the same model, calibrated on the same text.
+        cache_limit: as in :func:`pyprune.compensation.compensate`.
 
     Raises:
         PyPruneError: it gives NaN or infinity.
@@ -102,16 +112,33 @@ def reference(model: nn.Module, calibration: Calibration) -> Reference:
     size = PASS_TOKENS if device.type == "cpu" else STEP_TOKENS
     fit, out = (make_steps(rows, device, tokens=size) for rows in split_rows(calibration))
     steps, held = [*fit, *out], [False] * len(fit) + [True] * len(out)
-    said = []
+    kept = SumsCache(cache, cache_limit, lambda: [fingerprint_of_model(model), [s.inputs for s in steps], TOP])
+    found = kept.weights("what the model says")
+    if found is None:
+        said, words = _asked(model, steps)
+        tensors = {f"{j}.{i}": t for j, pair in enumerate(said) for i, t in enumerate(pair)}
+        kept.keep_weights("what the model says", {}, tensors if words is None else {**tensors, "words": words})
+        return Reference(steps, held, said, words)
+    tensors = {n: t.to(device) for n, t in found[1].items()}
+    return Reference(
+        steps, held, [(tensors[f"{j}.0"], tensors[f"{j}.1"]) for j in range(len(steps))], tensors.get("words")
+    )
+
+
+def _asked(model: nn.Module, steps: Sequence[Step]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """``said`` and ``words`` of a :class:`Reference`."""
+    said, forward = [], Forward(model)
     with scoring_state(model, {}), torch.no_grad():
-        forward = Forward(model)
+        words = likely(forward, steps)
+        narrow = narrowed(model, words)
+        forward.around = lambda: narrow
         for step in bars.track(steps, "what the dense model says"):
             logits = scored(forward(step), real_tokens(step))
             if not bool(logits.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
             said.append(summary(logits, TOP))
-    return Reference(steps, held, said)
+    return said, words
 
 
 def fit_gains(
@@ -129,17 +156,17 @@ def fit_gains(
     kept = SumsCache(cache, cache_limit, lambda: [fingerprint_of_model(model), _key(dense)])
     with scoring_state(model, {}):
         try:
-            fit = _Fit(model, groups, dense)
+            fit = _Fit(model, groups, dense, kept)
+            found = Gains(**kept.answer("gains", lambda: fit.run().to_dict()))
         except NotSweepable as reason:
             return Gains(note=f"No gains were fitted: {reason}.")
-        found = Gains(**kept.answer("gains", lambda: fit.run().to_dict()))
-        if found.kept:
-            fit.fold(found)
+        if found.kept and not fit.fold(found.values):
+            found.kept, found.note = False, "Gains were left out: the weights are used by more than matrix products."
     return found
 
 
 def _key(dense: Reference) -> list[Any]:
-    return [[s.inputs for s in dense.steps], dense.held, [list(pair) for pair in dense.said]]
+    return [[s.inputs for s in dense.steps], dense.held, [list(pair) for pair in dense.said], dense.words]
 
 
 class _Scaling(InputTaps):
@@ -169,27 +196,43 @@ class _Scaling(InputTaps):
 
 
 class _Fit:
-    """Args: as of :func:`fit_gains`. Raises NotSweepable: the model has no decoder blocks."""
+    """Args: as of :func:`fit_gains`. Raises NotSweepable: no decoder blocks, or none that text passes."""
 
-    def __init__(self, model: nn.Module, groups: Groups, dense: Reference) -> None:
-        self.dense, self.forward, self.blocks = dense, Forward(model), find_blocks(model)
+    def __init__(self, model: nn.Module, groups: Groups, dense: Reference, kept: SumsCache) -> None:
+        self.dense, self.forward, self.blocks, self.kept = dense, Forward(model), find_blocks(model), kept
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         watched = {n: p for n, p in model.named_parameters() if id(p) in inside and p.dim() == 2}
-        few = few_tokens(dense.steps[0].inputs, dense.steps[0].targets.device)
-        with torch.no_grad(), InputTaps(watched) as taps:
-            self.forward(few)
-        dims = {u.key.name: u.input_dim(2) for u in taps.uses if u.key.expert is None}
-        del taps
+        dims = kept.answer("dims", lambda: self._input_dims(watched))
         self.dims = {n: dims[n] for n in watched if n in dims}
+        if not self.dims:
+            raise NotSweepable("text passes no matrix of the longest list of blocks")
         self.matrices = {n: watched[n] for n in self.dims}
         self.places = {n: _places(groups, n, d, watched[n]) for n, d in self.dims.items()}
         self.factors = {
             n: torch.ones(int(at.max()) + 1, device=at.device).requires_grad_() for n, at in self.places.items()
         }
-        self.forward.around = lambda: _Scaling(self.matrices, self.factors, self.places)
+        self.narrow = narrowed(model, dense.words)
+        self.forward.around = self._around
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
+        with self.narrow, _Scaling(self.matrices, self.factors, self.places):
+            yield
+
+    @torch.no_grad()
+    def _input_dims(self, watched: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        """Of the matrices that text passes: along which dimension inputs lie."""
+        few = few_tokens(self.dense.steps[0].inputs, self.dense.steps[0].targets.device)
+        with InputTaps(watched) as taps:
+            self.forward(few)
+        return {u.key.name: u.input_dim(2) for u in taps.uses if u.key.expert is None}
 
     def run(self) -> Gains:
-        """Fit the gains, and measure; the weights stay as they are."""
+        """Fit the gains, and measure; the weights stay as they are.
+
+        Raises:
+            NotSweepable: no gradient reaches the gains.
+        """
         held = [j for j, out in enumerate(self.dense.held) if out]
         fit = [j for j, out in enumerate(self.dense.held) if not out]
         before = self._divergence(held)
@@ -226,6 +269,8 @@ class _Fit:
         step = self.dense.steps[number]
         with recomputed(self.forward, self.blocks):
             logits = scored(self.forward(step), real_tokens(step))
+            if not logits.requires_grad:
+                raise NotSweepable("no gradient passes its blocks")
             _, seed = divergence_and_seed(logits, *self.dense.said[number], factor)
             torch.autograd.backward(logits, seed)
 
@@ -240,22 +285,33 @@ class _Fit:
         return total / tokens
 
     @torch.no_grad()
-    def fold(self, found: Gains) -> None:
-        """Take the gains into the weights, unless the model then computes something else than it did with them."""
-        for name, values in found.values.items():
-            self.factors[name].copy_(torch.tensor(values))
-        sample = [self.dense.held.index(True)]
-        wanted = self._divergence(sample)
-        self._multiply(1.0)
-        for factors in self.factors.values():
-            factors.fill_(1.0)
-        given = self._divergence(sample)
-        if not abs(given - wanted) <= 0.05 * wanted + 1e-3:
+    def fold(self, values: Mapping[str, list[float]]) -> bool:
+        """Take gains into the weights, unless the model then computes something else than it did with them; whether
+        they are in."""
+        for name, given in values.items():
+            self.factors[name].copy_(torch.tensor(given))
+        multiplied = []
+
+        def agrees() -> bool:
+            sample = [self.dense.held.index(True)]
+            wanted = self._divergence(sample)
+            self._multiply(1.0)
+            multiplied.append(True)
+            found = {n: f.clone() for n, f in self.factors.items()}
+            for factors in self.factors.values():
+                factors.fill_(1.0)
+            given = self._divergence(sample)
+            for name, factors in self.factors.items():
+                factors.copy_(found[name])
+            return abs(given - wanted) <= 0.05 * wanted + 1e-3
+
+        sound = bool(self.kept.answer("the weights take gains in", agrees))
+        if sound and not multiplied:  # another run saw it
+            self._multiply(1.0)
+        if multiplied and not sound:
             log.warning("weights are used by more than products; gains are left out")
-            for name, values in found.values.items():
-                self.factors[name].copy_(torch.tensor(values))
             self._multiply(-1.0)
-            found.kept, found.note = False, "Gains were left out: the weights are used by more than matrix products."
+        return sound
 
     def _multiply(self, power: float) -> None:
         for name, p in self.matrices.items():

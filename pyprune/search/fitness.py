@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, intercepted, like, stream_of
-from pyprune.importance.divergence import divergence, pieces, real_tokens, scored, summary
+from pyprune.importance.divergence import divergence, real_tokens, scored, summary
 from pyprune.importance.steps import Forward, Step
+from pyprune.importance.words import WORDS, head_of, mass
 from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
 
-WORDS = 65536
 STREAM_BYTES = 64 << 20  # of residual streams at the borders of blocks
 
 
@@ -66,19 +66,19 @@ class Fitness:
         self._real = [real_tokens(step) for step in self.steps]
         masking.narrow(None)
         refits.at({}, masking)
-        mass, head = torch.zeros(0), _head(model)
+        total, head = torch.zeros(0), head_of(model)
         for number in range(len(self.steps)):
             logits = self._scored(number, self._logits(number, 0, None, learn=True))
             if not bool(logits.isfinite().all()):
                 hint = "Load the model in float32 or bfloat16, and look at the calibration text."
                 raise PyPruneError("model", type(model).__name__, "gives logits with NaN or infinity", hint)
             if logits.shape[-1] > WORDS and head is not None:
-                mass = _mass(logits) if number == 0 else mass + _mass(logits)
+                total = mass(logits) if number == 0 else total + mass(logits)
             else:
                 self._dense.append(summary(logits))
         self.words = logits.shape[-1]
-        if len(mass):
-            self._narrow(head, mass.topk(WORDS).indices.sort().values)
+        if len(total):
+            self._narrow(head, total.topk(WORDS).indices.sort().values)
 
     @torch.no_grad()
     def _narrow(self, head: nn.Parameter | None, words: Tensor) -> None:
@@ -188,15 +188,3 @@ class Fitness:
 
 class _Behind(Exception):
     """Ends a forward pass of which no more is needed."""
-
-
-def _head(model: nn.Module) -> nn.Parameter | None:
-    """The weight [vocabulary, hidden] that logits are formed with, if the model names it."""
-    named = getattr(model, "get_output_embeddings", None)
-    weight = getattr(named() if callable(named) else None, "weight", None)
-    return weight if isinstance(weight, nn.Parameter) else None
-
-
-def _mass(logits: Tensor) -> Tensor:
-    """Sum over the rows of the probability of each token, float64 [vocabulary]."""
-    return sum((piece.float().softmax(-1).sum(0, dtype=torch.float64) for piece in pieces(logits)), torch.zeros(()))

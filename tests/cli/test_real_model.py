@@ -12,12 +12,18 @@ from helpers_run import python, write_text
 pytestmark = pytest.mark.real_model
 
 
-def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(call, smollm2_path: Path, tmp_path: Path) -> None:
+LIGHT = ("--compensation_scope", "outputs", "--no_compensation_gains")
+
+
+@pytest.mark.parametrize("how", [LIGHT, pytest.param((), marks=pytest.mark.slow)], ids=["light", "whole"])
+def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(
+    call, smollm2_path: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
     train, test = write_text(tmp_path / "train.txt", 40_000), write_text(tmp_path / "test.txt", 8_000, skip=60_000)
     ended = call(
         "prune", str(smollm2_path), "--ratio", "0.2", "--calibration", str(train), "--samples", "3", "--length", "170",
         "--eval_text", str(test), "--eval_length", "128", "--eval_windows", "4", "--prompt", "The for statement is",
-        "--prompt_tokens", "12", "--output_dir", str(tmp_path / "out"), "--json",
+        "--prompt_tokens", "12", "--output_dir", str(tmp_path / "out"), "--json", *how,
     )  # fmt: skip
     assert ended.status == 0, ended.err
     report = json.loads(ended.out)

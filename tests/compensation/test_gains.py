@@ -214,6 +214,31 @@ def test_a_second_run_takes_the_gains_from_the_cache(tmp_path: Path, monkeypatch
         fitted(weakened(dense, 0.6)[0], dense, ids(20, 16), cache=tmp_path)
 
 
+def test_the_same_cut_again_runs_neither_model_and_another_one_not_the_dense_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = module.Forward.__call__
+
+    def counted(self: Any, step: Any) -> Any:
+        seen.append(step.rows)
+        return real(self, step)
+
+    monkeypatch.setattr(module.Forward, "__call__", counted)
+    dense, text = tiny_llama(), load_calibration(ids(20, 16))
+    says = reference(dense, text, tmp_path)
+    first, second = weakened(dense)[0], weakened(dense)[0]
+    found = fit_gains(first, pyprune.discover(first), says, cache=tmp_path)
+    assert found.kept and seen
+    seen.clear()
+    again = reference(dense, text, tmp_path)
+    assert all(torch.equal(p, q) for a, b in zip(says.said, again.said, strict=True) for p, q in zip(a, b, strict=True))
+    assert fit_gains(second, pyprune.discover(second), again, cache=tmp_path) == found
+    assert same(first, second) and not seen
+    reference(weakened(dense)[0], text, tmp_path)
+    assert sum(seen) == text.samples  # another model is asked
+
+
 def test_a_model_without_blocks_says_why_there_are_none() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -228,6 +253,23 @@ def test_a_model_without_blocks_says_why_there_are_none() -> None:
     says = reference(dense, load_calibration(ids(4, 8)))
     found = fit_gains(copy.deepcopy(dense), pyprune.discover(tiny_llama()), says)
     assert not found.kept and "no list of blocks" in found.note
+
+
+def test_blocks_that_text_does_not_pass_have_none() -> None:
+    dense = tiny_llama()
+    dense.tower = nn.ModuleList(nn.Linear(300, 300) for _ in range(2))  # larger than the decoder, and never called
+    found = fitted(copy.deepcopy(dense), dense, ids(4, 8))
+    assert not found.kept and "text passes no matrix" in found.note
+
+
+def test_blocks_that_let_no_gradient_through_have_none() -> None:
+    dense = tiny_llama()
+    model, _ = weakened(dense)
+    model.model.forward = torch.no_grad()(type(dense.model).forward.__get__(model.model))
+    before = copy.deepcopy(model.state_dict())
+    found = fitted(model, dense, ids(4, 8))
+    assert not found.kept and "no gradient passes" in found.note
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
 def test_a_dense_model_that_gives_nan_is_refused() -> None:

@@ -53,7 +53,7 @@ def test_one_file_under_two_names_and_one_dataset_are_the_same_source(tmp_path) 
 
 def test_prune_notes_one_corpus_and_stays_silent_on_two(tmp_path) -> None:
     text = stream(5, 2048).reshape(16, 128)
-    options = {"ratio": 0.2, "eval_length": 128}
+    options = {"ratio": 0.2, "criterion": "param_first", "eval_length": 128}
     said = pyprune.prune(tiny_llama(), calibration=text[:8], eval_text=text.clone(), **options).report.warnings
     assert [w for w in said if "share 100% of their passages of 16 tokens" in w]
     said = pyprune.prune(tiny_llama(), calibration=text[:8], eval_text=text[8:], **options).report.warnings
@@ -64,7 +64,9 @@ def test_eval_of_a_pruned_folder_notes_its_calibration_text(tmp_path) -> None:
     folder, train = write_model(tmp_path / "m"), write_text(tmp_path / "train.txt")
     test = write_text(tmp_path / "test.txt", 4000, skip=40_000)
     out = tmp_path / "out"
-    pyprune.prune(folder, ratio=0.2, calibration=str(train), samples=4, length=64, output_dir=out)
+    pyprune.prune(
+        folder, ratio=0.2, criterion="param_first", calibration=str(train), samples=4, length=64, output_dir=out
+    )
     options = {"eval_length": 64, "eval_windows": 2}
     assert any(
         "calibration text (the same file)" in w for w in pyprune.evaluate(out, eval_text=train, **options)["warnings"]
