@@ -23,7 +23,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, intercepted, like, stream_of
 from pyprune.importance.divergence import divergence, real_tokens, scored, summary
 from pyprune.importance.steps import Forward, Step
-from pyprune.importance.words import WORDS, head_of, mass
+from pyprune.importance.words import WORDS, head_of, mass, narrowed
 from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
 
@@ -64,7 +64,7 @@ class Fitness:
         self._streams: list[dict[int, Tensor]] = [{} for _ in self.steps]
         self._dense: list[tuple[Tensor, Tensor]] = []
         self._real = [real_tokens(step) for step in self.steps]
-        masking.narrow(None)
+        self._narrowed = narrowed(model, None)
         refits.at({}, masking)
         total, head = torch.zeros(0), head_of(model)
         for number in range(len(self.steps)):
@@ -78,16 +78,16 @@ class Fitness:
                 self._dense.append(summary(logits))
         self.words = logits.shape[-1]
         if len(total):
-            self._narrow(head, total.topk(WORDS).indices.sort().values)
+            self._narrow(model, total.topk(WORDS).indices.sort().values)
 
     @torch.no_grad()
-    def _narrow(self, head: nn.Parameter | None, words: Tensor) -> None:
-        """Only ``words`` take part from now on, if the logits are those of ``head`` and nothing else."""
-        self._masking.narrow(head, words)
+    def _narrow(self, model: nn.Module, words: Tensor) -> None:
+        """Only ``words`` take part from now on, if the logits are those of the head and nothing else."""
+        self._narrowed = narrowed(model, words)
         for number in range(len(self.steps)):
             logits = self._scored(number, self._logits(number, 0, None))
             if logits.shape[-1] != len(words) and number == 0:
-                self._masking.narrow(None)
+                self._narrowed = narrowed(model, None)
                 logits = self._scored(number, self._logits(number, 0, None))
             self._dense.append(summary(logits))
         self.words = logits.shape[-1]
@@ -182,7 +182,7 @@ class Fitness:
                 return torch.empty(0)
 
     def _run(self, number: int) -> Tensor:
-        with torch.no_grad(), self._masking:
+        with torch.no_grad(), self._masking, self._narrowed:
             return self._forward(self.steps[number])
 
 

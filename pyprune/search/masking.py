@@ -48,16 +48,7 @@ class Masking(InputTaps):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self.watched = dict(parameters)
-        self._head: nn.Parameter | None = None
-        self._words, self._few = torch.empty(0, dtype=torch.int64), torch.empty(0)
         self.exchange: Exchange = lambda key, weight, bias: None
-
-    def narrow(self, head: nn.Parameter | None, words: Tensor | None = None) -> None:
-        """From now on a linear layer with the weight ``head`` [vocabulary, hidden] gives the logits of ``words``, int64
-        [words], and no others; None: all of them again."""
-        self._head, self._words, self._few = None, torch.empty(0, dtype=torch.int64), torch.empty(0)
-        if head is not None and words is not None:
-            self._head, self._words, self._few = head, words, head.detach()[words]
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,9 +57,6 @@ class Masking(InputTaps):
         if found is None:
             return func(*args, **kwargs)
         x, weight, bias, transposed = found
-        if self._head is not None and weight is self._head:
-            y = product(x, self._few)
-            return y if bias is None else y.add_(bias[self._words])
         key, _ = self._find(weight)
         if key is None:
             if func is linear and isinstance(weight, Tensor) and weight.dim() == 2 and is_faster(x):
