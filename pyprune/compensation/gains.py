@@ -288,8 +288,7 @@ class _Fit:
     def fold(self, values: Mapping[str, list[float]]) -> bool:
         """Take gains into the weights, unless the model then computes something else than it did with them; whether
         they are in."""
-        for name, given in values.items():
-            self.factors[name].copy_(torch.tensor(given))
+        self._set(values)
         multiplied = []
 
         def agrees() -> bool:
@@ -297,12 +296,10 @@ class _Fit:
             wanted = self._divergence(sample)
             self._multiply(1.0)
             multiplied.append(True)
-            found = {n: f.clone() for n, f in self.factors.items()}
             for factors in self.factors.values():
                 factors.fill_(1.0)
             given = self._divergence(sample)
-            for name, factors in self.factors.items():
-                factors.copy_(found[name])
+            self._set(values)
             return abs(given - wanted) <= 0.05 * wanted + 1e-3
 
         sound = bool(self.kept.answer("the weights take gains in", agrees))
@@ -312,6 +309,10 @@ class _Fit:
             log.warning("weights are used by more than products; gains are left out")
             self._multiply(-1.0)
         return sound
+
+    def _set(self, values: Mapping[str, list[float]]) -> None:
+        for name, given in values.items():
+            self.factors[name].copy_(torch.tensor(given))
 
     def _multiply(self, power: float) -> None:
         for name, p in self.matrices.items():

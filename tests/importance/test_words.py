@@ -33,9 +33,7 @@ def test_the_likely_tokens_are_those_with_most_probability_and_keep_their_logits
     whole = model(tokens).logits
     found = module.likely(Forward(model), steps())
     wanted = whole.double().softmax(-1).sum((0, 1)).topk(40).indices
-    assert (
-        found is not None and set(found.tolist()) == set(wanted.tolist()) and found.tolist() == sorted(found.tolist())
-    )
+    assert found is not None and found.tolist() == sorted(wanted.tolist())
     narrow = module.narrowed(model, found)
     for _ in range(2):
         with narrow:
