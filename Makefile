@@ -10,7 +10,7 @@ RATIO  ?= 0.2
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-real test-slow sanitize lint format clean
+.PHONY: demo test test-slow sanitize lint format clean
 
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,17 +34,13 @@ demo: $(MODEL)/config.json .demo/calibration.txt .demo/evaluation.txt
 		--output_dir $(PRUNED) --overwrite
 	$(BIN)/python examples/open_with_transformers.py $(PRUNED)
 
-# The whole suite but what is marked slow, including one end-to-end run on the real model: a file at a time in each of two
-# processes. Tiny models are quicker with one thread each.
+# The whole suite but what is marked slow, including one end-to-end run on the real model, and what is: a file at a time in
+# each of two processes. Tiny models are quicker with one thread each.
 test: $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
-# A ratio alone from end to end on the real model; `make test` leaves out the two longest of its steps.
-test-real: $(MODEL)/config.json
-	$(BIN)/python -m pytest -q -m slow tests/cli/test_real_model.py
-
 test-slow: $(MODEL)/config.json
-	$(BIN)/python -m pytest -q -m slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow tests
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: $(VENV)/.ready

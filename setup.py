@@ -1,7 +1,7 @@
 """Builds the two shared objects with CMake and ninja; everything else about the package is in pyproject.toml.
 
 Environment:
-    PYPRUNE_CUDA        AUTO (default: compile the CUDA kernels when nvcc is found), ON (fail without nvcc) or OFF.
+    PYPRUNE_CUDA        AUTO (default: compile the CUDA kernels if nvcc is 12 or newer), ON (or fail) or OFF.
     PYPRUNE_CUDA_ARCHS  CMake's list of architectures, default "80-real;90a-real;90-virtual".
     PYPRUNE_SANITIZE    sanitizers for the C++ code, for example "address,undefined" (default: none); see .ci/sanitize.
     MAX_JOBS            compile jobs at once; default: one a core.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80-real;90a-real;90-virtual"
+OLDEST_CUDA = 12  # of nvcc, whose headers describe tensors to the copy engine
 
 
 def say(message: str) -> None:
@@ -61,9 +63,19 @@ def decide_cuda() -> tuple[str | None, str]:
     if choice == "OFF":
         return None, "PYPRUNE_CUDA=OFF"
     nvcc = find_nvcc()
-    if nvcc is None and choice == "ON":
-        raise SystemExit("pyprune: PYPRUNE_CUDA=ON, but nvcc is not found. Set CUDACXX or CUDA_HOME, or use AUTO.")
-    return nvcc, f"nvcc is {nvcc}" if nvcc else "nvcc is not found"
+    problem = "nvcc is not found" if nvcc is None else too_old(nvcc)
+    if problem and choice == "ON":
+        raise SystemExit(f"pyprune: PYPRUNE_CUDA=ON, but {problem}. Set CUDACXX or CUDA_HOME, or use AUTO.")
+    return (None, problem) if problem else (nvcc, f"nvcc is {nvcc}")
+
+
+def too_old(nvcc: str) -> str:
+    """Why this CUDA compiler cannot be used, or nothing; one that does not say its version is tried."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    if release is None or int(release[1]) >= OLDEST_CUDA:
+        return ""
+    return f"{nvcc} is of CUDA {release[0].removeprefix('release ')}, and {OLDEST_CUDA}.0 is the oldest that serves"
 
 
 def find_torch() -> tuple[Path, str] | None:

@@ -63,17 +63,23 @@ section() {
 
 # An interpreter that can see the GPU is taken as it is; else a virtual environment is made, with PyTorch from PyPI.
 ready() {
-    "$1" - <<'PYTHON' >/dev/null 2>&1
+    "$1" - <<'PYTHON' 2>&1 | tail -n 1
+import shutil, sys
+from pathlib import Path
 import click, hypothesis, matplotlib, numpy, pybind11, pytest, rich, safetensors, setuptools, torch, transformers, yaml
-assert torch.version.cuda
+assert torch.version.cuda, "this PyTorch has no CUDA"
+for tool in ("cmake", "ninja"):
+    assert shutil.which(tool, path=str(Path(sys.executable).parent)) or shutil.which(tool), tool + " is missing"
 PYTHON
+    return "${PIPESTATUS[0]}"
 }
 if ! ready "$PYTHON"; then
     if ! ready "$WORK/venv/bin/python"; then
         section "environment" 240 bash -c "
             '$PYTHON' -m venv '$WORK/venv' &&
             '$WORK/venv/bin/python' -m pip install --quiet 'torch>=2.10' 'transformers>=5' 'safetensors>=0.4.3' numpy click rich \
-                pyyaml pytest pytest-benchmark hypothesis psutil matplotlib 'setuptools>=77' wheel cmake ninja pybind11"
+                pyyaml pytest pytest-benchmark hypothesis psutil matplotlib 'setuptools>=77' wheel cmake ninja pybind11" ||
+            { cat "$SUMMARY" && exit 1; }
     fi
     PYTHON=$WORK/venv/bin/python
 fi

@@ -79,7 +79,7 @@ def main() -> None:
     print("Calibration: 10 samples of 128 tokens of WikiText-2 valid, the very tokens that LLM-Pruner had.\n")
     print(
         "| layers, widths | criterion | removed | LLM-Pruner | LLM-Pruner, heads credited rightly | pyprune "
-        "| kept FFN channels alike |"
+        "| kept FFN channels in common |"
     )
     print("|---|---|---|---|---|---|---|")
     for (run, criterion), (theirs, mended) in RIVAL.items():

@@ -1,8 +1,8 @@
 """Recovery of SmolLM2-135M-Instruct after pruning: prune, recover, WikiText-2 perplexity before and after.
 
-    python benchmarks/recover.py MODEL --shared DIR [--minutes 60] [--ratios 0.2 0.5] [--distill] [--work DIR]
+    python benchmarks/recover.py MODEL --texts DIR [--minutes 60] [--ratios 0.2 0.5] [--distill] [--work DIR]
 
-``DIR/data`` holds ``c4_sample.jsonl.gz`` (web text: calibration and training), ``dolly_3k.jsonl.gz`` (instructions) and
+``DIR`` holds ``c4_sample.jsonl.gz`` (web text: calibration and training), ``dolly_3k.jsonl.gz`` (instructions) and
 ``wikitext2_test.txt.gz`` (WikiText-2 test, tokenised form). A ratio is of the parameters that are not embeddings, as
 papers count. With ``--work`` the folders stay, and a run that was interrupted goes on. Prints Markdown.
 """
@@ -33,21 +33,20 @@ def pruned(args: argparse.Namespace, ratio: float, work: Path) -> Path:
     if not folder.exists():
         prune(
             args.model, ratio=ratio, count_embeddings=False, criterion=args.criterion,
-            calibration=str(args.shared / "data" / "c4_sample.jsonl.gz"), samples=32, length=128, output_dir=folder,
+            calibration=str(args.texts / "c4_sample.jsonl.gz"), samples=32, length=128, output_dir=folder,
         )  # fmt: skip
     return folder
 
 
 def recovered(args: argparse.Namespace, folder: Path) -> tuple[Any, float]:
     """The result and the minutes it took, loading and saving included."""
-    data = args.shared / "data"
     out = folder.with_name(folder.name + "_recovered")
     more = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
     if args.distill:
         more |= {"teacher": args.model, "distill_cache": str(folder.parent / "teacher")}
     start = time.monotonic()
     result = recover(
-        folder, data={str(data / "c4_sample.jsonl.gz"): 4, str(data / "dolly_3k.jsonl.gz"): 1}, epochs=4,
+        folder, data={str(args.texts / "c4_sample.jsonl.gz"): 4, str(args.texts / "dolly_3k.jsonl.gz"): 1}, epochs=4,
         max_minutes=args.minutes, lora_r=args.lora_r, output_dir=out, resume=True, overwrite=True, **more,
     )  # fmt: skip
     return result, (time.monotonic() - start) / 60
@@ -56,7 +55,10 @@ def recovered(args: argparse.Namespace, folder: Path) -> tuple[Any, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of SmolLM2-135M-Instruct (examples/smollm2.py makes it)")
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/")
+    parser.add_argument(
+        "--texts", type=Path, required=True,
+        help="folder with c4_sample.jsonl.gz, dolly_3k.jsonl.gz and wikitext2_test.txt.gz",
+    )  # fmt: skip
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each ratio")
     parser.add_argument("--criterion", default="param_second")
@@ -68,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    text = str(args.shared / "data" / "wikitext2_test.txt.gz")
+    text = str(args.texts / "wikitext2_test.txt.gz")
     windows, name = read_windows(text, tokenizer, length=1024, windows=args.windows)
 
     def measured(folder: Any) -> Perplexity:

@@ -1,8 +1,8 @@
 """Allocation search on SmolLM2-135M-Instruct: divergence from the dense model, of the found widths and of plain ones.
 
-    python benchmarks/search.py MODEL --shared DIR --ratio 0.5 --minutes 30 --state search.json
+    python benchmarks/search.py MODEL --texts DIR --ratio 0.5 --minutes 30 --state search.json
 
-``DIR/data`` holds ``c4_sample.jsonl.gz`` (calibration) and ``wikitext2_valid.txt.gz``. The protocol: percent of the
+``DIR`` holds ``c4_sample.jsonl.gz`` (calibration) and ``wikitext2_valid.txt.gz``. The protocol: percent of the
 parameters that are not embeddings; scores, refits and search read the same calibration; every plan is then compensated
 and measured by the Kullback-Leibler divergence over the whole vocabulary, in nats a token, on other documents of C4 and
 on WikiText-2 validation text, which none of them has read.
@@ -27,7 +27,9 @@ from pyprune.importance.calibration import Calibration, load_calibration
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of SmolLM2-135M-Instruct (examples/smollm2.py makes it)")
-    parser.add_argument("--shared", type=Path, required=True, help="folder whose data/ holds the texts")
+    parser.add_argument(
+        "--texts", type=Path, required=True, help="folder with c4_sample.jsonl.gz and wikitext2_valid.txt.gz"
+    )
     parser.add_argument("--ratio", type=float, default=0.5, help="fraction of the non-embedding parameters that goes")
     parser.add_argument("--roles", default="ffn")
     parser.add_argument("--criterion", default="wanda")
@@ -40,15 +42,14 @@ def main() -> None:
     parser.add_argument("--against", default="uniform,log_depth,knapsack", help="allocations to compare with")
     args = parser.parse_args()
 
-    data = args.shared / "data"
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    web = str(data / "c4_sample.jsonl.gz")
+    web = str(args.texts / "c4_sample.jsonl.gz")
     crops = list(load_calibration(web, tokenizer, samples=args.samples + 4, length=args.length))  # evenly over the text
     batches = load_calibration(crops[:-4])
     fresh = {
         "C4, other documents": load_calibration(crops[-4:]),
         "WikiText-2 valid": load_calibration(
-            str(data / "wikitext2_valid.txt.gz"), tokenizer, samples=4, length=args.length
+            str(args.texts / "wikitext2_valid.txt.gz"), tokenizer, samples=4, length=args.length
         ),
     }
     model = pyprune.load(args.model).eval()

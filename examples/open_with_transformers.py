@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(folder: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # for folders whose layers differ
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert not any(name.startswith("pyprune") for name in sys.modules)
     inputs = tokenizer("The capital of France is", return_tensors="pt")

@@ -25,6 +25,7 @@ from pyprune.stage_options import (
     DistillConfig,
     EvalConfig,
     ExportConfig,
+    FolderConfig,
     ModelConfig,
     PageConfig,
     ReportConfig,
@@ -182,7 +183,7 @@ class RecoverConfig(Recipe):
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     run: ResumeConfig = field(default_factory=ResumeConfig)
-    save: SaveConfig = field(default_factory=SaveConfig)
+    save: FolderConfig = field(default_factory=FolderConfig)
     page: PageConfig = field(default_factory=PageConfig)
 
 

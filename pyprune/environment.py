@@ -84,7 +84,7 @@ def _kernel_lines(kernels: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if not kernels["cuda_compiled"]:
         return [*lines, ("cuda kernels", "not compiled")]
-    usable = "usable" if kernels["cuda_usable"] else "not usable here (PyTorch sees no CUDA device)"
+    usable = "usable" if kernels["cuda_usable"] else f"not usable here ({kernels['cuda_problem']})"
     return [*lines, ("cuda kernels", f"compiled by nvcc {build['cuda_version']} for {build['cuda_archs']}, {usable}")]
 
 

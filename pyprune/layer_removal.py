@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,22 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.cache import cached
 from pyprune.importance.depth import score_layers
 from pyprune.importance.scores import Scores
-from pyprune.schedule import requests, without_scores
+from pyprune.schedule import equal_scores, requests, without_scores
 from pyprune.selection.compose import compose
 from pyprune.selection.layers import plan_layers, removable, without
 from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count
 from pyprune.selection.select import select
-from pyprune.stage_options import DepthConfig, SelectConfig
+from pyprune.stage_options import DepthConfig, ScoreConfig, SelectConfig
+
+# What says how widths are scored and chosen.
+OF_WIDTHS = {
+    ScoreConfig: ("criterion", "route", "aggregation", "token_weights", "score_tokens"),
+    SelectConfig: (
+        "roles", "allocation", "allocation_criterion", "allocation_tokens", "round_to", "min_keep", "iterative_steps",
+    ),
+}  # fmt: skip
 
 
 def cuts_widths(asked: SelectConfig) -> bool:
@@ -43,10 +52,20 @@ def check(recipe: PruneConfig) -> None:
     if asked.scores_file is not None:
         problem = "are of the whole model, and widths are scored on what remove_layers leaves"
         raise PyPruneError("scores_file", asked.scores_file, problem, "Leave it out.")
+    if asked.method == "best" and not cuts_widths(asked):
+        problem = "is for cuts of a ratio, and only whole layers go"
+        raise PyPruneError("method", asked.method, problem, "Give a ratio too, or leave it out.")
     mode = recipe.compensate.compensation
     if mode != "none" and not cuts_widths(asked):
         problem = "makes up for cuts inside layers, and only whole layers go"
         raise PyPruneError("compensation", mode, problem, "Give a ratio too, or use none.")
+    if not cuts_widths(asked):
+        for stage in (recipe.score, asked):
+            for option in OF_WIDTHS[type(stage)]:
+                value = getattr(stage, option)
+                if value != getattr(type(stage)(), option):
+                    problem = "says how widths are cut, and no size is asked for that would cut any"
+                    raise PyPruneError(option, value, problem, "Give a ratio too, or leave it out.")
     if recipe.save.profile is not None:
         from pyprune.checkpoint.profiles import get_profile
 
@@ -79,20 +98,23 @@ def trial(recipe: PruneConfig, groups: Groups, config: Any = None) -> Plan:
         return first
     left = remaining(asked, groups, first)
     list(requests(left, groups))  # for its errors
-    equal = {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
+    equal = equal_scores(groups)
     if depth.layer_part != "layer":
-        return _with_widths(first, left, groups, equal)
+        return _with_widths(first, left, groups, equal, asked.ratio)
     equal[group.name] = torch.tensor([[0.0 if i in gone else 1.0 for i in range(group.units)]])
     return select(
-        groups, equal, target_params=left.target_params, roles=left.roles, round_to=left.round_to,
+        groups, equal, asked.ratio, target_params=asked.target_params, roles=left.roles, round_to=left.round_to,
         widths={**(left.widths or {}), "layers": group.units - count}, count_embeddings=left.count_embeddings,
         layers=asked.layers, min_keep=_without_layers(left.min_keep),
         **without_scores({"allocation": left.allocation}),
     )  # fmt: skip
 
 
-def _with_widths(first: Plan, left: SelectConfig, groups: Groups, equal: dict[str, torch.Tensor]) -> Plan:
-    """Widths in the groups that lie outside the sub-blocks which ``first`` removes, and that removal."""
+def _with_widths(
+    first: Plan, left: SelectConfig, groups: Groups, equal: dict[str, torch.Tensor], ratio: float | None
+) -> Plan:
+    """Widths in the groups that lie outside the sub-blocks which ``first`` removes, and that removal; ``ratio`` as it
+    was asked for."""
     gone = tuple(f"{m}." for m in first.removed_modules())
     after = first.new_shapes(groups.shapes)
     staying = replace(
@@ -100,7 +122,8 @@ def _with_widths(first: Plan, left: SelectConfig, groups: Groups, equal: dict[st
         shapes={n: s for n, s in groups.shapes.items() if n in after},
         parameters=frozenset(n for n in groups.parameters if n in after),
     )  # fmt: skip
-    widths = select(staying, equal, **without_scores(list(requests(left, staying))[-1]))
+    with as_ratio(ratio):
+        widths = select(staying, equal, **without_scores(list(requests(left, staying))[-1]))
     out = compose(groups, first, widths)
     out.details["layers"] = widths.details["layers"]
     return out
@@ -136,8 +159,8 @@ def requests_after(
     if not cuts_widths(asked):
         return [], [], None
     steps = list(requests(remaining(asked, dense, plan), now))
-    equal = {g.name: torch.zeros(g.outer, g.units) for g in now.prunable()}
-    details = select(now, equal, **without_scores(steps[-1])).details
+    with as_ratio(asked.ratio):
+        details = select(now, equal_scores(now), **without_scores(steps[-1])).details
     return steps, details["roles"], details["layers"]
 
 
@@ -158,6 +181,18 @@ def check_room(recipe: PruneConfig, groups: Groups, plan: Plan) -> None:
     raise PyPruneError(
         "remove_layers", recipe.depth.remove_layers, problem, "Remove fewer layers, or ask for a smaller model."
     )
+
+
+@contextmanager
+def as_ratio(ratio: float | None) -> Iterator[None]:
+    """Errors about the parameters that :func:`remaining` makes of a ratio, named after that."""
+    try:
+        yield
+    except PyPruneError as error:
+        if ratio is None or error.option != "target_params":
+            raise
+        problem = f"leaves {error.value:,} parameters, and {error.problem}"
+        raise PyPruneError("ratio", ratio, problem, error.hint.replace(error.option, "ratio")) from error
 
 
 def remaining(asked: SelectConfig, dense: Groups, plan: Plan) -> SelectConfig:

@@ -3,7 +3,7 @@
 Up to about a third of the parameters FFN channels go, beyond that heads too, and heads go also where the budget is not
 one of parameters: as many in each layer as measured on the model. Where that would take much memory or has too little
 text, a small cut is made where the expected loss is least, and a large one more in later layers. A refit and gains
-follow. Options that the user gives stay as they are.
+follow. What the user names stays, where the cut allows it: no refit makes up for hidden channels, for example.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
-from pyprune.compensation.cache import LIMIT
+from pyprune.compensation.cache import LIMIT, Folder
 from pyprune.compensation.checks import check_plan, check_samples, judged_roles
-from pyprune.compensation.gains import Gains, Reference, fit_gains, reference
+from pyprune.compensation.gains import fit_gains, reference
 from pyprune.compensation.stage import Compensation, compensate
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery.discover import discover
@@ -45,7 +45,7 @@ from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.searched import ON_MODEL
-from pyprune.selection.select import select
+from pyprune.selection.select import goal_of, select
 from pyprune.stage_options import AUTO, CalibrationConfig, EvalConfig, ModelConfig, ScoreConfig
 from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import apply
@@ -162,10 +162,11 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before["samples"] = ask(dense.model, dense.tokenizer, prompts, recipe, stages, " before")
     prompts = prompts[: len(before["samples"])]
 
+    sums = None if recipe.score.cache is None else Folder(Path(recipe.score.cache))
     dense_says = None
     if batches is not None and recipe.compensate.compensation_gains:
         with stages("ask the dense model", bar=False):
-            dense_says = reference(dense.model, batches, recipe.score.cache, _limit(recipe))
+            dense_says = reference(dense.model, batches, sums, _limit(recipe))
 
     first: Scores | None = None
     depth: dict[str, Any] | None = None
@@ -234,7 +235,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             with stages("compensate" + step, bar=False):
                 if copy and number == 1 and fresh:
                     smaller = deepcopy(smaller)
-                made.append(_compensate(smaller, cut, batches, recipe, worth))
+                made.append(_compensate(smaller, cut, batches, recipe, worth, sums))
                 cut = made[-1].plan
         with stages("prune" + step):
             smaller = apply(smaller, cut, copy=copy and number == 1 and fresh and not made)
@@ -244,13 +245,17 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         first = scores if number == 1 else first
     if dense_says is not None and made:
         with stages("fit gains", bar=False):
-            made[-1].gains = found = _gains(smaller, dense_says, recipe)
+            made[-1].gains = found = fit_gains(smaller, _groups(smaller), dense_says, sums, _limit(recipe))
             made[-1].notes += [] if found.note is None else [found.note]
     assert first is not None
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
     if by_depth:
         plan.details |= removed
+    if "steps" in plan.details and (recipe.select.ratio or recipe.select.target_params) is not None:
+        found = plan.details["achieved"]["with_embeddings" if recipe.select.count_embeddings else "without_embeddings"]
+        goal = goal_of(recipe.select.ratio, recipe.select.target_params, found["before"])
+        plan.details["notes"] += goal.missed_by(found["after"])
 
     after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
     after["samples"] = ask(smaller, dense.tokenizer, prompts, recipe, stages, " after")
@@ -389,18 +394,14 @@ def _second(recipe: PruneConfig, criterion: str | None) -> ScoreConfig | None:
 
 
 def _compensate(
-    model: Any, plan: Plan, batches: Calibration, recipe: PruneConfig, worth: Scores | None
+    model: Any, plan: Plan, batches: Calibration, recipe: PruneConfig, worth: Scores | None, sums: Folder | None
 ) -> Compensation:
     config, scoring = recipe.compensate, recipe.score
     return compensate(
         model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
-        target=config.compensation_target, scope=config.compensation_scope, worth=worth, cache=scoring.cache,
+        target=config.compensation_target, scope=config.compensation_scope, worth=worth, cache=sums,
         cache_limit=_limit(recipe),
     )  # fmt: skip
-
-
-def _gains(model: Any, dense_says: Reference, recipe: PruneConfig) -> Gains:
-    return fit_gains(model, _groups(model), dense_says, cache=recipe.score.cache, cache_limit=_limit(recipe))
 
 
 def _limit(recipe: PruneConfig) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -110,9 +111,14 @@ def check_request(recipe: PruneConfig) -> None:
             raise PyPruneError("compensation_criterion", judge, problem, "Use compensation obs, or leave it out.")
         check_scoring(replace(recipe.score, criterion=judge, route=None), recipe.calibration.calibration)
     limit = recipe.compensate.cache_limit
-    if limit is not None and (recipe.score.cache is None or recipe.compensate.compensation == "none"):
-        problem = "bounds what compensation keeps in a cache folder, and there is none of either"
-        raise PyPruneError("cache_limit", limit, problem, "Give cache and compensation too, or leave it out.")
+    if limit is not None:
+        for name, missing in (
+            ("cache", recipe.score.cache is None),
+            ("compensation", recipe.compensate.compensation == "none" and asked.method != "best"),
+        ):
+            if missing:
+                problem = f"bounds what compensation keeps in a cache folder, and there is no {name}"
+                raise PyPruneError("cache_limit", limit, problem, f"Give {name} too, or leave it out.")
     check_source("eval_text", recipe.evaluation.eval_text)
 
 
@@ -163,8 +169,8 @@ def check_search(recipe: PruneConfig) -> None:
     if name != "search":
         for option, value in vars(options).items():
             if value is not None:
-                problem = f"is for allocation search, and allocation {name} is asked"
-                raise PyPruneError(option, value, problem, "Use allocation search, or leave it out.")
+                problem = "is for allocation search, which is not asked for"
+                raise PyPruneError(option, value, problem, "Give allocation search too, or leave it out.")
     if name not in ON_MODEL:
         return
     if recipe.streaming.stream:
@@ -196,7 +202,7 @@ def forget_search(recipe: PruneConfig) -> None:
     """Remove the state of a search that lies beside an output which is complete now."""
     file = search_file(recipe)
     if file is not None and recipe.search.search_file is None:
-        for path in file.parent.glob(f"{file.name}*"):
+        for path in file.parent.glob(f"{glob.escape(file.name)}*"):
             path.unlink(missing_ok=True)
 
 
@@ -216,7 +222,8 @@ def hold_to_profile(asked: SelectConfig, profile: str) -> None:
 
     module = get_profile(profile)
     hint = "Choose another profile: gguf and hetero-hf hold different widths in different layers."
-    if module.EVEN and ALLOCATIONS[asked.allocation].by_layer:
+    allocation = ALLOCATIONS.get(asked.allocation)  # an unknown name is refused where names are checked
+    if module.EVEN and allocation is not None and allocation.by_layer:
         problem = f"gives layers different widths, which profile {profile} does not hold"
         raise PyPruneError("allocation", asked.allocation, problem, f"Use uniform. {hint}")
     sized = asked.ratio is not None or asked.target_params is not None

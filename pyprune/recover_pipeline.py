@@ -17,6 +17,9 @@ from typing import Any
 import yaml
 
 from pyprune import preflight
+from pyprune.checkpoint.files import read_config
+from pyprune.checkpoint.load import BUILD
+from pyprune.checkpoint.profiles import writing
 from pyprune.checkpoint.save import IMPORTANCE, save
 from pyprune.config import RecoverConfig
 from pyprune.evaluation.generation import continuation, paired_samples
@@ -89,6 +92,7 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     processes = Processes(wanted)
     start = open_start(recipe, stages, processes, wanted, model, tokenizer)
     check_room(recipe, start)
+    has_code = model is None and _has_modelling_file(start.name)
     windows, text_name = preflight.windows(recipe.evaluation, start.model, start.tokenizer)
     prompts = preflight.prompts(recipe, start.tokenizer, start.report.get("samples") or ())
     merging = recipe.adapter.adapter is not None
@@ -119,7 +123,7 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     result = RecoverResult(start.model, start.tokenizer, report, history, recipe, processes.main)
     if recipe.save.output_dir is not None:
         if processes.main:
-            _save(recipe, start, report, kept, stages)
+            _save(recipe, start, report, kept, stages, has_code)
             report["output_dir"] = str(Path(recipe.save.output_dir).absolute())
             if recipe.page.report:
                 add_page(recipe.save.output_dir)
@@ -220,8 +224,20 @@ def _paired(figures: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
     return {"before": figures[0][key], "after": figures[1][key]} if key in figures[0] else None
 
 
-def _save(recipe: RecoverConfig, start: Start, report: Mapping[str, Any], kept: Any, stages: Stages) -> None:
-    """The folder of the model as it came, with other weights and what was done to them."""
+def _has_modelling_file(name: str) -> bool:
+    """Whether a model's folder is one of profile ``hetero-hf``."""
+    folder = Path(name).expanduser()
+    return folder.is_dir() and BUILD in read_config(folder)
+
+
+def _save(
+    recipe: RecoverConfig, start: Start, report: Mapping[str, Any], kept: Any, stages: Stages, has_code: bool
+) -> None:
+    """The folder of the model as it came, with other weights and what was done to them.
+
+    Args:
+        has_code: plain transformers opens it with the modelling file of profile ``hetero-hf``, which is written again.
+    """
     whole = copy.copy(start.report)
     if "model" in whole:  # the card names the dense model that all began with, not the folder in between
         start.model.config.name_or_path = whole["model"]
@@ -230,6 +246,8 @@ def _save(recipe: RecoverConfig, start: Start, report: Mapping[str, Any], kept: 
     plain = recipe.to_dict()
 
     def also(work: Path) -> None:
+        if has_code:
+            writing.finish(work, "hetero-hf", None, recipe.model.trust_remote_code)
         (work / RECOVERY_RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         if start.importance is not None:
             (work / IMPORTANCE).write_text(start.importance, encoding="utf-8")

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
+import torch
+
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.selection.allocation import ALLOCATIONS
 from pyprune.selection.requests import units_of
+from pyprune.selection.select import select
 from pyprune.stage_options import SelectConfig
 
 WITHIN_HEADS = {"qk_dim", "vo_dim"}  # few configurations express them, so that surgery may leave narrow linear layers
@@ -27,7 +30,8 @@ def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
         dense: groups of the model before the first step.
 
     Raises:
-        PyPruneError: several steps with amounts that are not the same number of units in every layer.
+        PyPruneError: several steps with amounts that are not the same number of units in every layer, or with a ratio
+            that is out of reach.
     """
     common = {
         "allocation": config.allocation,
@@ -53,6 +57,9 @@ def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
     total = dense.num_parameters(config.count_embeddings)
     final = config.target_params
     if config.ratio is not None:
+        # The steps ask in parameters; what cannot be reached is said in the ratio's terms.
+        amounts = {"widths": config.widths, "min_keep": config.min_keep}
+        select(dense, equal_scores(dense), **without_scores({"ratio": config.ratio, **amounts, **common}))
         final = total - round(config.ratio * total)
     least = _in_units("min_keep", config.min_keep, dense)
     for step in range(1, count + 1):
@@ -74,6 +81,11 @@ def without_scores(request: Mapping[str, Any]) -> dict[str, Any]:
     asked, tried = ALLOCATIONS.get(request["allocation"]), ALLOCATIONS["log_depth"]
     alike = asked is not None and (asked.by_layer, asked.min_keep) == (tried.by_layer, tried.min_keep)
     return {**request, "allocation": tried.name} if alike else dict(request)
+
+
+def equal_scores(groups: Groups) -> dict[str, torch.Tensor]:
+    """Scores that prefer nothing, to try a request with."""
+    return {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
 
 
 def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str, Any]:

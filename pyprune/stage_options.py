@@ -113,8 +113,8 @@ class ScoreConfig(Stage):
     criterion: str = option(
         "param_first",
         parsing.text(),
-        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, wanda, flap, obs, l1, "
-        "l2, random; reap for the role experts.",
+        "param_first (or taylor), param_second (or fisher), param_mix, vectorize, group_fisher, token_fisher, wanda, "
+        "flap, obs, l1, l2, random; reap for the role experts.",
     )
     route: str | None = option(
         None,
@@ -378,12 +378,18 @@ class ResultConfig(Stage):
 
 
 @dataclass
-class SaveConfig(Stage):
-    """Where the pruned model goes."""
+class FolderConfig(Stage):
+    """Where the result goes."""
 
     output_dir: str | None = option(None, parsing.path(), "Folder to write. Without it nothing is saved.")
     overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
     max_shard_size: str = option("5GB", parsing.size(), "Largest safetensors file.")
+
+
+@dataclass
+class SaveConfig(FolderConfig):
+    """Where the result goes, and in which form."""
+
     profile: str | None = option(None, parsing.choice(*parsing.PROFILES), PROFILE_HELP)
 
 

@@ -6,16 +6,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyprune import layer_removal, method
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.scores import Scores
-from pyprune.schedule import requests, without_scores
+from pyprune.schedule import equal_scores, requests, without_scores
 from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import measure_budget
 from pyprune.selection.searched import ON_MODEL
@@ -61,10 +58,5 @@ def _planned(
         quantity = measure_budget(model, groups, sizes.budget, length=sizes.budget_length)
         asked = [{**request, "budget": quantity} for request in requests(sizes, groups)]
         last = asked[-1] if ready is not None and sizes.allocation not in ON_MODEL else without_scores(asked[-1])
-        trial = select(groups, _equal_scores(groups) if ready is None else ready, **last)
+        trial = select(groups, equal_scores(groups) if ready is None else ready, **last)
     return asked, trial, rebuild(model, trial).model
-
-
-def _equal_scores(groups: Groups) -> dict[str, Tensor]:
-    """Scores that prefer nothing, to try a request with."""
-    return {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}

@@ -27,6 +27,7 @@ TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 EMULATOR = TESTS / "cuda" / "emulator"
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+LIBRARY = "libemulated.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMULAS = {"abs": 0, "square": 1, "taylor_signed": 2, "taylor_abs": 3, "fisher": 4, "mixed": 5}
 
@@ -87,7 +88,7 @@ def build(folder: Path) -> ctypes.CDLL:
             (kernels / file.name).write_text(LAUNCH.sub(_call, text), encoding="utf-8")
     for file in (*EMULATOR.glob("*.h"), *EMULATOR.glob("*.cuh")):
         shutil.copy(file, kernels)
-    library = folder / "libemulated.so"
+    library = folder / LIBRARY
     # -O1: a fiber may move between calls that the optimiser would otherwise see as one.
     command = [str(compiler()), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-Wno-psabi"]
     command.append("-DPYPRUNE_COMPILED_FOR_90A")

@@ -13,8 +13,10 @@ from helpers_run import write_model, write_text
 from helpers_surgery import tiny
 
 import pyprune
+from pyprune.config import PruneConfig
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
+from pyprune.preflight import check_request
 from pyprune.selection import Plan, compose
 from pyprune.selection.layers import removable, without
 from pyprune.surgery import apply
@@ -194,6 +196,13 @@ def test_compensation_goes_with_the_widths_after_the_layers() -> None:
         ({"remove_layers": 1, "widths": {"layers": 2}}, "widths: names layers, and remove_layers 1"),
         ({"remove_layers": 1, "ratio": 0.3, "scores_file": "x"}, "scores_file 'x': are of the whole model"),
         ({"remove_layers": 1, "compensation": "least-squares"}, "compensation 'least-squares': makes up for cuts"),
+        ({"remove_layers": 1, "method": "best"}, "method 'best': is for cuts of a ratio"),
+        ({"remove_layers": 1, "ratio": 0.95}, "ratio 0.95: kv_heads, ffn can reach at most 0.8"),
+        (
+            {"remove_layers": 1, "ratio": 0.95, "layer_part": "ffn", "layers": "1-2"},
+            "ratio 0.95: leaves 16,027 parameters, and kv_heads, ffn can reach at least",
+        ),
+        ({"remove_layers": 1, "target_params": 9}, "target_params 9: kv_heads, ffn can reach at least"),
         ({"remove_layers": 1, "layer_criterion": "entropy"}, "layer_criterion 'entropy': is not known"),
         ({"remove_layers": 2, "layers": "1-2", "widths": {"ffn": 9}}, "layers '1-2': holds only layers that remove"),
     ],
@@ -208,6 +217,24 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_scored(optio
         pyprune.prune(model, **{"calibration": tokens(), **options})
     assert str(told.value).startswith(line)
     assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("criterion", "wanda"), ("route", "gradients"), ("aggregation", "mean"), ("token_weights", "sink"),
+     ("score_tokens", 10), ("roles", "ffn"), ("allocation", "descent"), ("allocation_criterion", "group_fisher"),
+     ("round_to", 8), ("min_keep", 0.5), ("iterative_steps", 2)],
+)  # fmt: skip
+def test_an_option_of_widths_is_refused_where_no_width_is_cut(option: str, value) -> None:
+    with pytest.raises(PyPruneError, match=f"^{option} .*: says how widths are cut, and no size is asked for"):
+        pyprune.prune(saved_llama(), remove_layers=1, calibration=tokens(), **{option: value})
+    check_request(PruneConfig.build({"remove_layers": 1, "ratio": 0.3, "calibration": tokens(), option: value}))
+
+
+def test_the_recipe_of_a_removal_alone_reads_back(tmp_path) -> None:
+    out = pyprune.prune(saved_llama(), remove_layers=1, calibration=tokens(), output_dir=tmp_path / "out")
+    again = {**out.recipe.to_dict(), "calibration": tokens(), "output_dir": None}
+    check_request(PruneConfig.build(again))
 
 
 def test_a_profile_that_holds_no_removed_layers_is_refused(monkeypatch) -> None:

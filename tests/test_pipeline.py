@@ -85,6 +85,17 @@ def test_steps_compose_into_one_plan_with_the_ratio_asked_for(allocation: str, r
     assert out.plan.details["asked"] == asked
 
 
+@pytest.mark.parametrize(
+    ("more", "ratio", "left"), [({"iterative_steps": 2}, 0.15, 272_500), ({"remove_layers": 1}, 0.28, 230_800)]
+)
+def test_a_size_that_is_missed_is_told_as_it_was_asked(more: dict, ratio: float, left: int) -> None:
+    options = {"criterion": "l2", "roles": "kv_heads", "calibration": tokens(), **more}
+    (note,) = pyprune.prune(tiny_llama(), ratio=ratio, **options).report.warnings
+    assert note.startswith(f"ratio {ratio} was asked; the nearest that this way of cutting reaches is 0.")
+    (note,) = pyprune.prune(tiny_llama(), target_params=left, **options).report.warnings
+    assert note.startswith(f"target_params {left} was asked; the nearest that this way of cutting reaches is ")
+
+
 def test_every_step_scores_the_model_that_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = pipeline.score
@@ -139,6 +150,17 @@ def test_one_step_asks_for_exactly_what_the_user_did() -> None:
         ({"ratio": 0.2, "criterion": "param_first", "calibration": torch.zeros(2, 999, dtype=torch.int64)},
          "length 999: is more than the 256 positions"),
         ({"ratio": 0.99}, "ratio 0.99: kv_heads, ffn can reach at most"),
+        ({"ratio": 0.99, "iterative_steps": 2}, "ratio 0.99: kv_heads, ffn can reach at most"),
+        ({"target_params": 9, "iterative_steps": 2}, "target_params 9: kv_heads, ffn can reach at least"),
+        ({"ratio": 0.2, "cache_limit": 1, "compensation": "obs", "calibration": tokens()},
+         "cache_limit 1.0: bounds what compensation keeps in a cache folder, and there is no cache."),
+        ({"ratio": 0.2, "cache_limit": 1, "cache": "c"},
+         "cache_limit 1.0: bounds what compensation keeps in a cache folder, and there is no compensation."),
+        ({"ratio": 0.2, "compensation_target": "stream"},
+         "compensation_target 'stream': is what a refit aims at, and compensation none makes none."),
+        ({"ratio": 0.2, "compensation_target": "stream", "compensation": "bias", "calibration": tokens()},
+         "compensation_target 'stream': is what a refit aims at, and compensation bias makes none."),
+        ({"ratio": 0.2, "compensation_target": "stream", "stream": True}, "compensation_target 'stream': is what a"),
         ({"ratio": 0.2, "layers": "9"}, "layers '9': there is no layer 9"),
         ({"rato": 0.2}, "rato: is not an option. Did you mean 'ratio'?"),
         ({}, "ratio: nothing says how much to remove"),

@@ -74,6 +74,7 @@ def test_the_cut_model_is_the_old_one_with_zeros_for_those_blocks(family: str, t
     assert torch.equal(generated(again, use_cache=True), generated(again, use_cache=False))
 
 
+@pytest.mark.slow
 def test_plain_transformers_opens_the_export_with_its_own_logits_and_tokens(tmp_path) -> None:
     folders, expected = [], []
     for number, (family, part) in enumerate([("llama", "attention"), ("gpt2", "ffn")]):

@@ -14,8 +14,12 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION >= 12050
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+#endif
   if (error != cudaSuccess || status != cudaDriverEntryPointSuccess) {
     cudaGetLastError();
     return nullptr;

@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def("accumulate_square_(Tensor(a!)[] curvatures, Tensor[] grads, float scale) -> ()");
   // runs [n, 3] = (source, dest, length) in elements; run_counts: runs of each dimension of each tensor, -1 = whole
   m.def("gather(Tensor[] tensors, Tensor runs, int[] run_counts, Tensor(a!)[] out) -> ()");
-  // Row and column sums of one weight's salience, from its inputs [B, T, I] and output gradients [B, T, O]; CUDA only
+  // Row and column sums of one weight's salience, from its inputs [B, T, I] and output gradients [B, T, O]
   m.def(
       "activation_salience(Tensor x, Tensor dy, Tensor weight, int formula, bool transposed, float gradient_scale, "
       "float curvature_scale) -> (Tensor, Tensor)");

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from pyprune import preflight, progress
 from pyprune.checkpoint.load import open_model
 from pyprune.errors import PyPruneError
+from pyprune.evaluation.generation import generating_by
 
 Message = dict[str, str]
 """{"role": "user" | "assistant", "content": text}."""
@@ -154,7 +155,7 @@ class Speaker:
         kept = self.model.generation_config
         ends = self._ends()
         pad = self.tokenizer.pad_token_id
-        # The checkpoint's own sampling settings are left out: what is compared are the models.
+        # The checkpoint's own settings are left out but for its end marks: what is compared are the models.
         options: dict[str, Any] = {
             "max_new_tokens": room, "bos_token_id": kept.bos_token_id, "eos_token_id": ends or None,
             "pad_token_id": pad if pad is not None else self.tokenizer.eos_token_id, "do_sample": False,
@@ -235,10 +236,11 @@ class _Generation(BaseStreamer, StoppingCriteria):
         try:
             torch.manual_seed(seed)
             ids = ids.to(model.device)
-            model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=self,
-                stopping_criteria=[self],
-            )  # fmt: skip
+            with generating_by(model, settings):
+                model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=self,
+                    stopping_criteria=[self],
+                )  # fmt: skip
         except BaseException as error:  # it belongs to whoever reads the answer
             self._queue.put(error)
         self._queue.put(None)

@@ -17,12 +17,14 @@ _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def check_target(folder: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path of a folder that may be written.
+    """The absolute path of a folder that may be written, links followed: a link stays, and what it names is written.
 
     Raises:
         PyPruneError: it exists and ``overwrite`` is off, is a file, or its parent cannot be written.
     """
-    path = Path(folder).expanduser().absolute()
+    path = _settled(folder)
+    if path.is_symlink():
+        raise PyPruneError("folder", str(folder), "is a link that leads back to itself", "Name a folder.")
     if path.exists() and not path.is_dir():
         raise PyPruneError("folder", str(folder), "is a file", "Name a folder.")
     if path.exists() and not overwrite:
@@ -35,7 +37,7 @@ def check_target(folder: str | Path, overwrite: bool = False) -> Path:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises PyPruneError when the disk of ``folder`` has fewer than ``needed`` bytes left."""
-    free = shutil.disk_usage(_existing(folder.parent)).free
+    free = shutil.disk_usage(_existing(_settled(folder).parent)).free
     if free < needed:
         raise PyPruneError(
             "folder",
@@ -56,7 +58,7 @@ def complete_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         PyPruneError: ``folder`` exists and ``overwrite`` is off; the disk is full.
     """
-    check_target(folder, overwrite)
+    folder = check_target(folder, overwrite)
     made = [p for p in folder.parents if not p.exists()]
     work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -135,6 +137,10 @@ def _swap(work: Path, folder: Path, overwrite: bool) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         elif aside.exists():
             os.rename(aside, folder)
+
+
+def _settled(folder: str | Path) -> Path:
+    return Path(os.path.realpath(Path(folder).expanduser()))
 
 
 def _existing(path: Path) -> Path:

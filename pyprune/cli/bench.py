@@ -37,6 +37,7 @@ def register(cli: click.Group) -> None:
         ),
         click.Option(
             ["--shapes"], type=click.Choice(SHAPES), default="smollm2", show_default=True,
+            metavar=f"[{'|'.join(SHAPES)}]",  # click's own has underscores, which are as good
             help="The model whose sizes are taken.",
         ),
         click.Option(

@@ -44,7 +44,7 @@ class _Verbs(click.Group):
 )
 @click.version_option(package_name="pyprune", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Remove whole heads and channels from a language model: a smaller dense model that every runtime can load.
+    """Remove whole heads and channels from a language model: a smaller dense model.
 
     \b
     pyprune inspect MODEL                    what can be removed

@@ -13,8 +13,9 @@ from pyprune.config import PruneConfig
 HELP = """Make MODEL smaller, measure it, save it.
 
 MODEL is a Hugging Face folder or hub name. Say how much goes with --ratio, --target_params, --widths or
---remove_layers; a ratio counts the layers too. The output folder opens with AutoModelForCausalLM.from_pretrained;
-beside the weights lie the kept indices, report and recipe.
+--remove_layers; a ratio counts the layers too. The output folder opens with AutoModelForCausalLM.from_pretrained
+(trust_remote_code=True where layers differ, as after a ratio alone); beside the weights lie the kept indices, report
+and recipe.
 With --profile (see `pyprune export --help`) the cut keeps to widths that other programs hold.
 """
 

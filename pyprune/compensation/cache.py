@@ -18,6 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,14 @@ LIMIT = 16.0  # GiB of sums in a folder
 _NAME = 40  # characters of a fingerprint in a file's name
 
 
+@dataclass
+class Folder:
+    """A folder of sums, and which of its files a run has used: those it does not remove."""
+
+    path: Path
+    used: set[Path] = field(default_factory=set)
+
+
 class SumsCache:
     """What one run of the compensation reads from a folder and leaves there.
 
@@ -45,7 +54,7 @@ class SumsCache:
     complete or not at all, so that several runs may share a folder.
 
     Args:
-        folder: None keeps nothing and finds nothing.
+        folder: None keeps nothing and finds nothing; a :class:`Folder` is shared by all that a run keeps there.
         limit: GiB that all sums in the folder may take. For new ones those go that were not used for longest, of this
             run none: what finds no room is not kept.
         start: what the first sums depend on, as values for :func:`fingerprint`; called where there is a folder.
@@ -54,11 +63,12 @@ class SumsCache:
         read: how often sums were found.
     """
 
-    def __init__(self, folder: str | Path | None, limit: float, start: Callable[[], Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
+    def __init__(self, folder: str | Path | Folder | None, limit: float, start: Callable[[], Any]) -> None:
+        shared = folder if folder is None or isinstance(folder, Folder) else Folder(Path(folder))
+        self.folder = None if shared is None else shared.path
         self.read = 0
         self._limit = int(limit * 2**30)
-        self._used: set[Path] = set()
+        self._used: set[Path] = set() if shared is None else shared.used
         self._chain = "" if folder is None else fingerprint([start(), running_versions()])
         self._first = self._chain
         self._answers: dict[str, Any] = self._read_answers(warn=True)

@@ -21,7 +21,7 @@ INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "l
 
 
 def check_names(mode: str, token_weighting: str, target: str, scope: str) -> None:
-    """Raises PyPruneError for an unknown name, or a scope that the others do not go with."""
+    """Raises PyPruneError for an unknown name, or a scope or target that the others do not go with."""
     for option, value, known in (
         ("compensation", mode, MODES[1:]), ("token_weights", token_weighting, TOKEN_WEIGHTS),
         ("compensation_target", target, TARGETS), ("compensation_scope", scope, SCOPES),
@@ -32,12 +32,15 @@ def check_names(mode: str, token_weighting: str, target: str, scope: str) -> Non
 
 
 def check_scope(scope: str, mode: str, target: str) -> None:
-    """Raises PyPruneError when ``scope`` asks for more than the mode and the target allow."""
+    """Raises PyPruneError when ``scope`` asks for more than the mode and the target allow, or nothing has a target."""
     if scope == "ffn" and (mode not in REFITS or target != "own"):
         problem = (
             f"does not go with {'compensation ' + mode if mode not in REFITS else 'compensation_target ' + target}"
         )
         raise PyPruneError("compensation_scope", scope, problem, f"Use {' or '.join(REFITS)}, towards the own output.")
+    if target != "own" and mode not in REFITS:
+        problem = f"is what a refit aims at, and compensation {mode} makes none"
+        raise PyPruneError("compensation_target", target, problem, f"Use {' or '.join(REFITS)}, or leave it out.")
 
 
 def check_plan(plan: Plan, mode: str) -> None:

@@ -8,13 +8,12 @@ distributions from the dense model's,
     min over g   sum_t KL(p_t || q_t(g)),
 
 by Adam (Kingma and Ba 2015, algorithm 1) over the samples that are not held out. There are no labels: p is what the
-dense model says. The held-out samples decide whether the gains stay, and then the weights take them in: the model on
-disk has no trace of them.
+dense model says. The held-out samples decide whether the gains stay, with the weights as they would be, rounded. Then
+the weights take them in: the model on disk has no trace of them.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import progress as bars
-from pyprune.compensation.cache import LIMIT, SumsCache
+from pyprune.compensation.cache import LIMIT, Folder, SumsCache
+from pyprune.compensation.checks import check_samples
 from pyprune.compensation.gather import split_rows
 from pyprune.compensation.reconstruction import share_of_step
 from pyprune.discovery.groups import Groups
@@ -42,8 +42,6 @@ from pyprune.importance.rehearsal import few_tokens
 from pyprune.importance.scoring import scoring_state
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.words import likely, narrowed
-
-log = logging.getLogger(__name__)
 
 TOP = 128  # of the dense model's most likely tokens that are kept for each token
 STEP_TOKENS = 1024  # for one step of the gains, about
@@ -97,7 +95,7 @@ class Gains:
 
 @torch.no_grad()
 def reference(
-    model: nn.Module, calibration: Calibration, cache: str | Path | None = None, cache_limit: float = LIMIT
+    model: nn.Module, calibration: Calibration, cache: str | Path | Folder | None = None, cache_limit: float = LIMIT
 ) -> Reference:
     """What ``model``, the dense one, says about every sample: 1 KiB a token.
 
@@ -106,9 +104,10 @@ def reference(
         cache_limit: as in :func:`pyprune.compensation.compensate`.
 
     Raises:
-        PyPruneError: it gives NaN or infinity.
+        PyPruneError: it gives NaN or infinity, or there is one sample only.
     """
     device = next(model.parameters()).device
+    check_samples(calibration, "gains", gains=True)
     size = PASS_TOKENS if device.type == "cpu" else STEP_TOKENS
     fit, out = (make_steps(rows, device, tokens=size) for rows in split_rows(calibration))
     steps, held = [*fit, *out], [False] * len(fit) + [True] * len(out)
@@ -142,7 +141,11 @@ def _asked(model: nn.Module, steps: Sequence[Step]) -> tuple[list[tuple[Tensor, 
 
 
 def fit_gains(
-    model: nn.Module, groups: Groups, dense: Reference, cache: str | Path | None = None, cache_limit: float = LIMIT
+    model: nn.Module,
+    groups: Groups,
+    dense: Reference,
+    cache: str | Path | Folder | None = None,
+    cache_limit: float = LIMIT,
 ) -> Gains:
     """Multiply the matrices of ``model`` **in place** by the gains, where these bring it nearer to the dense model.
 
@@ -160,8 +163,9 @@ def fit_gains(
             found = Gains(**kept.answer("gains", lambda: fit.run().to_dict()))
         except NotSweepable as reason:
             return Gains(note=f"No gains were fitted: {reason}.")
-        if found.kept and not fit.fold(found.values):
-            found.kept, found.note = False, "Gains were left out: the weights are used by more than matrix products."
+        if found.kept:
+            fit.set(found.values)
+            fit.fold()
     return found
 
 
@@ -170,28 +174,33 @@ def _key(dense: Reference) -> list[Any]:
 
 
 class _Scaling(InputTaps):
-    """Within it, as a context manager, what enters watched matrices is multiplied by their gains.
+    """Within it, as a context manager, watched matrices are multiplied by their gains where they are used.
 
     Args:
         parameters: name -> matrix.
         factors: name -> its gains, float32 [gains].
         places: name -> which gain each input takes, int64 [inputs].
+        rounded: multiply the matrices, as the weights will be in the end, and not what enters them.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], places: Mapping[str, Tensor]
-    ) -> None:
+        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], places: Mapping[str, Tensor],
+        rounded: bool,
+    ) -> None:  # fmt: skip
         super().__init__(parameters)
-        self._factors, self._places = factors, places
+        self._factors, self._places, self._rounded = factors, places, rounded
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = read_product(func, args, kwargs)
         key = None if found is None else self._find(found[1])[0]
         if found is not None and key is not None and key.name in self._factors:
-            x = found[0]
-            scaled = x * self._factors[key.name][self._places[key.name]].to(x.dtype)
-            args, kwargs = with_input(args, kwargs, x, scaled)
+            x, weight, _, transposed = found
+            by = self._factors[key.name][self._places[key.name]].to(weight.dtype)
+            if self._rounded:
+                args, kwargs = with_input(args, kwargs, weight, weight * (by[:, None] if transposed else by))
+            else:
+                args, kwargs = with_input(args, kwargs, x, x * by.to(x.dtype))
         return func(*args, **kwargs)
 
 
@@ -212,11 +221,12 @@ class _Fit:
             n: torch.ones(int(at.max()) + 1, device=at.device).requires_grad_() for n, at in self.places.items()
         }
         self.narrow = narrowed(model, dense.words)
+        self.rounded = False
         self.forward.around = self._around
 
     @contextmanager
     def _around(self) -> Iterator[None]:
-        with self.narrow, _Scaling(self.matrices, self.factors, self.places):
+        with self.narrow, _Scaling(self.matrices, self.factors, self.places, self.rounded):
             yield
 
     @torch.no_grad()
@@ -236,11 +246,47 @@ class _Fit:
         held = [j for j, out in enumerate(self.dense.held) if out]
         fit = [j for j, out in enumerate(self.dense.held) if not out]
         before = self._divergence(held)
+        if not math.isfinite(before):
+            return Gains(note="No gains were fitted: the pruned model gives NaN or infinity.")
+        if not self._takes_gains_in(held[:1]):
+            return Gains(before, note="Gains were left out: the weights are used by more than matrix products.")
         self._descend(fit)
+        self.rounded = True
         after = self._divergence(held)
-        values = {n: f.tolist() for n, f in self.factors.items()}
-        sound = math.isfinite(after)
-        return Gains(before, after if sound else None, sound and after < before, values)
+        self.rounded = False
+        if not math.isfinite(after):
+            return Gains(before, note="Gains were left out: with them the model gives NaN or infinity.")
+        return Gains(before, after, after < before, {n: f.tolist() for n, f in self.factors.items()})
+
+    @torch.no_grad()
+    def _takes_gains_in(self, numbers: Sequence[int]) -> bool:
+        """Whether the model computes with multiplied weights what it does with multiplied inputs of them.
+
+        Tried with gains of 2, half of the matrices at a time, that no weight is rounded by.
+        """
+        for turn in (0, 1):
+            for i, factors in enumerate(self.factors.values()):
+                factors.fill_(1.0 + (i % 2 == turn))
+            wanted = self._divergence(numbers)
+            self.fold()
+            given = self._folded(numbers)
+            for factors in self.factors.values():
+                factors.reciprocal_()
+            self.fold()
+            for factors in self.factors.values():
+                factors.fill_(1.0)
+            if not abs(given - wanted) <= 1e-3 * wanted + 1e-6:
+                return False
+        return True
+
+    def _folded(self, numbers: Sequence[int]) -> float:
+        """The divergence without gains, which the weights have taken in."""
+        kept = {n: f.clone() for n, f in self.factors.items()}
+        for factors in self.factors.values():
+            factors.fill_(1.0)
+        found = self._divergence(numbers)
+        self.set({n: f.tolist() for n, f in kept.items()})
+        return found
 
     def _descend(self, numbers: Sequence[int]) -> None:
         counts = [len(self.dense.said[j][0]) for j in numbers]
@@ -285,39 +331,17 @@ class _Fit:
         return total / tokens
 
     @torch.no_grad()
-    def fold(self, values: Mapping[str, list[float]]) -> bool:
-        """Take gains into the weights, unless the model then computes something else than it did with them; whether
-        they are in."""
-        self._set(values)
-        multiplied = []
-
-        def agrees() -> bool:
-            sample = [self.dense.held.index(True)]
-            wanted = self._divergence(sample)
-            self._multiply(1.0)
-            multiplied.append(True)
-            for factors in self.factors.values():
-                factors.fill_(1.0)
-            given = self._divergence(sample)
-            self._set(values)
-            return abs(given - wanted) <= 0.05 * wanted + 1e-3
-
-        sound = bool(self.kept.answer("the weights take gains in", agrees))
-        if sound and not multiplied:  # another run saw it
-            self._multiply(1.0)
-        if multiplied and not sound:
-            log.warning("weights are used by more than products; gains are left out")
-            self._multiply(-1.0)
-        return sound
-
-    def _set(self, values: Mapping[str, list[float]]) -> None:
+    def set(self, values: Mapping[str, list[float]]) -> None:
+        """Take these gains."""
         for name, given in values.items():
             self.factors[name].copy_(torch.tensor(given))
 
-    def _multiply(self, power: float) -> None:
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the weights by the gains."""
         for name, p in self.matrices.items():
-            by = self.factors[name][self.places[name]] ** power
-            p.mul_((by[None, :] if self.dims[name] == 1 else by[:, None]).to(p.dtype))
+            by = self.factors[name][self.places[name]].to(p.dtype)
+            p.mul_(by[None, :] if self.dims[name] == 1 else by[:, None])
 
 
 def _places(groups: Groups, name: str, dim: int, p: nn.Parameter) -> Tensor:

@@ -202,13 +202,15 @@ class InnerRefit:
 
         Notes the biases that were seen, which the reconstruction needs too.
         """
-        products = {}
+        # Other tokens than those that it was seen on, which a number for each of them would show.
+        some = torch.arange(len(wanted) - 1, -1, -2, device=wanted.device)
+        products, wanted = {}, wanted[some]
         for name, m in looked.matrices.items():
             rows = self.parameters[name].index_select(m.dim, m.rows)
             bias = given[name].bias
             if bias is not None:
                 m.bias = bias.detach()[m.rows].float()
-            products[name] = _outputs(given[name].x, rows if m.dim == 0 else rows.t(), m.bias)
+            products[name] = _outputs(given[name].x[some], rows if m.dim == 0 else rows.t(), m.bias)
         try:
             found = looked.program(products)
         except (RuntimeError, IndexError, ValueError, TypeError):  # sizes of the whole stand in it

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import progress as bars
-from pyprune.compensation.cache import LIMIT, SumsCache
+from pyprune.compensation.cache import LIMIT, Folder, SumsCache
 from pyprune.compensation.checks import check_names, check_plan, check_samples, check_worth
 from pyprune.compensation.course import Course, LastChange
 from pyprune.compensation.feeders import rows_of
@@ -51,7 +51,7 @@ def compensate(
     scope: str = "outputs",
     penalties: Sequence[float] = PENALTIES,
     worth: Mapping[str, Any] | None = None,
-    cache: str | Path | None = None,
+    cache: str | Path | Folder | None = None,
     cache_limit: float = LIMIT,
     progress: bool | None = None,
 ) -> Compensation:
@@ -110,7 +110,8 @@ def compensate(
 class _Stage:
     def __init__(
         self, model: nn.Module, plan: Plan, calibration: Calibration, mode: str, weighting: str, target: str,
-        scope: str, penalties: Sequence[float], worth: Mapping[str, Any], cache: str | Path | None, cache_limit: float,
+        scope: str, penalties: Sequence[float], worth: Mapping[str, Any], cache: str | Path | Folder | None,
+        cache_limit: float,
     ) -> None:  # fmt: skip
         self.model, self.mode, self.target, self.scope, self.penalties = model, mode, target, scope, penalties
         self.worth = worth

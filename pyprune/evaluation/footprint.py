@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyprune.caching import cache_of
 from pyprune.evaluation.loglikelihood import max_positions
+from pyprune.evaluation.modes import evaluating
 from pyprune.evaluation.speed import generate
 from pyprune.evaluation.stages import measured
 from pyprune.importance import arithmetic
@@ -56,15 +57,11 @@ def footprint(model: Any, *, prompt_tokens: int = 128, new_tokens: int = 32) -> 
     Args:
         prompt_tokens, new_tokens: what is generated while the memory is watched.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with measured("generate") as stage:
             generate(model, torch.zeros(1, prompt_tokens, dtype=torch.int64), new_tokens)
         growing, constant = cache_bytes(model)
         weights, attention = macs(model)
-    finally:
-        model.train(training)
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),

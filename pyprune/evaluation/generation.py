@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from pyprune import progress
 from pyprune.errors import PyPruneError
+from pyprune.evaluation.modes import evaluating
 
 USUAL = 3
 """Prompts that are asked when nobody says how many."""
@@ -83,28 +85,39 @@ def continuations(
     return out
 
 
+@contextmanager
+def generating_by(model: Any, settings: Any) -> Iterator[None]:
+    """``model`` generates by ``settings`` alone within it; its own generation settings are back afterwards.
+
+    Given to ``generate`` only, they would be filled up from the model's own: penalties, beams, forbidden tokens.
+    """
+    kept, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 @torch.no_grad()
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 32) -> str:
     """What ``model`` says after ``prompt``: at most ``tokens`` tokens, greedy, without special tokens.
+
+    Generation settings that came with the checkpoint are not used, but for its end marks.
 
     Args:
         model: a transformers causal LM; its mode (train or eval) is restored afterwards.
     """
     from transformers import GenerationConfig
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         kept = model.generation_config
-        # The checkpoint's own sampling settings would be warned about, one by one, in a greedy run.
         greedy = GenerationConfig(
             do_sample=False, max_new_tokens=tokens, bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )  # fmt: skip
-        out = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=greedy
-        )
-    finally:
-        model.train(training)
+        with generating_by(model, greedy):
+            out = model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=greedy
+            )
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

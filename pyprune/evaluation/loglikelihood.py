@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
+from pyprune.evaluation.modes import evaluating
 from pyprune.evaluation.resume import Store
 from pyprune.progress import bar
 
@@ -75,9 +76,7 @@ def loglikelihoods(
         else:
             known[request] = Likelihood(*found)
     order = sorted(rows, key=lambda ids: (-len(ids), ids))
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         split = bool(order) and can_split(model, torch.tensor(order[:1], device=next(model.parameters()).device))
         with bar(label, len(order)) as line:
             for start in range(0, len(order), batch_size):
@@ -89,8 +88,6 @@ def loglikelihoods(
                 if store:
                     store.flush()
                 line.advance(len(batch))
-    finally:
-        model.train(training)
     return [known[r] for r in requests]
 
 

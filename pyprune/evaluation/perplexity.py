@@ -23,8 +23,10 @@ from torch.nn.functional import cross_entropy
 
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
+from pyprune.evaluation.modes import evaluating
 from pyprune.evaluation.protocols import PROTOCOLS
-from pyprune.importance.losses import IGNORED
+from pyprune.importance.calibration import check_ids
+from pyprune.importance.losses import IGNORED, OVERFLOW
 from pyprune.importance.sources import check_tokens, read_tokens
 from pyprune.progress import track
 
@@ -35,7 +37,7 @@ class Perplexity:
 
     Attributes:
         perplexity: exp(nll); infinite when it overflows.
-        nll: mean negative log-likelihood of a scored token, in nats.
+        nll: mean negative log-likelihood of a scored token, in nats; 10,000 where logits are NaN or infinite.
         tokens: tokens scored.
         windows: windows read.
         length: tokens in a window, what it begins with included.
@@ -143,13 +145,17 @@ def perplexity(
         label: what the progress bar says.
         protocol: name of the protocol that made the windows, one of :data:`PROTOCOLS`.
         prefix: token ids that every window is begun with.
+
+    Raises:
+        PyPruneError: a window holds an id outside the vocabulary.
     """
     weight = next(model.parameters())
     own = torch.tensor(prefix, dtype=torch.int64)
     windows = torch.cat([own.expand(len(windows), -1), windows], dim=1)
-    training = model.training
-    model.eval()
-    try:
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    if rows is not None:
+        check_ids(windows, rows, "eval_text", text)
+    with evaluating(model):
         split = can_split(model, windows[:1].to(weight.device))
         total = 0.0
         for batch in track(windows.split(batch_size), label):
@@ -158,10 +164,10 @@ def perplexity(
             targets[:, : len(own)] = IGNORED
             for at, logits in logit_pieces(model, ids, split):
                 total += _nll(logits, targets, at)
-    finally:
-        model.train(training)
     scored = windows.shape[0] * (windows.shape[1] - max(1, len(own)))
     mean = total / scored
+    if not math.isfinite(mean):  # logits that overflow in the weights' type
+        mean = OVERFLOW
     return Perplexity(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         nll=mean,

@@ -98,7 +98,7 @@ def check_file(path: Path) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of a model's class, configuration and every byte of its parameters, in hexadecimal.
+    """A hash of a model's class, configuration and every byte of its parameters and buffers, in hexadecimal.
 
     One pass over the weights, a tensor at a time on the CPU. Where the model lies and which transformers wrote it are
     left out of the configuration.
@@ -106,7 +106,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
-    for name, p in model.named_parameters():
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {p.dtype} {list(p.shape)}".encode())
         digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

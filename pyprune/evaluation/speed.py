@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pyprune.evaluation.modes import evaluating
 from pyprune.progress import bar
 
 
@@ -81,10 +82,9 @@ def speeds(
     prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(seed))
     first: dict[str, list[float]] = {name: [] for name in models}
     later: dict[str, list[float]] = {name: [] for name in models}
-    modes = {name: model.training for name, model in models.items()}
-    try:
+    with evaluating(*models.values()):
         for model in models.values():
-            generate(model.eval(), prompt, new_tokens + 1)
+            generate(model, prompt, new_tokens + 1)
         with bar("speed", rounds) as line:
             for _ in range(rounds):
                 for name, model in models.items():
@@ -92,9 +92,6 @@ def speeds(
                     first[name].append(stamps[1] - stamps[0])
                     later[name].append(stamps[-1] - stamps[1])
                 line.advance()
-    finally:
-        for name, model in models.items():
-            model.train(modes[name])
     return {
         name: _speed(model, first[name], later[name], prompt_tokens, new_tokens, batch)
         for name, model in models.items()

@@ -144,15 +144,18 @@ def check_vocabulary(calibration: Calibration, model: nn.Module, option: str = "
     if rows is None:
         return
     for batch in calibration:
-        ids = batch.get("input_ids")
-        if isinstance(ids, Tensor) and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= rows:
-                raise PyPruneError(
-                    option, calibration.source,
-                    f"holds token id {low if low < 0 else high}, and the model's vocabulary has {rows} tokens",
-                    "Tokenise it with this model's own tokenizer.",
-                )  # fmt: skip
+        for ids, least in ((batch.get("input_ids"), 0), (batch.get("labels"), None)):
+            if isinstance(ids, Tensor):
+                check_ids(ids, rows, option, calibration.source, least)
+
+
+def check_ids(ids: Tensor, vocabulary: int, option: str, value: Any, least: int | None = 0) -> None:
+    """Raises PyPruneError when a token id is below ``least`` or has no row among ``vocabulary``."""
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    below = least is not None and low < least
+    if below or high >= vocabulary:
+        problem = f"holds token id {low if below else high}, and the model's vocabulary has {vocabulary} tokens"
+        raise PyPruneError(option, value, problem, "Tokenise it with this model's own tokenizer.")
 
 
 def _from_name(
@@ -275,7 +278,10 @@ def _from_batches(source: Iterable[Any], samples: int | None, option: str) -> Ca
 def _batch(item: Any, number: int, option: str) -> dict[str, Any]:
     name = f"batch {number}"
     if isinstance(item, Mapping):
-        batch = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in item.items()}
+        try:
+            batch = {k: torch.as_tensor(v) if isinstance(v, (list, np.ndarray)) else v for k, v in item.items()}
+        except (ValueError, TypeError) as error:
+            raise PyPruneError(option, name, f"is not of tensors: {error}", "Pad its lists to one length.") from None
         if "input_ids" in batch:
             ids = batch["input_ids"] = check_tokens(torch.as_tensor(batch["input_ids"]), name, option)
             if ids.dim() == 1:  # one sequence without a batch dimension

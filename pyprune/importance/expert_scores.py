@@ -33,7 +33,7 @@ def score_experts(
     model: nn.Module, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], calibration: Calibration,
     criterion: str, details: dict[str, Any],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Group name -> float64 [1, experts]: the mean over an expert's tokens of |gate| * ||output||, 0 without a token.
+    """Group name -> float64 [outer, units]: the mean over an expert's tokens of |gate| * ||output||, 0 without a token.
 
     ``details["tokens_of_experts"]`` has the number of tokens that reached each expert, by group name.
 
@@ -73,7 +73,9 @@ def score_experts(
             problem = f"gives NaN or infinity (expert {bad})"
             hint = "Load the model in float32 or bfloat16, and look at the calibration text."
             raise PyPruneError("model", group.module, problem, hint)
-        out[group.name] = (sums / counts.clamp_min(1))[None]
+        member = next(m for m in group.members if m.tensor in stacks)
+        places = torch.from_numpy(member.index.positions()[..., 0].copy()).to(sums.device)
+        out[group.name] = (sums / counts.clamp_min(1))[places]
         details["tokens_of_experts"][group.name] = [int(n) for n in counts]
     return out
 
@@ -151,9 +153,9 @@ class _GateTaps(TorchFunctionMode):
             else:
                 problem = "holds padding, and which tokens its experts are given cannot be seen"
                 raise PyPruneError("calibration", None, problem, "Give sequences of one length.")
-        units = next(g.units for g in self._groups.values() if g.name == group)
         if group not in self.sums:
-            self.sums[group], self.counts[group] = norms.new_zeros(units), norms.new_zeros(units)
+            experts = next(p.shape[0] for name, p in self._stacks.values() if self._groups[name].name == group)
+            self.sums[group], self.counts[group] = norms.new_zeros(experts), norms.new_zeros(experts)
         self.sums[group][expert] += torch.where(real > 0, norms, norms.new_zeros(())).sum()
         self.counts[group][expert] += real.sum()
 

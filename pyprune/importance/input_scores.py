@@ -23,7 +23,7 @@ from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.registry import Criterion
 from pyprune.importance.steps import Forward, make_steps
 from pyprune.importance.taps import Key
-from pyprune.importance.walk import Walk, token_weights, walking, weights_for
+from pyprune.importance.walk import SAMPLES, Walk, token_weights, walking, weights_for
 
 STEP_TOKENS = 4096
 
@@ -107,18 +107,23 @@ def score_inputs(
 
 
 def unread(model: nn.Module, groups: Sequence[Group], calibration: Calibration) -> list[Group]:
-    """Those of ``groups`` that no linear layer in a block reads as inputs, seen on one sample: they have no score here,
-    and no refit."""
+    """Those of ``groups`` that no linear layer in a block reads as inputs, seen on a few samples: they have no score
+    here, and no refit."""
     tensors = {m.tensor for g in groups for m in g.members}
     matrices = {n: p for n, p in model.named_parameters() if n in tensors and p.dim() in (2, 3)}
     with walking(model, matrices), torch.no_grad():
-        walk = Walk(model, make_steps(list(calibration)[:1], next(model.parameters()).device))
+        walk = Walk(model, make_steps(list(calibration)[:SAMPLES], next(model.parameters()).device))
         inside = {id(p) for block in walk.blocks for p in block.parameters()}
-        with InputTaps(matrices) as taps:
-            Forward(model)(walk.steps[0].part(slice(0, 1)))
-    read = {(u.key.name, u.input_dim(matrices[u.key.name].dim())) for u in taps.uses}
-    read = {(name, dim) for name, dim in read if id(matrices[name]) in inside}
-    return [g for g in groups if not any((m.tensor, m.dim) in read for m in g.members)]
+        left = list(groups)
+        for step in walk.steps[:SAMPLES]:
+            with InputTaps(matrices) as taps:
+                Forward(model)(step.part(slice(0, 1)))
+            read = {(u.key.name, u.input_dim(matrices[u.key.name].dim())) for u in taps.uses}
+            read = {(name, dim) for name, dim in read if id(matrices[name]) in inside}
+            left = [g for g in left if not any((m.tensor, m.dim) in read for m in g.members)]
+            if not left:
+                break
+    return left
 
 
 def _statistics(

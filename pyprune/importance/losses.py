@@ -11,6 +11,7 @@ from torch import Tensor
 from pyprune.errors import PyPruneError
 
 IGNORED = -100  # label of a position that predicts nothing, as in transformers
+OVERFLOW = 1e4  # nats: what a mean that is not finite counts as in reports, since JSON has no such numbers
 PIECE_BYTES = 4 << 20  # of wide logits at a time: few enough for the caches
 
 
@@ -21,9 +22,13 @@ def targets_of(batch: Mapping[str, Any], option: str = "calibration") -> Tensor:
     or into it.
 
     Raises:
-        PyPruneError: a sample predicts nothing.
+        PyPruneError: a sample predicts nothing, or a label is no token id.
     """
     labels = batch["labels"] if batch.get("labels") is not None else batch["input_ids"]
+    wrong = labels[(labels < 0) & (labels != IGNORED)] if not labels.is_floating_point() else labels.flatten()
+    if wrong.numel():
+        problem = f"holds label {wrong[0].item()}, which is no token"
+        raise PyPruneError(option, "labels of a batch", problem, f"Give token ids, and {IGNORED} where nothing counts.")
     targets = torch.full_like(labels, IGNORED, dtype=torch.int64)
     targets[:, :-1] = labels[:, 1:]
     mask = batch.get("attention_mask")

@@ -46,6 +46,6 @@ def accumulate(
     finally:
         for handle in handles:
             handle.remove()
-    # Parameters that no loss reached (an expert without tokens) are worth nothing.
-    collector.finish(n for n in collector.parameters if not at_once or n not in collector.sums)
+    # Parameters that no loss reached (an expert without tokens) are worth nothing; what is finished is looked at again.
+    collector.finish(collector.parameters)
     return torch.cat(losses)

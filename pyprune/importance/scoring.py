@@ -31,7 +31,7 @@ from pyprune.importance.rehearsal import plan_sweep, plan_whole
 from pyprune.importance.scores import Scores
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.sweep import Layout, Sweep
-from pyprune.importance.taps import Taps, experts_one_by_one
+from pyprune.importance.taps import Taps, UsedAgain, experts_one_by_one
 from pyprune.importance.token_scores import score_tokens
 from pyprune.importance.walk import TOKEN_WEIGHTS
 
@@ -143,6 +143,7 @@ def score(
                     wide = score_tokens(model, spec, chosen, parameters, calibration, aggregation, seed, details)
                 elif spec.experts:
                     wide = score_experts(model, chosen, parameters, calibration, spec.name, details)
+                    aggregation = "sum"  # one number an expert
                 else:
                     wide = score_inputs(
                         model, spec, chosen, parameters, calibration, aggregation, token_weights, details
@@ -279,24 +280,33 @@ def _from_calibration(
         steps = make_steps(calibration, device, single, _step_tokens(spec, layout, budget, device))
         if taps is not None:
             forward.around = taps.active
-        for scale in scales:
+        total = len(steps) * (max(1, len(layout.blocks) // 2) + len(layout.blocks) if layout else 1)
+        if taps is not None and len(steps) == 1:  # embedding and head come in pieces all the same
+            taps.whole = frozenset(set(parameters) - set(layout.outer if layout is not None else ()))
+
+        def attempt(scale: float) -> tuple[Collector, Tensor]:
             collector = Collector(spec, parameters, calibration.samples, scale)
             passed: Callable[[], None] = collector.next_samples
             if taps is not None:
                 taps.collector, passed = collector, taps.flush
-                if len(steps) == 1:  # embedding and head come in pieces all the same
-                    taps.whole = frozenset(set(parameters) - set(layout.outer if layout is not None else ()))
-            total = len(steps) * (max(1, len(layout.blocks) // 2) + len(layout.blocks) if layout else 1)
             with bars.bar("scoring", total) as bar:
+                if layout is None:
+                    return collector, accumulate(forward, steps, collector, passed, bar)
+                return collector, _sweep(forward, layout, collector, passed, budget, steps, bar, details)
+
+        for scale in scales:
+            try:
                 try:
-                    if layout is None:
-                        losses = accumulate(forward, steps, collector, passed, bar)
-                    else:
-                        losses = _sweep(forward, layout, collector, passed, budget, steps, bar, details)
-                except NotFinite as bad:
-                    if bad.parameter is not None and scale != scales[-1]:
-                        continue
-                    raise not_finite(bad.parameter, dict(model.named_parameters())) from None
+                    collector, losses = attempt(scale)
+                except UsedAgain as piece:
+                    log.info("scoring again, whole samples at a time: %s is used in pieces", piece)
+                    assert taps is not None
+                    taps.hold_all()
+                    collector, losses = attempt(scale)
+            except NotFinite as bad:
+                if bad.parameter is not None and scale != scales[-1]:
+                    continue
+                raise not_finite(bad.parameter, dict(model.named_parameters())) from None
             break
     details["loss"] = float(losses.double().mean())
     if scales != (1.0,):

@@ -187,15 +187,16 @@ def _read_text(source: str, option: str) -> str:
 
 
 def _read_records(source: str, field: str, seed: int | None, option: str) -> Iterator[str]:
-    lines = [(n, line) for n, line in enumerate(_read_text(source, option).splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(_read_text(source, option).split("\n"), 1) if line.strip()]
     order = range(len(lines)) if seed is None else _permutation(len(lines), seed)
     for i in order:
         number, line = lines[i]
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or str(error)
             raise PyPruneError(
-                option, source, f"line {number} is not JSON: {error.msg}", "Give one record a line."
+                option, source, f"line {number} is not JSON: {reason}", "Give one record a line."
             ) from None
         yield _field_of(record, field, f"{source} (line {number})", option)
 

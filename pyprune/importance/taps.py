@@ -36,6 +36,10 @@ class NotTappable(Exception):
     """A layer's inputs are not [samples, length, width]."""
 
 
+class UsedAgain(Exception):
+    """A matrix or bias was used more often than in the rehearsal: by a layer that takes long samples in pieces."""
+
+
 class Key(NamedTuple):
     """A matrix: a parameter, or one expert of a stacked one."""
 
@@ -151,6 +155,9 @@ class Taps:
         self._rehearsing = False
         self._rows: int | None = None
         self._held: dict[Key, list[Product]] = {}
+        self._held_biases: dict[Key, list[Tensor]] = {}
+        self._spent: set[Key] = set()  # in this backward pass
+        self._hold_all = False
 
     def active(self) -> TorchFunctionMode:
         """A context manager; within it layers are tapped, and their parameters get no gradient from autograd."""
@@ -184,6 +191,12 @@ class Taps:
             p = self.parameters.pop(name)
             del self._names[id(p)]
             self._stacked.pop(p.untyped_storage().data_ptr(), None)
+
+    def hold_all(self) -> None:
+        """Spend nothing before a backward pass is over, and forget what was held: behind :class:`UsedAgain`."""
+        self._hold_all = True
+        self._held, self._held_biases = {}, {}
+        self._spent.clear()
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def find(self, weight: Any) -> Key | None:
@@ -226,7 +239,10 @@ class Taps:
                 self._matrix(key, w, transposed, x, dx, dy, None if y is None else y if b is None else y - b)
 
         x = GradientTap.apply(x, back)
-        y = _Linear.apply(x, w if not transposed else w.t(), b)
+        live = b is not None and b.requires_grad  # made of parameters that autograd serves
+        y = _Linear.apply(x, w if not transposed else w.t(), None if live else b)
+        if live:
+            y = y + b
         return _After.apply(y, self.criterion.signed, lambda dy, y: arrived.append((dy, y)), key.name)
 
     def table(self, key: Key, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
@@ -264,9 +280,28 @@ class Taps:
         if self.criterion.per_sample:
             rows = grads * bias
             self._add(key, rows, rows.sum(1, keepdim=True))
-            return
+        elif self._again(key):
+            self._held_biases.setdefault(key, []).append(grads)
+        else:
+            self._spend_bias(key, grads)
+
+    def _spend_bias(self, key: Key, grads: Tensor) -> None:
+        assert self.collector is not None
         for of_sample in grads:
             self.collector.add(key.name, of_sample)
+
+    def _again(self, key: Key) -> bool:
+        """Whether its gradient comes in parts, which have to wait for each other.
+
+        Raises:
+            UsedAgain: a part of it is spent.
+        """
+        if self._hold_all or self.uses[key] > 1:
+            return True
+        if key in self._spent:
+            raise UsedAgain(key.name)
+        self._spent.add(key)
+        return False
 
     def _matrix(
         self, key: Key, weight: Tensor, transposed: bool, x: Tensor, dx: Tensor, dy: Tensor, y: Tensor | None
@@ -287,18 +322,22 @@ class Taps:
         self.collector.add_sums(key.name, rows, cols, key.expert)
 
     def _elements(self, key: Key, weight: Tensor, product: Product) -> None:
-        if self.uses[key] > 1:
+        if self._again(key):
             self._held.setdefault(key, []).append(product)
         else:
             self._spend(key, weight, product)
 
     def flush(self) -> None:
-        """A backward pass is over: spend the products of matrices that it used more than once."""
+        """A backward pass is over: spend what it gave of matrices and biases that it used more than once."""
         held, self._held = self._held, {}
+        biases, self._held_biases = self._held_biases, {}
+        self._spent.clear()
         for key, products in held.items():
             p = self.parameters[key.name].detach()
             rows, cols = (_joined([getattr(q, side) for q in products]) for side in ("rows", "cols"))
             self._spend(key, p if key.expert is None else p[key.expert], Product(rows, cols))
+        for key, grads in biases.items():
+            self._spend_bias(key, torch.stack(grads).sum(0))
         if self.collector is not None:
             self.collector.next_samples()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, NotSweepable, find_blocks, intercepted, like, stream_of
 from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.rehearsal import plan_sweep
@@ -24,6 +25,7 @@ from pyprune.importance.taps import experts_one_by_one
 log = logging.getLogger(__name__)
 
 TOKEN_WEIGHTS = ("inverse", "sink", "equal")
+SAMPLES = 32  # that are looked at for what one does not reach
 SINK = 8  # a sequence's first token counts as much as one in so many of its tokens, with weights "sink"
 
 
@@ -82,10 +84,17 @@ class Walk:
 
     @torch.no_grad()
     def once(self, i: int, parameters: Mapping[str, nn.Parameter]) -> list[Use]:
-        """Uses of ``parameters`` in block ``i`` on one sample, in order."""
-        with InputTaps(parameters) as taps:
-            self._through(i, 0, self.steps[0].part(slice(0, 1)), sample=True)
-        return taps.uses
+        """Uses of ``parameters`` in block ``i`` on one sample, in order; what it does not reach, such as an expert that
+        none of its tokens goes to, on the next ones."""
+        found: list[Use] = []
+        for number, step in enumerate(self.steps[:SAMPLES]):
+            seen = {use.key.name for use in found}
+            with InputTaps(parameters) as taps:
+                self._through(i, number, step.part(slice(0, 1)), sample=True)
+            found += [use for use in taps.uses if use.key.name not in seen]
+            if {use.key.name for use in found} == set(parameters):
+                break
+        return found
 
     @torch.no_grad()
     def is_added(self, i: int, weight: nn.Parameter) -> bool:
@@ -204,4 +213,9 @@ def weights_for(x: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Ten
     """
     if tokens is not None:
         return (weights[tokens] != 0).to(weights.dtype)
-    return weights if x.shape[0] == weights.shape[0] else weights.new_ones(x.shape[0])
+    if x.shape[0] == weights.shape[0]:
+        return weights
+    if not bool((weights != 0).all()):
+        problem = "holds padding, and which tokens a layer is given cannot be seen"
+        raise PyPruneError("calibration", None, problem, "Give sequences of one length.")
+    return weights.new_ones(x.shape[0])

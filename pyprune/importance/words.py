@@ -6,7 +6,7 @@ little of what a cut did to a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ from pyprune.importance.steps import Forward, Step
 
 WORDS = 65536
 SAMPLES = 16  # passes that show which tokens may follow, about
+PROBED = 16  # tokens of text on which it is tried whether logits are the head's alone
+NEAR = 0.02  # how far logits may be apart that are to be the same: a product of fewer columns is rounded otherwise
 
 
 def head_of(model: nn.Module) -> nn.Parameter | None:
@@ -53,25 +55,61 @@ def likely(forward: Forward, steps: Sequence[Step]) -> Tensor | None:
     for k in shown:
         total = total + mass(forward(steps[k]).flatten(0, -2))
     words = total.topk(WORDS).indices.sort().values
-    with narrowed(forward.model, words):
-        found = forward(steps[0].part(slice(0, 1)))
-    return words if found.shape[-1] == WORDS else None
+    return words if can_narrow(forward, words, steps[0]) else None
+
+
+@torch.no_grad()
+def can_narrow(forward: Forward, words: Tensor, step: Step) -> bool:
+    """Whether the model, narrowed to ``words``, gives the logits that it gives of them otherwise; tried on a sample.
+
+    Not where logits are made of more than the head: a bias of their own, tokens that are masked, a fixed shape.
+    """
+    head = head_of(forward.model)
+    if head is None:
+        return False
+
+    def logits() -> Tensor:
+        return forward(step.part(slice(0, 1))).flatten(0, -2)[-PROBED:].clone()
+
+    full = logits()
+    if full.shape[-1] != head.shape[0]:
+        return False
+    # First with as many tokens as ever, each in its neighbour's place: what is done to a token by its number shows
+    # itself, and on a GPU a number out of range would end the process.
+    with _AtHead(head, lambda x, bias: linear(x, head, bias).roll(1, -1)):
+        turned = logits()
+    if not _same(turned, full.roll(1, -1)):
+        return False
+    try:
+        with narrowed(forward.model, words):
+            return _same(logits(), full[:, words])
+    except (RuntimeError, IndexError):
+        return False
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    near = NEAR * float(wanted.float().abs().median())
+    return found.shape == wanted.shape and torch.allclose(found.float(), wanted.float(), rtol=NEAR, atol=near)
 
 
 def narrowed(model: nn.Module, words: Tensor | None) -> AbstractContextManager[Any]:
     """Within it, entered as often as need be, ``model`` gives the logits of ``words`` alone; of all tokens for None."""
     head = head_of(model)
-    return nullcontext() if words is None or head is None else _Narrow(head, words)
+    if words is None or head is None:
+        return nullcontext()
+    few = head.detach()[words]
+    return _AtHead(head, lambda x, bias: linear(x, few, None if bias is None else bias[words]))
 
 
-class _Narrow(TorchFunctionMode):
-    def __init__(self, head: nn.Parameter, words: Tensor) -> None:
+class _AtHead(TorchFunctionMode):
+    """Within it, as a context manager, products with ``head`` are what ``made`` gives of their input and bias."""
+
+    def __init__(self, head: nn.Parameter, made: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         super().__init__()
-        self.head, self.words, self.few = head, words, head.detach()[words]
+        self.head, self.made = head, made
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         found = read_product(func, args, kwargs or {})
         if found is None or found[1] is not self.head or found[3]:
             return func(*args, **(kwargs or {}))
-        x, _, bias, _ = found
-        return linear(x, self.few, None if bias is None else bias[self.words])
+        return self.made(found[0], found[2])

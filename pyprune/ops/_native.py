@@ -7,7 +7,8 @@ LibTorch's stable ABI, and the extension module ``pyprune._C``, which plans laun
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+import logging
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 LIBRARY_NAME = "libpyprune_ops.so"
+log = logging.getLogger(__name__)
 
 
 class Native(NamedTuple):
@@ -55,7 +57,28 @@ def runs_on(device: torch.device) -> bool:
         return False
     if device.type == "cpu":
         return True
-    return device.type == "cuda" and found.cuda_compiled
+    if device.type != "cuda" or not found.cuda_compiled:
+        return False
+    return cuda_problem(torch.cuda.current_device() if device.index is None else device.index) == ""
+
+
+@cache
+def cuda_problem(index: int) -> str:
+    """Why the compiled kernels do not run on a GPU, or "": tried once, on one element.
+
+    They are compiled for certain GPUs, and against a CUDA runtime that wants a driver at least as new.
+    """
+    try:
+        _try_cuda(index)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+        log.warning("the CUDA kernels do not run on GPU %d, PyTorch computes in their place: %s", index, problem)
+        return problem
+    return ""
+
+
+def _try_cuda(index: int) -> None:
+    torch.ops.pyprune.channel_moments(torch.ones(1, 1, device=torch.device("cuda", index)))
 
 
 @lru_cache(maxsize=1)
@@ -71,7 +94,7 @@ def backend_info() -> dict[str, Any]:
     Returns:
         ``native`` (bool), ``library`` (path or None), ``problem`` (why there is no compiled library, else ""),
         ``build`` (how it was compiled, a dict), ``cpu_isa`` (instruction set chosen at run time), ``cuda_compiled``
-        and ``cuda_usable`` (bool).
+        and ``cuda_usable`` (bool), ``cuda_problem`` (why compiled CUDA kernels are not usable, else "").
     """
     found = native()
     info: dict[str, Any] = {
@@ -82,10 +105,14 @@ def backend_info() -> dict[str, Any]:
         "cpu_isa": None,
         "cuda_compiled": False,
         "cuda_usable": False,
+        "cuda_problem": "",
     }
     if found.module is not None:
         info["build"] = dict(found.module.build_info())
         info["cpu_isa"] = found.module.cpu_isa()
         info["cuda_compiled"] = found.cuda_compiled
-        info["cuda_usable"] = found.cuda_compiled and torch.cuda.is_available()
+        if found.cuda_compiled:
+            seen = torch.cuda.is_available()
+            problem = cuda_problem(torch.cuda.current_device()) if seen else "PyTorch sees no CUDA device"
+            info["cuda_problem"], info["cuda_usable"] = problem, problem == ""
     return info

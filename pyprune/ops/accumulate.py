@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,11 +37,23 @@ def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], sc
             # The kernels walk memory linearly, so a curvature with gaps or permuted strides is left to PyTorch.
             compiled = [i for i in members if _native.runs_on(device) and _linear(curvatures[i])]
             plain = sorted(set(members) - set(compiled))
-            if compiled:
+            for once in _rounds(compiled, curvatures):
                 torch.ops.pyprune.accumulate_square_(
-                    [curvatures[i] for i in compiled], [grads[i] for i in compiled], float(scale)
+                    [curvatures[i] for i in once], [grads[i] for i in once], float(scale)
                 )
             reference.accumulate_square_([curvatures[i] for i in plain], [grads[i] for i in plain], scale)
+
+
+def _rounds(numbers: Sequence[int], curvatures: Sequence[Tensor]) -> Iterator[list[int]]:
+    """``numbers`` in lists in which no curvature comes twice: those of one call are written at the same time."""
+    left = list(numbers)
+    while left:
+        first: dict[int, int] = {}
+        for i in left:
+            first.setdefault(curvatures[i].data_ptr(), i)
+        now = set(first.values())
+        yield sorted(now)
+        left = [i for i in left if i not in now]
 
 
 def _linear(h: Tensor) -> bool:

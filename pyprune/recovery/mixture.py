@@ -88,7 +88,7 @@ def read_text(
 
     Args:
         sources: (source, weight or None) each.
-        validation: sources to validate on; None holds out a part of ``sources``, by whole documents.
+        validation: sources to validate on, with weights in proportion to them; None holds out a part of ``sources``, by whole documents.
         val_tokens: the most tokens to validate on, at most a tenth of each source when they are held out.
 
     Raises:
@@ -96,7 +96,7 @@ def read_text(
     """
     rng = np.random.default_rng(reading.seed)
     weights = [float(w) for _, w in sources if w is not None] or None
-    shares = [w / sum(weights) for w in weights] if weights else [1 / len(sources)] * len(sources)
+    shares = _shares(sources)
     rows, held, facts = [], [], []
     for (source, _), share in zip(sources, shares, strict=True):
         groups, fact = _documents(source, encoder, reading)
@@ -113,12 +113,25 @@ def read_text(
         other = Encoder(
             encoder.tokenizer, encoder.field, "chat" if encoder.chat else "alpaca", encoder.prompts, "val_data"
         )
-        for source, _ in validation:
-            groups, _ = _documents(source, other, reading)
-            groups = groups[: max(1, _count(groups, val_tokens / len(validation)))]
-            held += [p for g in groups for p in g]
+        read = [_documents(source, other, reading)[0] for source, _ in validation]
+        shares, most = _shares(validation), float(val_tokens)
+        if validation[0][1] is not None:  # proportions hold until the first source is used up, as in training
+            most = min(most, *(_tokens(groups) / share for groups, share in zip(read, shares, strict=True)))
+        for groups, share in zip(read, shares, strict=True):
+            count = _count(groups, share * most + 1e-6)  # rounding must not cost a source its last document
+            held += [p for g in groups[: max(1, count)] for p in g]
     kept_back = rows_of(held, reading.cutoff, reading.packing)
     return Text(rows, weights, [kept_back[i] for i in rng.permutation(len(kept_back))], facts)
+
+
+def _shares(sources: Sources) -> list[float]:
+    """The share of the tokens of each source: by its weight, or alike."""
+    weights = [1.0 if w is None else w for _, w in sources]
+    return [w / sum(weights) for w in weights]
+
+
+def _tokens(groups: Sequence[list[Example]]) -> int:
+    return sum(len(p.ids) for g in groups for p in g)
 
 
 def _documents(source: Any, encoder: Encoder, reading: Reading) -> tuple[list[list[Example]], dict[str, Any]]:
@@ -153,8 +166,7 @@ def _documents(source: Any, encoder: Encoder, reading: Reading) -> tuple[list[li
 
 def _held_out(groups: Sequence[list[Example]], tokens: float) -> int:
     """How many documents from the front make up so many tokens, at most a tenth of all tokens, at least one."""
-    total = sum(len(p.ids) for g in groups for p in g)
-    return min(len(groups), max(1, _count(groups, min(tokens, HELD_OUT * total))))
+    return min(len(groups), max(1, _count(groups, min(tokens, HELD_OUT * _tokens(groups)))))
 
 
 def _count(groups: Sequence[list[Example]], tokens: float) -> int:

@@ -82,20 +82,25 @@ def _records(source: Any, seed: int, option: str) -> Iterator[tuple[Any, str]]:
     elif kind == "json":
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            problem = f"line {error.lineno} is not JSON: {error.msg}"
+        except (ValueError, RecursionError) as error:
+            line = f"line {error.lineno} " if isinstance(error, json.JSONDecodeError) else ""
+            problem = f"{line}is not JSON: {_reason(error)}"
             raise PyPruneError(option, source, problem, "A .json file holds a list of records.") from None
         if not isinstance(data, list):
             raise PyPruneError(option, source, "is no list of records", "Give one record a line in a .jsonl file.")
         yield from ((record, f"{source} (record {i})") for i, record in enumerate(data, 1))
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     yield json.loads(line), f"{source} (line {number})"
-                except json.JSONDecodeError as error:
-                    problem = f"line {number} is not JSON: {error.msg}"
+                except (ValueError, RecursionError) as error:
+                    problem = f"line {number} is not JSON: {_reason(error)}"
                     raise PyPruneError(option, source, problem, "Give one record a line.") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "msg", None) or error)
 
 
 def _kind(source: str, option: str) -> str:

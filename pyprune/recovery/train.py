@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyprune import progress
 from pyprune.errors import PyPruneError
+from pyprune.importance.losses import OVERFLOW
 from pyprune.recovery import adapter
 from pyprune.recovery.loss import teacher_loss, text_loss
 from pyprune.recovery.packing import Row, collate
@@ -30,7 +31,6 @@ from pyprune.recovery.unfinished import Checkpoint, History, Unfinished
 VALIDATIONS = 10  # in a run, when nothing else is said
 VALIDATION_SHARE = 0.1  # of the time that a run may take, at most
 ONE_VALIDATION = 0.03  # of that time, at most
-OVERFLOW = 1e4  # nats: what a validation that is not finite counts as, since JSON has no such numbers
 SAVE_SECONDS = 600  # between two checkpoints at most
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyprune.errors import PyPruneError
 from pyprune.runs.identity import Hashes
-from pyprune.runs.plan import RESUME, Step, output_name, plan, request
+from pyprune.runs.plan import RESUME, Step, named, output_name, plan, request
 from pyprune.runs.recipe import RunRecipe, read_recipe
 from pyprune.runs.record import Record, alone
 
@@ -100,7 +100,7 @@ def _planned(recipe: RunRecipe, record: Record, hashes: Hashes, force: Sequence[
     steps = plan(recipe, record, hashes, force, until)
     for step in steps:
         if step.runs:
-            with _named(step, recipe):
+            with named(step.stage):
                 step.stage.check()
     return steps
 
@@ -114,7 +114,7 @@ def _execute(step: Step, record: Record, hashes: Hashes, say: Callable[[str], No
         stage.forget()
     record.put(stage.name, entry, recipe.to_dict())
     start = time.perf_counter()
-    with _named(step, recipe):
+    with named(step.stage):
         entry.result = stage.execute(step.action == RESUME)
     entry.seconds, entry.finished, entry.done = time.perf_counter() - start, time.time(), True
     for name, model in stage.models().items():
@@ -132,18 +132,3 @@ def _outcome(step: Step, ran: bool = False) -> Outcome:
     if step.entry is not None and step.entry.done and (ran or not step.runs):
         out.seconds, out.result = step.entry.seconds, step.entry.result
     return out
-
-
-class _named:
-    """Says in which stage a mistake was found."""
-
-    def __init__(self, step: Step, recipe: RunRecipe) -> None:
-        self._where = f"(Stage {step.stage.name} of {recipe.file}.)"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, PyPruneError):
-            hint = f"{error.hint} {self._where}".strip()
-            raise PyPruneError(error.option, error.value, error.problem, hint) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyprune.errors import PyPruneError
 from pyprune.runs.identity import Hashes, difference
-from pyprune.runs.recipe import SECTIONS, RunRecipe, options_of
+from pyprune.runs.recipe import SECTIONS, RunRecipe
 from pyprune.runs.record import Entry, Record
 from pyprune.runs.stages import STAGES, RunStage
 
@@ -75,7 +75,8 @@ def request(stage: RunStage, record: Record, hashes: Hashes) -> Entry:
         if name in stage.run.sections:
             entry = record.entries.get(name)
             inputs[name] = {"": entry.id if entry is not None else ""}
-    options = json.loads(json.dumps(options_of(stage.name, stage.recipe)))
+    with named(stage):
+        options = json.loads(json.dumps(stage.options()))
     return Entry(options, __version__, inputs)
 
 
@@ -123,6 +124,21 @@ def _step(stage: RunStage, earlier: Sequence[Step], record: Record, hashes: Hash
         if found:
             return Step(stage, RUN, f"output {path.name}: {found}", entry)
     return Step(stage, SKIP, "nothing changed", entry)
+
+
+class named:
+    """Says in which stage a mistake was found."""
+
+    def __init__(self, stage: RunStage) -> None:
+        self._where = f"(Stage {stage.name} of {stage.run.file}.)"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, PyPruneError):
+            hint = f"{error.hint} {self._where}".strip()
+            raise PyPruneError(error.option, error.value, error.problem, hint) from error
 
 
 def output_name(path: Any, stage: RunStage) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyprune.errors import PyPruneError
 from pyprune.runs.identity import Hashes, Identity, of_name
-from pyprune.runs.recipe import RunRecipe
+from pyprune.runs.recipe import RunRecipe, options_of
 from pyprune.runs.record import write_json
 
 LIKELIHOODS = ".likelihoods.jsonl"  # log-likelihoods of an evaluation, kept as they come
@@ -55,6 +55,10 @@ class RunStage(ABC):
         """Option -> file, dataset name, or a sequence of them."""
         return {}
 
+    def options(self) -> dict[str, Any]:
+        """Option -> plain value of all that its result depends on."""
+        return options_of(self.name, self.recipe)
+
     def inputs(self, hashes: Hashes) -> dict[str, Identity]:
         """Identity of all that it reads but the results of earlier stages."""
         out = {name: identity(model, hashes, of_name) for name, model in self.models().items()}
@@ -87,6 +91,10 @@ class Prune(RunStage):
         return {"calibration": own.calibration.calibration, "eval_text": own.evaluation.eval_text,
                 "scores_file": own.select.scores_file, "prompts": _file(own.page.prompts)}  # fmt: skip
 
+    def options(self) -> dict[str, Any]:
+        """As the export's profile has them, so that another profile cuts anew where it holds other widths."""
+        return options_of(self.name, self._verb())
+
     def check(self) -> None:
         from pyprune import method, preflight
 
@@ -107,6 +115,7 @@ class Prune(RunStage):
 
     def _verb(self) -> Any:
         """The verb's recipe; the cut keeps to widths that the profile of the export holds."""
+        from pyprune.method import for_profile
         from pyprune.preflight import hold_to_profile
 
         own = self.recipe
@@ -116,7 +125,9 @@ class Prune(RunStage):
         )  # fmt: skip
         export = self.run.sections.get("export")
         if export is not None and own.save.profile is None:
-            hold_to_profile(own.select, export.export.profile)  # type: ignore[attr-defined]
+            profile = export.export.profile  # type: ignore[attr-defined]
+            own.select = for_profile(replace(own, save=replace(own.save, profile=profile))).select
+            hold_to_profile(own.select, profile)
         return own
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from pyprune import progress as bars
 from pyprune.discovery.groups import Group
-from pyprune.search.fitness import Fitness
+from pyprune.search.fitness import Fitness, check_finite
 from pyprune.selection.allocation import Budget, Limits
 from pyprune.selection.global_ranking import remove_lowest
 
@@ -37,11 +37,16 @@ def levels(units: int, limits: Limits) -> list[int]:
 
 def measure_curves(groups: Sequence[Group], budget: Budget, fitness: Fitness) -> dict[str, Curve]:
     """Group name -> how far the model is from the dense one with that group alone cut, by what more it is than without
-    (groups in ``budget.kept`` have their widths all along). On the first half of the held-out steps."""
+    (groups in ``budget.kept`` have their widths all along). On the first half of the held-out steps.
+
+    Raises:
+        PyPruneError: the divergence without is not finite.
+    """
     last = (len(fitness.steps) + 1) // 2
     tokens = sum(fitness.tokens[:last])
     fitness.rebase(dict(budget.kept))
     start = fitness.total(budget.kept, 0, last) / tokens
+    check_finite(start)
     curves: dict[str, Curve] = {}
     wanted = {g.name: levels(g.units, budget.limits[g.name]) for g in groups}
     with bars.bar("measuring widths", sum(map(len, wanted.values()))) as bar:

@@ -20,6 +20,7 @@ from pyprune import progress as bars
 from pyprune.discovery.groups import Group
 from pyprune.search.curves import BROKEN, Curve
 from pyprune.search.evolution import Measure
+from pyprune.search.fitness import check_finite, figure
 from pyprune.search.moves import Moves, Widths
 from pyprune.selection.global_ranking import remove_lowest
 
@@ -41,6 +42,9 @@ def descend(
         measure: what is minimised.
         seeds: name -> widths to start from; the best on half of the tokens is taken.
         anchor: widths where these are measured exactly.
+
+    Raises:
+        PyPruneError: no seed's divergence is finite.
     """
     started = time.monotonic()
     screen, last = (len(measure.steps) + 1) // 2, len(measure.steps)
@@ -61,9 +65,13 @@ def descend(
         name: measure.total(widths, 0, screen) / sum(measure.tokens[:screen])
         for name, widths in bars.track(list(seeds.items()), "first candidates")
     }
-    first = min(tried, key=lambda name: _finite(tried[name]))
-    best = dict(seeds[first])
-    kl = settle(best)
+    best, kl = dict(anchor), math.inf
+    for name in sorted(tried, key=lambda name: _finite(tried[name])):
+        best = dict(seeds[name])
+        kl = settle(best)
+        if math.isfinite(kl):  # with refits of its own, too
+            break
+    check_finite(kl)
     mark(kl)
     for number in range(1, ROUNDS + 1):
         prices = []
@@ -79,14 +87,15 @@ def descend(
         if better is None:
             break
         found = settle(better)
-        if found >= kl:
+        if not found < kl:
             break
         worth = found < (1 - WORTH) * kl
         best, kl = better, found
         mark(kl)
         if not worth:
             break
-    return best, {"divergence": kl, "seeds": tried, "rounds": rounds, "seconds": round(time.monotonic() - started, 1)}
+    told = {name: figure(value) for name, value in tried.items()}
+    return best, {"divergence": kl, "seeds": told, "rounds": rounds, "seconds": round(time.monotonic() - started, 1)}
 
 
 def neighbours(moves: Moves, group: Group, width: int) -> list[int]:

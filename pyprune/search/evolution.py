@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pyprune import progress as bars
+from pyprune.search.fitness import check_finite
 from pyprune.search.moves import Moves, Widths
 from pyprune.search.state import State
 from pyprune.search.surrogate import sample_slopes
@@ -83,6 +84,9 @@ class Evolution:
         Args:
             seeds: name -> genome.
             anchor: where measures are exact at first.
+
+        Raises:
+            PyPruneError: no seed's divergence is finite.
         """
         state = self.state
         state.anchor = state.anchor or self._list(anchor)
@@ -94,16 +98,24 @@ class Evolution:
                 state.seeds.append({"name": name, "widths": point, "screening": found, "divergence": None})
                 self._save()
         if not state.best:
-            ranked = sorted(state.seeds, key=lambda seed: seed["screening"])[:SEEDS_CONFIRMED]
-            for seed in ranked:
+            ranked = sorted(state.seeds, key=lambda seed: seed["screening"])
+            first: dict[str, Any] = {"divergence": math.inf}
+            for number, seed in enumerate(ranked):
+                if number >= SEEDS_CONFIRMED and math.isfinite(first["divergence"]):
+                    break
                 seed["divergence"] = self._confirmed(self._widths(seed["widths"]), seed["screening"])
-            first = min(ranked, key=lambda seed: seed["divergence"])
+                first = min(first, seed, key=lambda seed: seed["divergence"])
+            check_finite(first["divergence"])
             state.best, state.kl, state.screened = list(first["widths"]), first["divergence"], first["screening"]
             self._mark()
             self._save()
 
     def run(self, limit: Limit) -> None:
-        """Generations until the limit."""
+        """Generations until the limit, or until moves of no size lead to anything new.
+
+        Raises:
+            PyPruneError: the best divergence is not finite with refits of its own.
+        """
         state = self.state
         with bars.bar("searching", limit.steps) as bar:
             bar.advance(state.generation)
@@ -118,6 +130,7 @@ class Evolution:
                     self._verify()
                     break
                 bar.advance()
+        check_finite(state.kl)
 
     def _verify(self) -> None:
         """Measure the best genome with refits made for it; where it is no better than the last one that was measured
@@ -152,7 +165,7 @@ class Evolution:
         return total / sum(self.measure.tokens[first:last])
 
     def _generation(self, limit: Limit) -> bool:
-        """Whether it was finished in time; if not, nothing of it counts."""
+        """Whether it was finished in time and more may follow; if not, nothing of it counts."""
         state = self.state
         rng = Random(f"{self.seed}:{state.generation}")
         normal = np.random.default_rng([self.seed, state.generation])
@@ -170,6 +183,8 @@ class Evolution:
             child = self._child(parent, rng, normal)
             if child is not None:
                 tried.append((self._screened(child), child))
+        if not tried and state.scale >= SCALES[1]:
+            return False
         tried.sort(key=lambda t: t[0])
         better = False
         for screened, child in tried[:CONFIRMED]:
@@ -178,7 +193,8 @@ class Evolution:
             found = self._confirmed(child, screened)
             if found < state.kl:
                 state.best, state.kl, state.screened, better = self._list(child), found, screened, True
-        state.scale = min(SCALES[1], max(SCALES[0], state.scale * (1.25 if better else 0.8)))
+        # Where nothing near is new, moves grow too, so that a search which goes on has something to try.
+        state.scale = min(SCALES[1], max(SCALES[0], state.scale * (1.25 if better or not tried else 0.8)))
         state.generation += 1
         if better:
             self._mark()

@@ -23,7 +23,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, intercepted, like, stream_of
 from pyprune.importance.divergence import divergence, real_tokens, scored, summary
 from pyprune.importance.steps import Forward, Step
-from pyprune.importance.words import WORDS, head_of, mass, narrowed
+from pyprune.importance.words import WORDS, can_narrow, head_of, mass, narrowed
 from pyprune.search.masking import Masking
 from pyprune.search.refits import Refits
 
@@ -83,12 +83,10 @@ class Fitness:
     @torch.no_grad()
     def _narrow(self, model: nn.Module, words: Tensor) -> None:
         """Only ``words`` take part from now on, if the logits are those of the head and nothing else."""
-        self._narrowed = narrowed(model, words)
+        if can_narrow(self._forward, words, self.steps[0]):
+            self._narrowed = narrowed(model, words)
         for number in range(len(self.steps)):
             logits = self._scored(number, self._logits(number, 0, None))
-            if logits.shape[-1] != len(words) and number == 0:
-                self._narrowed = narrowed(model, None)
-                logits = self._scored(number, self._logits(number, 0, None))
             self._dense.append(summary(logits))
         self.words = logits.shape[-1]
 
@@ -184,6 +182,19 @@ class Fitness:
     def _run(self, number: int) -> Tensor:
         with torch.no_grad(), self._masking, self._narrowed:
             return self._forward(self.steps[number])
+
+
+def check_finite(best: float) -> None:
+    """Raises PyPruneError unless the divergence of the best candidate is a number."""
+    if not math.isfinite(best):
+        problem = "gives NaN or infinity on the calibration text, whichever way it is cut"
+        hint = "Load it in float32 or bfloat16, look at the calibration text, or cut less."
+        raise PyPruneError("model", None, problem, hint)
+
+
+def figure(value: float | None) -> float | None:
+    """As reports have it: JSON knows neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class _Behind(Exception):

@@ -13,7 +13,7 @@ from pyprune.search.state import write_json
 log = logging.getLogger(__name__)
 
 FORMAT = "pyprune-measurements"
-VERSION = 1
+VERSION = 2
 
 
 class Remembered:
@@ -41,7 +41,7 @@ class Remembered:
         self._base = dict(widths)
 
     def total(self, widths: Mapping[str, int], first: int, last: int) -> float:
-        key = json.dumps([list(self._anchor.values()), list(widths.values()), first, last])
+        key = json.dumps([sorted(self._anchor.items()), sorted(widths.items()), first, last])
         if key not in self._known:
             if self._made != self._anchor:
                 self._measure.anchor(self._anchor)

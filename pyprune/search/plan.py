@@ -29,10 +29,10 @@ from pyprune.importance.calibration import (
 )
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
-from pyprune.search.curves import allocate_by_curves, measure_curves
+from pyprune.search.curves import BROKEN, allocate_by_curves, measure_curves
 from pyprune.search.descent import descend
 from pyprune.search.evolution import Evolution, Limit, Measure
-from pyprune.search.fitness import WORDS, Fitness
+from pyprune.search.fitness import WORDS, Fitness, check_finite, figure
 from pyprune.search.masking import Masking
 from pyprune.search.measurements import Remembered
 from pyprune.search.moves import Moves, Widths
@@ -125,7 +125,7 @@ def search_plan(
 
     Raises:
         PyPruneError: what :func:`pyprune.select` refuses; roles whose units cannot be masked; too little calibration;
-            limits that are none; a ``file`` with another search.
+            limits that are none; a ``file`` with another search; a model that gives NaN or infinity however it is cut.
     """
     check_limits(steps, minutes)
     for name, value in (("search_steps", steps), ("search_minutes", minutes), ("search_file", file)):
@@ -229,14 +229,20 @@ class _Searcher:
         with self._measuring([*groups, *before], orders) as (fitness, refits, masking, _, fit):
             refits.collect(fit, masking, self.weighting, dict(budget.kept))
             curves = measure_curves(groups, budget, fitness)
-        best = allocate_by_curves(groups, curves, budget)
+            best = allocate_by_curves(groups, curves, budget)
+            last = (len(fitness.tokens) + 1) // 2
+            divergence = fitness.total({**budget.kept, **best}, 0, last) / sum(fitness.tokens[:last])
+            check_finite(divergence)
         self.reports.append({
-            "curves": {name: [[width, kl] for width, kl in curve] for name, curve in curves.items()},
+            "divergence": divergence,
+            "curves": {
+                name: [[width, kl if kl < BROKEN else None] for width, kl in curve] for name, curve in curves.items()
+            },
             "evaluations": sum(map(len, curves.values())),
             "seconds": round(time.monotonic() - started, 1),
             "compensation": self.mode,
             "penalty": PENALTY if self.mode in ("least-squares", "obs") else None,
-            "held_out_tokens": sum(fitness.tokens[: (len(fitness.tokens) + 1) // 2]),
+            "held_out_tokens": sum(fitness.tokens[:last]),
             "fitted_tokens": sum(s.targets.numel() for s in fit) if self.mode != "none" else 0,
             "vocabulary": fitness.words,
         })  # fmt: skip
@@ -277,7 +283,7 @@ class _Searcher:
         """The dense model, ready to be run with any widths of ``groups``; the steps that refits are made on."""
         fit, held = split(self.calibration, next(self.model.parameters()).device)
         walk = Walk(self.model, fit[:1])
-        sites = find_sites(self.model, walk.blocks, groups, orders, held[0])
+        sites = find_sites(self.model, walk.blocks, groups, orders, [*held, *fit])
         parameters = dict(self.model.named_parameters())
         masking = Masking({n: parameters[n] for n in {**sites.read, **sites.made}})
         refits = Refits(self.model, sites, self.mode)
@@ -291,13 +297,15 @@ class _Searcher:
     def _report(self, state: State, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:
         return {
             "divergence": state.kl,
-            "seeds": state.seeds,
+            "seeds": [
+                {**s, "screening": figure(s["screening"]), "divergence": figure(s["divergence"])} for s in state.seeds
+            ],
             "generations": state.generation,
             "evaluations": state.evaluations,
             "seconds": round(state.seconds, 1),
             "seed": self.seed,
             **self._protocol(fitness, sites, fit),
-            "history": state.history,
+            "history": [{**h, "divergence": figure(h["divergence"])} for h in state.history],
         }
 
     def _protocol(self, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Sites:
     """All places where groups can be masked.
 
     Attributes:
-        read: parameter name -> site whose inputs are masked, in the order in which the model uses them.
+        read: parameter name -> site whose inputs are masked, block by block, in the order in which the model uses them.
         made: parameter name -> site whose outputs are masked, for groups that no projection reads.
         block_of: group name -> the first block in which something of it is masked.
         orders: group name -> unit numbers [outer, units], in each copy the first to go in front.
@@ -79,9 +79,13 @@ class Sites:
 
 
 def find_sites(
-    model: nn.Module, blocks: Sequence[nn.Module], groups: Sequence[Group], orders: Mapping[str, np.ndarray], step: Step
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    groups: Sequence[Group],
+    orders: Mapping[str, np.ndarray],
+    steps: Sequence[Step],
 ) -> Sites:
-    """Where ``groups`` are masked, seen on one sample of ``step``.
+    """Where ``groups`` are masked, seen on as many samples of ``steps`` as it takes to see all their matrices used.
 
     Raises:
         PyPruneError: a group in which removing is more than zeroing, or that no matrix product reads or makes.
@@ -93,9 +97,7 @@ def find_sites(
         for m in g.members
         if m.tensor in parameters and parameters[m.tensor].dim() in (2, 3)
     }
-    with walking(model, matrices), torch.no_grad(), InputTaps(matrices) as taps:
-        Forward(model)(step.part(slice(0, 1)))
-    turned = {use.key.name: use.transposed for use in taps.uses}  # in the order of first use
+    turned = _seen(model, matrices, steps)
     block_of = {id(p): i for i, block in reversed(list(enumerate(blocks))) for p in block.parameters()}
     read: dict[str, list[Cutter]] = {}
     made: dict[str, list[Cutter]] = {}
@@ -114,15 +116,17 @@ def find_sites(
                 (m.tensor, Cutter(group.name, m.index))
             )
         if not ins and not outs:
-            problem = f"no matrix product reads or makes the units of {group.name}"
-            raise PyPruneError("roles", group.role, problem, "Leave it out, or choose another allocation.")
+            problem = f"no matrix product reads or makes the units of {group.name} on the calibration text"
+            hint = "Leave it out, give more text where it is an expert's, or choose another allocation."
+            raise PyPruneError("roles", group.role, problem, hint)
         for into, found in ((read, ins), (made, [] if ins else outs)):
             for tensor, cutter in found:
                 into.setdefault(tensor, []).append(cutter)
 
     def sites(of: Mapping[str, list[Cutter]], is_input: bool) -> dict[str, Site]:
         out = {}
-        for name in sorted(of, key=list(turned).index):
+        order = list(turned)
+        for name in sorted(of, key=lambda n: (block_of.get(id(matrices[n]), 0), order.index(n))):
             p, flipped = matrices[name], turned[name]
             size = int(p.shape[-2 if flipped == is_input else -1])
             out[name] = Site(name, block_of.get(id(p), 0), flipped, size, tuple(of[name]))
@@ -133,3 +137,22 @@ def find_sites(
         for cutter in site.cutters:
             places.block_of[cutter.group] = min(site.block, places.block_of.get(cutter.group, site.block))
     return places
+
+
+def _seen(model: nn.Module, matrices: Mapping[str, nn.Parameter], steps: Sequence[Step]) -> dict[str, bool]:
+    """Matrix -> whether it is stored [inputs, outputs], of those that are used, in the order of first use.
+
+    Samples run one by one until all are seen: an expert with modules of its own is used by those that reach it only.
+    """
+    found: dict[str, bool] = {}
+    forward = Forward(model)
+    with walking(model, matrices), torch.no_grad():
+        for step in steps:
+            for row in range(step.rows):
+                with InputTaps(matrices) as taps:
+                    forward(step.part(slice(row, row + 1)))
+                for use in taps.uses:
+                    found.setdefault(use.key.name, use.transposed)
+                if len(found) == len(matrices):
+                    return found
+    return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.cache import _NAMES, running_versions
 
 FORMAT = "pyprune-search"
 VERSION = 1
@@ -111,14 +112,18 @@ def load_state(file: Path | None, fingerprint: str, overwrite: bool = False) -> 
         return found
     if overwrite:
         return State(fingerprint)
-    problem = "holds a search of another model, calibration or request"
+    problem = "holds a search of another model, calibration or request, or of another version of pyprune or torch"
     raise PyPruneError("search_file", str(file), problem, hint)
 
 
 def fingerprint(model: nn.Module, values: Any) -> str:
-    """SHA-256 over the model's tensors (names, shapes, some of the elements) and nested plain values and tensors."""
+    """SHA-256 over the model's class, configuration and tensors (names, shapes, some of the elements), the versions
+    that run, and nested plain values and tensors."""
     digest = hashlib.sha256()
-    for name, p in model.state_dict().items():
+    given: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
+    _feed(digest, [type(model).__name__, config, running_versions()])
+    for name, p in (*model.named_parameters(), *model.named_buffers()):  # a state dict lacks some of the buffers
         flat = p.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64)
         _feed(digest, [name, list(p.shape), str(p.dtype), flat[places.long().to(flat.device)]])

@@ -129,14 +129,15 @@ def select(
             wanted = chosen.allocate(members[role], costs, within(counts.count(kept | wanted)))
         kept |= wanted
     notes = _notes(groups, members, steps)
+    missed: list[str] = []
     if sized:
         shared = [g for role, of_role in members.items() if role not in asked for g in of_role]
-        goal = _goal(ratio, left, counts.count({}))
+        goal = goal_of(ratio, left, counts.count({}))
         limit = within(goal.target)
         _check_reachable(goal, limit, shared, groups, only)
         if goal.target < limit.count({}):
             kept |= chosen.allocate(shared, costs, limit)
-        notes += goal.missed_by(counts.count(kept))
+        missed = goal.missed_by(counts.count(kept))
 
     cuts = (keep(g, order[g.name], kept[g.name]) for g in groups if kept.get(g.name, g.units) < g.units)
     plan = Plan(without_removed_layers(cuts))
@@ -153,7 +154,8 @@ def select(
         "round_to": steps or None,
         "min_keep": {role: least.get(role, chosen.min_keep.get(role, 1)) for role in members},
         "widths": widths_by_role(groups, plan, members),
-        "notes": notes,
+        "notes": [*notes, *missed],
+        "missed": missed,
     }
     return plan
 
@@ -168,7 +170,7 @@ def _spent(budget: Quantity, before: int, after: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Goal:
+class Goal:
     """A size that was asked for: which option, its value, what shall be left (parameters, or what the budget is in),
     what there is."""
 
@@ -192,16 +194,17 @@ class _Goal:
         ]
 
 
-def _goal(ratio: float | None, left: int | None, total: int) -> _Goal:
+def goal_of(ratio: float | None, left: int | None, total: int) -> Goal:
+    """The size that a ratio, or a number of parameters ``left``, asks of ``total``."""
     if left is None:
-        return _Goal("ratio", ratio, total - round((ratio or 0.0) * total), total)
+        return Goal("ratio", ratio, total - round((ratio or 0.0) * total), total)
     if left > total:
         raise PyPruneError("target_params", left, f"the model has only {total:,} counted parameters", "Ask for fewer.")
-    return _Goal("target_params", left, left, total)
+    return Goal("target_params", left, left, total)
 
 
 def _check_reachable(
-    goal: _Goal, budget: Budget, shared: Sequence[Group], groups: Groups, layers: Sequence[int] | None
+    goal: Goal, budget: Budget, shared: Sequence[Group], groups: Groups, layers: Sequence[int] | None
 ) -> None:
     """Raise with the way out when no widths of the ``shared`` groups meet the goal."""
     roles = list(dict.fromkeys(g.role for g in shared))

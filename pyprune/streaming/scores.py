@@ -31,7 +31,7 @@ from pyprune.importance.scoring import (
     scoring_state,
 )
 from pyprune.importance.steps import Forward, make_steps
-from pyprune.importance.taps import Taps
+from pyprune.importance.taps import Taps, UsedAgain
 from pyprune.streaming.disk import DiskModel
 from pyprune.streaming.sweep import DiskSweep, pack_sums, rehearse, sweep_scales, unpack_sums
 from pyprune.streaming.workspace import Workspace
@@ -161,6 +161,9 @@ def _from_calibration(
                 sums, losses, scale = sweep_scales(make, scales, steps, bar, space)
             except NotFinite as bad:
                 raise not_finite(bad.parameter, {}) from None
+            except UsedAgain as piece:
+                problem = f"takes {piece} whole, and the model uses it in pieces"
+                raise PyPruneError("route", "activations", problem, "Use route gradients.") from None
     details |= {"engine": "block sweep from disk", "recomputed_blocks": swept, "loss": float(losses.double().mean())}
     if half:
         details["loss_scale"] = scale

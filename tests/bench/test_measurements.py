@@ -139,6 +139,7 @@ def test_llm_pruner_s_procedure_gives_the_sums_of_its_formulas() -> None:
         torch.testing.assert_close(second[name][1], (w * w * g.square().mean(0)).sum(0).detach(), rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_scoring_measures_both_sides_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "CRITERIA", ("param_second",))
     (line,) = run.run(["scoring"], "tiny", torch.float32, CPU, 1)

@@ -39,6 +39,15 @@ def test_cuda_asked_for_without_nvcc_is_an_error(tmp_path: Path) -> None:
     assert "PYPRUNE_CUDA=ON, but nvcc is not found" in done.stderr
 
 
+def test_a_cuda_compiler_that_is_too_old_is_named(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    done = build(tmp_path, PYPRUNE_CUDA="ON", CUDACXX=str(nvcc))
+    assert done.returncode != 0
+    assert f"PYPRUNE_CUDA=ON, but {nvcc} is of CUDA 11.8, and 12.0 is the oldest that serves" in done.stderr
+
+
 def test_an_unknown_choice_is_an_error(tmp_path: Path) -> None:
     done = build(tmp_path, PYPRUNE_CUDA="YES")
     assert done.returncode != 0

@@ -56,6 +56,7 @@ def test_prompts_come_through_a_pipe_a_line_each(place) -> None:
     assert ended.stdout.count("tokens/s") == 2 and ended.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
 def test_at_a_keyboard_it_asks_answers_and_ends_with_control_d(place) -> None:
     import os

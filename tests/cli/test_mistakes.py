@@ -158,7 +158,11 @@ def test_a_disk_that_fills_up_while_saving(call, place, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "status", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupt_while_saving_leaves_what_was_there(
     call, place, monkeypatch, number: int, status: int, word: str

@@ -12,7 +12,7 @@ from helpers_run import python, write_text
 pytestmark = pytest.mark.real_model
 
 
-LIGHT = ("--compensation_scope", "outputs", "--no_compensation_gains")
+LIGHT = ("--method", "best", "--allocation", "knapsack", "--compensation_scope", "outputs", "--no_compensation_gains")
 
 
 @pytest.mark.parametrize("how", [LIGHT, pytest.param((), marks=pytest.mark.slow)], ids=["light", "whole"])

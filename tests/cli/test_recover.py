@@ -49,6 +49,18 @@ def test_a_named_recipe_yields_to_the_file_and_the_file_to_flags(call, place) ->
     assert [recipe[k] for k in ("lora_alpha", "lora_r", "cutoff", "epochs")] == [16, 6, 64, 0.2]
 
 
+def test_a_profile_is_no_option_of_recover_and_one_file_still_serves_every_verb(call, place) -> None:
+    line = refused(call, place, *TRAIN, "--profile", "gguf")
+    assert "No such option" in line and "--profile" in line
+    (place / "r.yaml").write_text("profile: gguf\nratio: 0.2\noutput_dir: out\n")
+    ended = call(*TRAIN, "--config", "r.yaml", "--epochs", "0.2", "--json")
+    recipe = json.loads(ended.out)["recipe"]
+    assert recipe["output_dir"] == "out" and "profile" not in recipe
+    assert (place / "out" / "model.safetensors").is_file() and not (place / "out" / "model.gguf").exists()
+    (place / "s.yaml").write_text("profil: gguf\n")
+    assert "unknown key 'profil'" in refused(call, place, *TRAIN, "--config", "s.yaml")
+
+
 def test_nothing_to_learn_from(call, place) -> None:
     assert "--data: there is nothing to learn from. Give a file or a dataset" in refused(
         call, place, "recover", "model"

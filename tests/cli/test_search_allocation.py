@@ -9,7 +9,9 @@ import pytest
 from helpers_run import refused, tiny_llama, write_model, write_text
 
 import pyprune
+from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError
+from pyprune.preflight import forget_search
 from pyprune.search.fitness import Fitness
 
 SEARCH = ("prune", "model", "--calibration", "train.txt", "--samples", "8", "--length", "32", "--ratio", "0.2",
@@ -77,8 +79,16 @@ def test_what_does_not_go_is_refused_before_scoring(call, place, monkeypatch, mo
 
 @pytest.mark.parametrize("option", ["search_steps", "search_minutes", "search_file"])
 def test_options_of_the_search_want_the_search(option: str) -> None:
-    with pytest.raises(PyPruneError, match=rf"{option} .*is for allocation search, and allocation uniform is asked"):
-        pyprune.prune(tiny_llama(), ratio=0.2, criterion="l2", **{option: "3"})
+    for how in ({"criterion": "l2"}, {}):  # of a ratio alone, a method settles the allocation
+        with pytest.raises(PyPruneError, match=rf"{option} .*is for allocation search, which is not asked for\. Give"):
+            pyprune.prune(tiny_llama(), ratio=0.2, **how, **{option: "3"})
+
+
+def test_the_state_beside_an_output_is_found_by_its_name_and_no_pattern(tmp_path: Path) -> None:
+    mine, other = tmp_path / ".run[1].search.json", tmp_path / ".run1.search.json"
+    mine.touch(), other.touch()
+    forget_search(PruneConfig.build({"ratio": 0.2, "allocation": "search", "output_dir": str(tmp_path / "run[1]")}))
+    assert other.exists() and not mine.exists()
 
 
 def test_calibration_is_wanted_even_where_the_criterion_needs_none() -> None:

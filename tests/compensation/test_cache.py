@@ -23,6 +23,7 @@ from pyprune import discover, score, select
 from pyprune.compensation import compensate
 from pyprune.compensation import gather as gathering
 from pyprune.compensation import stage as stages
+from pyprune.compensation.cache import Folder, SumsCache
 from pyprune.compensation.stage import Compensation
 from pyprune.compensation.triangle import mirrored, upper
 from pyprune.errors import PyPruneError
@@ -337,6 +338,16 @@ def test_every_step_of_iterative_pruning_is_read(line: Any, passes: list[int]) -
     first = line(**options)
     passes.clear()
     assert same(line(**options).model, first.model) and passes == []
+
+
+def test_what_one_step_of_a_run_keeps_stays_for_its_others(tmp_path: Path) -> None:
+    first, second = (SumsCache(f, 1.5 * 4000 / 2**30, lambda: 0) for f in [Folder(tmp_path)] * 2)
+    alone = SumsCache(tmp_path, 1.5 * 4000 / 2**30, lambda: 0)
+    first.keep_weights("dense", {}, {"a": torch.zeros(900)})
+    second.keep_weights("gains", {}, {"a": torch.zeros(900)})
+    assert first.weights("dense") is not None and second.weights("gains") is None  # no room without removing the first
+    alone.keep_weights("gains", {}, {"a": torch.zeros(900)})
+    assert first.weights("dense") is None and alone.weights("gains") is not None
 
 
 def test_a_limit_without_a_cache_or_compensation_is_refused(tmp_path: Path) -> None:

@@ -175,8 +175,26 @@ def test_weights_that_something_else_reads_too_keep_their_values() -> None:
     says = reference(dense, load_calibration(ids(20, 16)))
     found = fit_gains(model, pyprune.discover(tiny_llama()), says)
     assert not found.kept and "more than matrix products" in found.note
-    for p, q in zip(model.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert same(model, before)
+
+
+def test_what_is_reported_is_what_the_rounded_weights_give() -> None:
+    dense = tiny_llama().to(torch.bfloat16)
+    model = weakened(dense)[0]
+    says = reference(dense, load_calibration(ids(20, 16)))
+    found = fit_gains(model, pyprune.discover(model), says)
+    assert found.kept
+    again = fit_gains(model, pyprune.discover(model), says)
+    assert again.before == pytest.approx(found.after, rel=1e-6)
+
+
+def test_a_pruned_model_that_gives_nan_has_none() -> None:
+    dense = tiny_llama()
+    model = weakened(dense)[0]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    found = fitted(model, dense, ids(20, 16))
+    assert (found.before, found.kept, found.values) == (None, False, {}) and "NaN" in found.note
 
 
 def test_padding_counts_nothing() -> None:
@@ -286,6 +304,8 @@ def test_gains_without_a_compensation_are_refused() -> None:
 
 
 def test_one_sample_leaves_none_to_decide_with() -> None:
+    with pytest.raises(PyPruneError, match="samples 1: leave none"):
+        reference(tiny_llama(), load_calibration(ids(1, 8)))
     with pytest.raises(PyPruneError, match="samples 1: leave none"):
         pyprune.prune(
             tiny_llama(), ratio=0.2, roles=["ffn"], criterion="wanda", compensation="least-squares",

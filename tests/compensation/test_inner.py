@@ -100,6 +100,25 @@ def test_an_ffn_that_cannot_be_done_again_for_fewer_channels_is_left_as_the_refi
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
+def test_an_ffn_with_a_number_for_each_token_is_left_as_the_refit_made_it() -> None:
+    class Gated(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            self.token = nn.Linear(mlp.up_proj.in_features, 1)
+
+        def forward(self, h: Tensor) -> Tensor:
+            x = h.reshape(-1, h.shape[-1])
+            a = torch.relu(self.gate_proj(x)) * self.up_proj(x) * self.token(x).sigmoid()
+            return self.down_proj(a).view_as(h)
+
+    dense = model_of("LlamaConfig")
+    for layer in dense.model.layers:  # type: ignore[union-attr]
+        layer.mlp = Gated(layer.mlp)
+    _, done = fitted(dense, ids(60), scope="ffn")
+    assert len(done.matrices) == 2 and all(m.after_outputs is None and m.penalty is not None for m in done.matrices)
+
+
 class _Scaled(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()

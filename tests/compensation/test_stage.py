@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers_families import NAMED, build
 from helpers_llama import tiny_llama
 from helpers_mixtures import mixture
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pyprune
 from pyprune import apply, discover, pipeline, score, select
@@ -314,3 +316,38 @@ def test_blocks_that_need_not_run_again_give_what_running_them_again_gives(
     assert runs == [0, 1]  # nothing is behind the last one
     for a, b in zip(kept.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class _Experts(nn.Module):
+    """Experts in a list, each token to one of them."""
+
+    def __init__(self, config: Any, experts: int = 4) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(experts))
+        self.router = nn.Linear(config.hidden_size, experts, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = h.view(-1, h.shape[-1])
+        share, at = self.router(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (at == number).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, share[rows, None] * expert(x[rows]))
+        return out.view_as(h)
+
+
+def test_experts_that_the_first_sample_does_not_reach_are_refitted_too() -> None:
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = _Experts(model.config)
+    for p in model.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.3)
+    groups = discover(model)
+    roles = [r for r in ("ffn", "expert_ffn") if groups.prunable([r])]
+    batches = [{"input_ids": torch.full((1, 4), 5)}, *({"input_ids": ids(1, 64, seed=s)} for s in range(11))]
+    plan = select(groups, score(model, groups, batches, "l2"), 0.2, roles=roles)
+    done = compensate(model, plan, batches)
+    assert len(done.matrices) == len(plan.cuts) == 12 and not done.notes

@@ -13,6 +13,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "kernels"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 @pytest.mark.parametrize("name", ["activation_wgmma_bfloat16", "activation_wgmma_float16"])
 def test_products_of_four_warps_stay_in_registers_and_run_beside_each_other(name: str, tmp_path: Path) -> None:

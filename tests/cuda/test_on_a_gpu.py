@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,19 @@ def test_a_layer_of_a_real_size_matches_float64(
     for value, truth in zip(got, expected, strict=True):
         scale = float(truth.abs().max())
         assert float((value.double() - truth).abs().max()) <= 1e-4 * scale
+
+
+@pytest.mark.skipif(os.environ.get("PYPRUNE_WGMMA") == "0", reason="products of four warps are turned off")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_four_warps_serve_where_the_hardware_has_them(dtype: torch.dtype) -> None:
+    """Every other kernel gives the same sums, so that nothing else would tell."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only compute capability 9.0 has them")
+    args = layer(2, 128, 512, 512, dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.activation_salience(*args, "fisher")
+        torch.cuda.synchronize()
+    assert any("activation_pairs" in event.key for event in profile.key_averages())
 
 
 @pytest.mark.parametrize("start", [8, 3], ids=["whole words", "any start"])

@@ -101,8 +101,9 @@ def test_a_model_whose_head_reads_more_than_the_decoder_is_run_whole() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_llama().train()
+    model.model.layers[1].eval()
     perplexity(model, cut_windows(tokens(64), 32))
-    assert model.training
+    assert model.training and model.model.layers[0].training and not model.model.layers[1].mlp.training
     assert "forward" not in vars(model.get_decoder())
     assert all(p.grad is None for p in model.parameters())
 
@@ -118,6 +119,32 @@ def test_an_overflowing_perplexity_stays_json() -> None:
     result = Perplexity(math.inf, 800.0, 10, 1, 11, "x", "float32")
     assert result.to_dict()["perplexity"] is None
     assert result.to_dict()["nll"] == 800.0
+
+
+def test_logits_that_are_not_finite_stay_json() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    found = perplexity(model, cut_windows(tokens(64), 32)).to_dict()
+    assert found["perplexity"] is None and math.isfinite(found["nll"])
+
+
+def test_a_forward_that_somebody_gave_the_decoder_stays() -> None:
+    model = tiny_llama()
+    decoder, calls = model.get_decoder(), []
+    own = decoder.forward
+    decoder.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    given = decoder.forward
+    perplexity(model, cut_windows(tokens(64), 32))
+    assert decoder.forward is given and calls
+
+
+@pytest.mark.parametrize("bad", [300, -1])
+def test_ids_outside_the_vocabulary_are_refused(bad: int) -> None:
+    windows = cut_windows(tokens(64), 32)
+    windows[1, 3] = bad
+    with pytest.raises(PyPruneError, match=f"holds token id {bad}"):
+        perplexity(tiny_llama(), windows)
 
 
 def test_windows_do_not_overlap_and_drop_the_rest() -> None:

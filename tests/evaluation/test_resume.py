@@ -69,16 +69,19 @@ def test_one_file_serves_several_models_and_another_model_uses_nothing_of_the_fi
     assert score(tmp_path / "r.jsonl", model(0))[0] == first
 
 
-def test_the_fingerprint_changes_with_a_weight_a_type_and_the_configuration_and_not_with_the_place() -> None:
+def test_the_fingerprint_changes_with_a_weight_a_buffer_a_type_and_the_configuration_and_not_with_the_place() -> None:
     marks = [fingerprint(model())]
     one = model()
     one.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-3
     marks.append(fingerprint(one))
     marks.append(fingerprint(model().to(torch.bfloat16)))
+    buffered = model()
+    buffered.register_buffer("correction", torch.ones(3))
+    marks.append(fingerprint(buffered))
     one = model()
     one.config.rms_norm_eps = 1e-3
     marks.append(fingerprint(one))
-    assert len(set(marks)) == 4
+    assert len(set(marks)) == 5
     one = model()
     one.config._name_or_path = "elsewhere"
     assert fingerprint(one) == marks[0]

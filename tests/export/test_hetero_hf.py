@@ -72,6 +72,7 @@ def test_per_layer_widths_give_bit_equal_logits_and_the_same_32_tokens_from_a_ra
     assert torch.equal(h.logits(load(tmp_path / "out")), h.logits(model))
 
 
+@pytest.mark.slow
 def test_narrow_layers_open_without_pyprune(tmp_path) -> None:
     folders, expected = [], []
     for family in ("llama", "gpt2"):

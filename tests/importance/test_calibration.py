@@ -14,11 +14,12 @@ import pytest
 import torch
 from helpers_llama import llama_groups, tiny_llama
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pyprune.errors import PyPruneError
 from pyprune.importance import Calibration, load_calibration, score
 from pyprune.importance.calibration import SPREAD, first_tokens
-from pyprune.importance.sources import read_tokens
+from pyprune.importance.sources import read_documents, read_tokens
 
 
 def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
@@ -240,6 +241,12 @@ def test_evaluation_text_is_one_stream_in_its_own_order(tmp_path: Path) -> None:
     assert read_tokens(str(path), tokenizer).tolist() == list(range(12))
 
 
+def test_what_unicode_calls_the_end_of_a_line_ends_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "1 2\u2028 3"}\n{"text": "4\u0085 5"}\r\n', encoding="utf-8")
+    assert len(list(read_documents(str(path), "text", None))) == 2
+
+
 def _write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -255,6 +262,8 @@ def _write(path: Path, data: bytes) -> Path:
         ("broken.txt.gz", b"not gzip", "cannot be read"),
         ("short.txt.gz", gzip.compress(b"1 2 3 4 5 6 7 8", mtime=0)[:-9], "cannot be read"),
         ("broken.jsonl", b'{"text": "1 2"}\n{"text": ', "line 2 is not JSON"),
+        ("long.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "line 1 is not JSON"),
+        ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1 is not JSON"),
         ("list.jsonl", b"[1, 2]\n", "no text in a field 'text'"),
         ("broken.npy", b"junk", "cannot be read"),
         ("broken.safetensors", b"junk", "cannot be read"),
@@ -326,6 +335,19 @@ def test_token_ids_outside_the_vocabulary_are_refused_before_anything_runs(bad: 
     ids[2, 5] = bad
     with pytest.raises(PyPruneError, match=rf"holds token id {bad}, and the model's vocabulary has 97 tokens"):
         score(model, llama_groups(model.config, model), ids)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(torch.full((2, 8), -1), "holds label -1, which is no token"), (torch.rand(2, 8), "which is no token"),
+     (torch.full((2, 8), 500), "holds token id 500, and the model's vocabulary has 97 tokens")],
+    ids=["negative", "fractions", "too large"],
+)  # fmt: skip
+def test_labels_that_are_no_tokens_are_refused(labels: Tensor, message: str) -> None:
+    model = tiny_llama()
+    batch = {"input_ids": torch.randint(0, 97, (2, 8)), "labels": labels}
+    with pytest.raises(PyPruneError, match=message):
+        score(model, llama_groups(model.config, model), [batch])
 
 
 def test_a_sample_with_nothing_to_predict_is_refused() -> None:

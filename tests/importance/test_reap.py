@@ -135,3 +135,13 @@ def test_padding_that_is_routed_to_experts_counts_nothing(criterion: str) -> Non
         found.append(score(model, groups, [batch], criterion, roles=[role]))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=0)
+
+
+def test_experts_that_are_routed_in_groups_have_a_score_each() -> None:
+    model = mixture("deepseek_v3")
+    groups = discover(model)
+    found = score(model, groups, ids(), "reap", roles=["experts"])
+    plain = score(model, groups, ids(), "reap", roles=["experts"], aggregation="prod")
+    for group in (g for g in groups if g.role == "experts" and not g.frozen):
+        assert found[group.name].shape == (group.outer, group.units)
+        assert bool((found[group.name] > 0).any()) and torch.equal(found[group.name], plain[group.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,6 +80,51 @@ def test_logits_that_are_made_of_more_than_the_head_stay_whole() -> None:
             return torch.cat([logits, torch.zeros_like(logits[..., :1])], dim=-1)
 
     assert module.likely(Forward(Padded()), steps()) is None
+
+
+class Behind(nn.Module):
+    """A model that does something to the logits behind the head; ``widths`` are those that it saw."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.change = tiny_llama(), change
+        self.get_output_embeddings = self.inner.get_output_embeddings
+        self.widths: set[int] = set()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.inner(input_ids).logits
+        self.widths.add(logits.shape[-1])
+        return self.change(logits)
+
+
+def masked(*numbers: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(logits: torch.Tensor) -> torch.Tensor:
+        logits[..., list(numbers)] = torch.finfo(logits.dtype).min
+        return logits
+
+    return change
+
+
+BIAS = torch.randn(97, generator=torch.Generator().manual_seed(0))
+MORE_THAN_THE_HEAD = {
+    "a bias": lambda logits: logits + BIAS,
+    "a fixed shape": lambda logits: logits.view(*logits.shape[:2], 97),
+    "masked, within the part": masked(5, 6),
+    "masked, beyond the part": masked(90, 91),
+}
+
+
+@pytest.mark.parametrize("what", MORE_THAN_THE_HEAD)
+def test_logits_with_a_bias_a_mask_or_a_shape_of_their_own_stay_whole(what: str) -> None:
+    model = Behind(MORE_THAN_THE_HEAD[what])
+    assert module.likely(Forward(model), steps()) is None
+    assert what == "a fixed shape" or model.widths == {97}  # ids out of range end the process on a GPU
+
+
+def test_what_treats_all_tokens_alike_behind_the_head_leaves_a_part() -> None:
+    model = Behind(lambda logits: torch.tanh(logits / 3) * 3)
+    found = module.likely(Forward(model), steps())
+    assert found is not None and len(found) == 40 and model.widths == {40, 97}
 
 
 def test_gains_of_a_part_of_the_vocabulary_bring_the_whole_nearer(tmp_path: Any) -> None:

@@ -48,6 +48,12 @@ def test_views_on_either_side_are_handled(dtype: torch.dtype, device: str) -> No
     assert torch.equal(curvatures[0][:, :5], untouched)
 
 
+def test_a_curvature_that_is_named_twice_takes_both() -> None:
+    h, grads = torch.zeros(300_000), [torch.full((300_000,), float(i)) for i in (1, 2, 3)]
+    ops.accumulate_square_([h] * 3, grads, scale=2.0)
+    assert bool((h == 28.0).all())
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     _, grads, curvatures = inputs([(700, 500), (3, 5), (200_001,)], torch.bfloat16)
     before, results = torch.get_num_threads(), []

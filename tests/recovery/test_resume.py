@@ -125,6 +125,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch) -> None:
     assert finished(tmp_path, True)[0].losses == finished(None, False)[0].losses
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_with_resume_to_the_same_curve_and_weights(tmp_path, monkeypatch, capsys) -> None:
     write_model(tmp_path / "model", hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     write_text(tmp_path / "train.txt", 6000)

@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from pyprune.runs.recipe import read_recipe
+from pyprune.runs.stages import Prune
+
 
 def test_a_dry_run_says_why_and_writes_nothing(call, place) -> None:
     ended = call("run", "run.yaml", "--dry_run")
@@ -64,6 +67,7 @@ def test_model_and_work_folder_may_be_given(call, place) -> None:
     ("section", "options", "said"),
     [
         ("prune", {"criterion": "l3"}, "--criterion 'l3': is not known."),
+        ("prune", {"allocation": "uniforn"}, "--allocation 'uniforn': is not known. Did you mean 'uniform'?"),
         ("prune", {"criterion": "param_first"}, "--calibration: is missing, and criterion param_first"),
         (
             "prune",
@@ -102,6 +106,22 @@ def test_the_cut_keeps_to_widths_that_the_export_holds(call, place) -> None:
     place.recipe["export"] = {"profile": "uniform"}
     place.write()
     assert call("run", "run.yaml", "--until", "prune").status == 0
+
+
+def test_a_profile_that_no_longer_fits_is_told_with_its_stage(call, finished) -> None:
+    finished.recipe["prune"]["allocation"] = "global"
+    finished.write()
+    ended = call("run", "run.yaml", "--dry_run")
+    assert ended.status == 2 and "which profile uniform does not hold" in ended.err
+    assert ended.err.count("(Stage prune of run.yaml.)") == 1
+
+
+def test_a_ratio_alone_is_settled_for_a_profile_of_even_layers(place) -> None:
+    place.recipe = {**{k: place.recipe[k] for k in ("model", "output_dir")}, "export": {},
+                    "prune": {"ratio": 0.2, "calibration": "train.txt"}}  # fmt: skip
+    assert place.would() == ["prune", "export"]
+    options = Prune(read_recipe("run.yaml")).options()
+    assert (options["method"], options["allocation"]) == ("best", "uniform")
 
 
 def test_a_tokenizer_that_the_export_cannot_hold_is_told_before_the_cut(call, place) -> None:

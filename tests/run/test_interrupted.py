@@ -175,6 +175,7 @@ def test_an_input_that_changes_while_an_earlier_stage_runs_is_noticed(finished, 
     assert finished.why()["eval"] == "input eval_text test.txt: changed"
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_a_work_folder_that_goes_on(place) -> None:
     place.recipe["recover"] |= {"epochs": 50, "eval_steps": 2, "early_stopping_patience": 0}
     place.write()

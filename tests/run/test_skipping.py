@@ -66,6 +66,17 @@ def test_a_changed_option_runs_its_stage_and_those_that_read_from_it(
     assert finished.would() == []
 
 
+def test_an_export_profile_of_other_widths_cuts_anew(finished) -> None:
+    finished.recipe["export"]["profile"] = "hetero-decilm"
+    assert finished.why()["prune"] == 'option roles: null -> ["ffn"]'
+    assert finished.would() == ALL
+
+
+def test_an_export_profile_that_holds_the_widths_that_are_there_only_exports(finished) -> None:
+    finished.recipe["export"]["profile"] = "hetero-hf"
+    assert finished.would() == ["export"]
+
+
 def test_another_ratio_runs_everything(finished) -> None:
     finished.recipe["prune"]["ratio"] = 0.3
     assert finished.would() == ALL

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from pyprune.search import search_plan
 from pyprune.search.curves import BROKEN
 from pyprune.search.descent import REACH, ROUNDS, descend, neighbours, prices_around
 from pyprune.search.fitness import Fitness
+from pyprune.search.measurements import Remembered
 from pyprune.search.moves import Moves
 from pyprune.selection.accounting import Accounting
 from pyprune.selection.allocation import Budget, Limits
@@ -119,6 +122,22 @@ def test_a_step_that_breaks_the_model_is_not_taken() -> None:
     bowl = Bowl(dict(zip(names, (1.0, 2.0, 3.0), strict=True)), wall=True)
     found, report = descend(where, bowl, {"even": even(where)}, even(where))
     assert found == even(where) and np.isfinite(report["divergence"]) and len(report["rounds"]) == 1
+
+
+def test_a_seed_that_breaks_with_refits_of_its_own_gives_way_to_the_next() -> None:
+    where = moves()
+    names = [g.name for g in where.groups]
+    uneven = dict(zip(names, (60, 70, 80), strict=True))
+
+    class Breaks(Bowl):
+        def total(self, widths: Mapping[str, int], first: int, last: int) -> float:
+            value = super().total(widths, first, last)
+            return float("inf") if self.anchors[-1] == even(where) else value
+
+    bowl = Breaks(dict.fromkeys(names, 1.0))
+    found, report = descend(where, bowl, {"even": even(where), "uneven": uneven}, uneven)
+    assert report["seeds"]["even"] < report["seeds"]["uneven"] == report["rounds"][0]["divergence"]
+    assert where.fits(found) and np.isfinite(report["divergence"])
 
 
 def test_what_is_worse_when_measured_exactly_is_taken_back() -> None:
@@ -224,3 +243,44 @@ def test_a_cache_is_not_taken_for_another_request(tmp_path: Any) -> None:
             cache=tmp_path,
         )  # fmt: skip
         assert len(list(tmp_path.glob("measured-*.json"))) == number
+
+
+def test_a_cache_is_not_taken_for_a_model_of_another_configuration(tmp_path: Any) -> None:
+    def divergence_of(act: str, cache: Any) -> float:
+        case = make(tiny_llama(hidden_act=act), roles=("ffn",))
+        plan = search_plan(
+            case.model, case.groups, {n: np.arange(24.0)[None] for n in case.scores}, ids(), 0.1, roles=["ffn"],
+            allocation="descent", cache=cache,
+        )  # fmt: skip
+        return plan.details["descent"]["divergence"]
+
+    first, want = divergence_of("silu", tmp_path), divergence_of("relu", None)
+    assert divergence_of("relu", tmp_path) == want != first
+
+
+def remembered(file: Path) -> Remembered:
+    """Of a measure whose total is the number of units of the group ``a``, plus 100 times that of the anchor."""
+    bowl: Any = Bowl({})
+    bowl.total = lambda widths, first, last: widths["a"] + 100 * bowl.anchors[-1]["a"]
+    return Remembered(bowl, file, "x")
+
+
+def test_measurements_are_told_apart_by_the_groups_names(tmp_path: Path) -> None:
+    one, other = {"a": 10, "b": 12}, {"b": 10, "a": 12}  # the same numbers in the same order
+    for _ in range(2):
+        kept = remembered(tmp_path / "m.json")
+        for anchor in (one, other):
+            kept.anchor(anchor)
+            assert [kept.total(w, 0, 1) for w in (one, other, dict(reversed(one.items())))] == [
+                w + 100 * anchor["a"] for w in (10, 12, 10)
+            ]
+
+
+def test_measurements_of_the_format_without_names_are_made_anew(tmp_path: Path) -> None:
+    file = tmp_path / "m.json"
+    old = {"format": "pyprune-measurements", "version": 1, "fingerprint": "x", "totals": {"[[10], [10], 0, 1]": 5.0}}
+    file.write_text(json.dumps(old))
+    kept = remembered(file)
+    kept.anchor({"a": 10})
+    assert kept.total({"a": 10}, 0, 1) == 1010
+    assert list(json.loads(file.read_text())["totals"].values()) == [1010]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ class Set:
         orders = {g.name: removal_order(self.scores[g.name].double().numpy()) for g in cut}
         self.held = make_steps(load_calibration(ids(4, seed=5)), torch.device("cpu"), tokens=32)
         walk = Walk(model, self.held)
-        self.sites = find_sites(model, walk.blocks, cut, orders, self.held[0])
+        self.sites = find_sites(model, walk.blocks, cut, orders, self.held)
         parameters = dict(model.named_parameters())
         self.masking = Masking({n: parameters[n] for n in {**self.sites.read, **self.sites.made}})
         self.refits = Refits(model, self.sites, mode)
@@ -168,6 +169,30 @@ def test_logits_that_are_not_the_head_s_keep_the_whole_vocabulary(monkeypatch: p
     assert found.fitness().of(found.widths) == pytest.approx(fitness.of(found.widths), rel=1e-6)
 
 
+@pytest.mark.parametrize("what", ["bias", "masked within the part", "masked beyond the part"])
+def test_logits_with_a_bias_or_a_mask_behind_the_head_keep_the_whole_vocabulary(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    found = Set(model, {"widths": {"ffn": 16}})
+    forward, bias = model.forward, torch.randn(97, generator=torch.Generator().manual_seed(0))
+
+    def behind(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if what == "bias":
+            out.logits = out.logits + bias
+        else:
+            out.logits[..., [5, 6] if what == "masked within the part" else [90, 91]] = -1e4
+        return out
+
+    monkeypatch.setattr(model, "forward", behind)
+    whole = found.fitness()
+    monkeypatch.setattr("pyprune.search.fitness.WORDS", 40)
+    fitness = found.fitness()
+    assert fitness.words == 97
+    assert fitness.of(found.widths) == pytest.approx(whole.of(found.widths), rel=1e-6)
+
+
 def test_padding_does_not_count() -> None:
     model = tiny_llama()
     found = Set(model, {"widths": {"ffn": 12}})
@@ -219,7 +244,37 @@ def test_roles_that_masking_cannot_stand_for_are_refused() -> None:
     hidden = groups.prunable(["hidden"])
     steps = make_steps(load_calibration(ids(2)), torch.device("cpu"))
     with pytest.raises(PyPruneError, match=r"roles 'hidden': search masks units"):
-        find_sites(model, [model], hidden, {}, steps[0])
+        find_sites(model, [model], hidden, {}, steps)
+
+
+class Experts(nn.Module):
+    """Experts with modules of their own, each run only for the tokens that are sent to it: every other of long text."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        chosen = torch.arange(hidden.shape[1]) % 2 * (hidden.shape[1] > 4)
+        for number, expert in enumerate(self.experts):
+            if bool((chosen == number).any()):
+                out[:, chosen == number] = expert(hidden[:, chosen == number])
+        return out
+
+
+def test_an_expert_that_the_first_samples_do_not_reach_is_masked_too() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp = Experts(model.model.layers[1].mlp)
+    batches = [{"input_ids": ids(2, length)} for length in (4, 8)]
+    steps = make_steps(batches, torch.device("cpu"))
+    cut = [g for g in discover(model) if ".experts." in g.name and g.role in ("ffn", "expert_ffn")]
+    assert len(cut) == 2
+    found = find_sites(model, model.model.layers, cut, {}, steps)
+    assert set(found.block_of) == {g.name for g in cut}
+    assert list(found.read) == [f"model.layers.1.mlp.experts.{k}.down_proj.weight" for k in (0, 1)]
+    with pytest.raises(PyPruneError, match=r"no matrix product reads or makes the units of .* on the calibration text"):
+        find_sites(model, model.model.layers, cut, {}, steps[:1])
 
 
 def test_a_dense_model_with_nan_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pyprune
 from pyprune import measure_budget, select
 from pyprune.errors import PyPruneError
 from pyprune.search import search_plan
+from pyprune.search.fitness import Fitness
 
 ALLOCATIONS = ("divergence", "descent")
 
@@ -66,6 +68,44 @@ def test_mistakes_are_named(allocation: str, options: dict[str, Any], option: st
     with pytest.raises(PyPruneError) as error:
         pyprune.prune(tiny_llama(), **given)
     assert error.value.option == option
+
+
+EVERY = (*ALLOCATIONS, "search")
+
+
+@pytest.mark.parametrize("allocation", EVERY)
+def test_a_model_that_breaks_however_it_is_cut_is_refused(allocation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(roles=("ffn",))
+    real = Fitness.total
+
+    def total(self: Fitness, widths: Any, first: int, last: int) -> float:
+        whole = all(case.groups[n].units == w for n, w in widths.items())
+        return real(self, widths, first, last) if whole else float("inf")
+
+    monkeypatch.setattr(Fitness, "total", total)
+    with pytest.raises(PyPruneError, match=r"model: gives NaN or infinity on the calibration text.* float32 or bfl"):
+        search_plan(case.model, case.groups, case.scores, ids(), 0.1, roles=["ffn"], allocation=allocation)
+
+
+@pytest.mark.parametrize("allocation", EVERY)
+def test_candidates_that_break_the_model_have_no_figure_in_the_report(
+    allocation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(roles=("ffn",))
+    real = Fitness.total
+    (first, *_) = case.groups.prunable(["ffn"])
+
+    def total(self: Fitness, widths: Any, start: int, last: int) -> float:
+        return float("inf") if widths.get(first.name, first.units) < 20 else real(self, widths, start, last)
+
+    monkeypatch.setattr(Fitness, "total", total)
+    plan = search_plan(
+        case.model, case.groups, case.scores, ids(), 0.1, roles=["ffn"], allocation=allocation,
+        **({"steps": 2} if allocation == "search" else {}),
+    )  # fmt: skip
+    text = json.dumps(plan.details, allow_nan=False)
+    assert "null" in json.dumps(plan.details[allocation]["curves" if allocation == "divergence" else "seeds"])
+    assert json.loads(text)[allocation]["divergence"] > 0
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)

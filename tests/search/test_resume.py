@@ -10,7 +10,7 @@ import torch
 from helpers_search import ids, make
 
 from pyprune.errors import PyPruneError
-from pyprune.search import evolution
+from pyprune.search import evolution, state
 from pyprune.search.fitness import Fitness
 from pyprune.search.state import State
 
@@ -67,8 +67,11 @@ def test_more_steps_go_on_from_a_finished_search(case, tmp_path: Path) -> None:
     assert more["seconds"] > first["seconds"]
 
 
-@pytest.mark.parametrize("what", ["model", "calibration", "ratio", "scores", "seed", "compensation"])
-def test_the_state_of_another_search_is_refused_and_kept(case, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    "what",
+    ["model", "configuration", "buffer", "version", "calibration", "ratio", "scores", "seed", "compensation"],
+)
+def test_the_state_of_another_search_is_refused_and_kept(case, tmp_path: Path, monkeypatch, what: str) -> None:
     file = tmp_path / "s.json"
     case.search(steps=1, file=file)
     before = file.read_bytes()
@@ -76,6 +79,12 @@ def test_the_state_of_another_search_is_refused_and_kept(case, tmp_path: Path, w
     if what == "model":
         with torch.no_grad():
             case.model.model.layers[1].mlp.up_proj.weight[3, 3] += 1
+    elif what == "configuration":
+        case.model.config.hidden_act = "relu"
+    elif what == "buffer":
+        case.model.model.rotary_emb.inv_freq.mul_(2)  # is in no state dict
+    elif what == "version":
+        monkeypatch.setattr(state, "running_versions", lambda: {"torch": "another"})
     elif what == "scores":
         case.scores = {k: -v for k, v in case.scores.items()}
     else:

@@ -175,6 +175,22 @@ def test_a_time_limit_ends_it(case, monkeypatch) -> None:
     assert plan.details["search"]["history"]
 
 
+def test_a_search_with_nothing_to_exchange_ends_at_once(tmp_path: Path) -> None:
+    case, file = make(roles=("ffn",)), tmp_path / "s.json"
+    options = {"roles": ["ffn"], "layers": [1], "steps": None, "minutes": 5, "file": file}
+    found = case.search(0.02, **options).details["search"]
+    assert found["evaluations"] == 1 and found["seconds"] < 60
+    again = case.search(0.02, **options).details["search"]
+    assert again["generations"] == found["generations"] < 20
+
+
+def test_a_search_that_has_tried_everything_ends(case) -> None:
+    """Two groups of few widths: their exchanges run out before the generations do."""
+    options = {"roles": ["ffn"], "layers": [0, 1], "round_to": 6, "compensation": "none", "steps": 200}
+    found = case.search(0.1, **options).details["search"]
+    assert found["generations"] < 60 and found["evaluations"] < 30
+
+
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), True, "10"])
 def test_minutes_that_are_none(case, minutes) -> None:
     with pytest.raises(PyPruneError, match=r"search_minutes .*must be a number above 0"):

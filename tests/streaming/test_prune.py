@@ -69,6 +69,7 @@ def test_other_families_give_the_same_bytes(tmp_path, kind) -> None:
         torch.testing.assert_close(disk.scores[name], scores, rtol=1e-5, atol=1e-5 * float(scores.max()))
 
 
+@pytest.mark.slow
 def test_the_command_line_streams_and_stock_transformers_opens_the_result(sharded, text, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MEASURE = """
 import gc, os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -31,6 +33,7 @@ print(memory("VmHWM") - before, layer, total)
 """
 
 
+@pytest.mark.slow
 def test_the_peak_is_one_layer_above_the_model():
     tests = Path(__file__).resolve().parents[1]
     code = MEASURE.format(root=str(tests.parent), tests=str(tests))

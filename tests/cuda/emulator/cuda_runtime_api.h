@@ -10,6 +10,8 @@
 #include <cstring>
 #include <functional>
 
+#define CUDART_VERSION 13000
+
 #define __device__
 #define __host__
 #define __global__
