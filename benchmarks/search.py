@@ -77,7 +77,7 @@ def main() -> None:
     print(f"\nWidths: {found.details['widths']}")
     print({k: v for k, v in report.items() if k not in ("seeds", "history")})
     for seed in report["seeds"]:
-        print(f"{seed['name']}: screening {seed['screening']:.4f}, all {seed['divergence']}")
+        print(f"{seed['name']}: screening {seed['screening']}, all {seed['divergence']}")
     for entry in report["history"]:
         print(entry)
     print(f"{datetime.date.today()}, CPU, torch {torch.__version__}, transformers {transformers.__version__}.")

@@ -42,7 +42,8 @@ class Info:
             slice zero. A reduction over a dimension where this holds is the same after slicing as after masking.
         active: depends on the model's input (a weight or a table computed from positions does not).
         source: (parameter name, its dimension for each dimension here) for a parameter and plain relabellings of it.
-        root: the Info that in-place writes through this view must reach.
+        root: the Info that stands for the memory, of a tensor that shares it: in-place writes are noted there.
+        writes: of a root, how many writes there were; else, how many of the root's this Info allows for.
         scores: (contracted axis, batch axes) of products of two active tensors, until a softmax makes them attention.
         attention: attention probabilities: the result of that softmax.
         values: for an integer tensor, the axis that its values point into.
@@ -55,6 +56,7 @@ class Info:
     active: bool = False
     source: tuple[str, tuple[int, ...]] | None = None
     root: Info | None = None
+    writes: int = 0
     scores: tuple[tuple[Axis, tuple[Axis, ...]], ...] = ()
     attention: bool = False
     values: Axis | None = None
@@ -216,6 +218,11 @@ class Tracer(TorchDispatchMode):
             self._infos.put(tensor, found)
         elif found.source is not None and found.root is None:
             self.touched.add(found.source[0])
+        root = found.root
+        if root is not None and found.writes != root.writes:
+            # Written in place through another tensor of the same memory: what was known of the values holds no more.
+            found.zero, found.skips, found.writes = (False,) * len(found.zero), _NONE, root.writes
+            found.made, found.active = found.made and root.made, found.active or root.active
         return found
 
     def label(self, tensor: torch.Tensor, info: Info) -> None:
@@ -224,6 +231,8 @@ class Tracer(TorchDispatchMode):
         sizes = tuple([a.size for a in axes])
         if sizes != tensor.shape:
             raise AssertionError(f"axes {sizes} for a tensor of shape {tuple(tensor.shape)} in {self.module}")
+        if info.root is not None:
+            info.writes = info.root.writes
         # A dimension of size one has no units to mask: it is zero wherever they are, vacuously.
         info.zero = tuple([z or n == 1 for z, n in zip(info.zero, sizes, strict=True)])
         self._infos.put(tensor, info)
@@ -286,13 +295,13 @@ class Tracer(TorchDispatchMode):
         for tensor, info in zip(results, infos, strict=True):
             info.made = made
             self.label(tensor, info)
-        if before is not None and before.root is not None and call.name.endswith("_"):
-            # Written in place through a view: what the base tensor was known to be holds no more.
-            root, now = before.root, self.info(results[0])
-            root.made = root.made and now.made
-            now.root, root.active, root.skips = root, root.active or now.active, _NONE
-            if not all(now.zero):
+        if before is not None and call.name.endswith("_"):
+            root, now = before.root or before, self.info(results[0])
+            root.made, root.active, root.skips = root.made and now.made, root.active or now.active, _NONE
+            if call.name != "zero_":
                 root.zero = (False,) * len(root.zero)
+                root.writes += 1
+            now.root, now.writes = root, root.writes
 
     def _freeze_pointed(self, call: Call) -> None:
         """Numbers that point into an axis were used as numbers: its indices are not interchangeable."""

@@ -88,7 +88,8 @@ def read_text(
 
     Args:
         sources: (source, weight or None) each.
-        validation: sources to validate on, with weights in proportion to them; None holds out a part of ``sources``, by whole documents.
+        validation: sources to validate on, each with a weight or none; None holds out a part of ``sources``, by whole
+            documents.
         val_tokens: the most tokens to validate on, at most a tenth of each source when they are held out.
 
     Raises:

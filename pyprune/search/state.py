@@ -112,7 +112,7 @@ def load_state(file: Path | None, fingerprint: str, overwrite: bool = False) -> 
         return found
     if overwrite:
         return State(fingerprint)
-    problem = "holds a search of another model, calibration or request, or of another version of pyprune or torch"
+    problem = "holds a search of another model, calibration or request, or is of other versions of the packages"
     raise PyPruneError("search_file", str(file), problem, hint)
 
 

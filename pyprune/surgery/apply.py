@@ -11,7 +11,7 @@ import torch
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
 from pyprune.surgery import skip
-from pyprune.surgery.check import checkable, compare, compare_cached, masked_logits
+from pyprune.surgery.check import can_run, checkable, compare, compare_cached, masked_logits, run
 from pyprune.surgery.gguf import drop_config_marks, is_from_gguf
 from pyprune.surgery.names import Tensors
 from pyprune.surgery.rebuild import rebuild
@@ -32,7 +32,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         plan: made for this model.
         copy: leave ``model`` as it is, at the price of memory for both.
         verify: compare the logits of a few random tokens with those of the old model with the removed weights set to
-            zero (only plans whose cuts are all exact, weights in memory).
+            zero (only plans whose cuts are all exact; after others the new model is just run). Weights in memory.
         stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the modules that they
             touch are resized (:mod:`pyprune.surgery.resize`), or where that is impossible their linear layers become
             narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by :func:`pyprune.load`
@@ -69,6 +69,8 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         compare(expected, new, dtype)
         if skip.spec_of(new.config):
             compare_cached(new, dtype)
+    elif verify and plan.cuts and can_run(new):
+        run(new)
     return new
 
 

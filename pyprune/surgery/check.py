@@ -29,8 +29,12 @@ COARSE = 0.1
 
 def checkable(model: Any, plan: Plan) -> bool:
     """Whether masking and slicing are the same thing for this plan, and the model's weights are here."""
-    exact = all(c.group.exact or c.group.modules for c in plan.cuts)
-    return exact and hasattr(text_config(model.config), "vocab_size") and not any(p.is_meta for p in model.parameters())
+    return all(c.group.exact or c.group.modules for c in plan.cuts) and can_run(model)
+
+
+def can_run(model: Any) -> bool:
+    """Whether the model's weights are here, and it is known how many tokens it reads."""
+    return hasattr(text_config(model.config), "vocab_size") and not any(p.is_meta for p in model.parameters())
 
 
 def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
@@ -92,14 +96,19 @@ def compare_cached(model: Any, dtype: torch.dtype) -> None:
         raise PyPruneError("plan", None, problem, "Keep the attention of the first layer of each kind (layers=).")
 
 
-def compare(masked: Tensor, model: Any, dtype: torch.dtype) -> None:
-    """Raises PyPruneError when ``model`` does not run, or its logits differ from ``masked`` by more than rounding."""
+def run(model: Any) -> Tensor:
+    """:func:`logits` of the smaller model; raises PyPruneError when it does not run."""
     try:
-        sliced = logits(model)
+        return logits(model)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         hint = "Some kernels want widths that are multiples of 8 (round_to=8)."
         raise PyPruneError("plan", None, f"the smaller model does not run with these widths: {reason}", hint) from error
+
+
+def compare(masked: Tensor, model: Any, dtype: torch.dtype) -> None:
+    """Raises PyPruneError when ``model`` does not run, or its logits differ from ``masked`` by more than rounding."""
+    sliced = run(model)
     finite = bool(torch.isfinite(masked).all())
     scale = max(1.0, float(masked.abs().max())) if finite else 1.0
     difference = float((masked - sliced).abs().max())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations, product
 from typing import Any
 
@@ -188,7 +190,19 @@ def _changed_numbers(base: Built, built: Built, layer: nn.Module, owners: tuple[
 def runs(model: Any) -> bool:
     """Whether ``model``'s sizes fit together: a forward pass on tensors without data."""
     try:
-        trace(model)
+        with _failures_unlogged():
+            trace(model)
     except PyPruneError:  # also where it needs values: then nothing is known
         return False
     return True
+
+
+@contextmanager
+def _failures_unlogged() -> Iterator[None]:
+    """Torch logs every op that fails on tensors without data; here that is an answer."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

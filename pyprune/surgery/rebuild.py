@@ -1,7 +1,7 @@
 """From a plan to the smaller model without weights: its configuration, its modules, and where its tensors come from.
 
-What :func:`rebuild` returns has been checked: every parameter and buffer of the new model has the planned shape, and
-no scale, rate or epsilon in a module differs from the old model's.
+What :func:`rebuild` returns has been checked: every parameter and buffer of the new model has the planned shape, no
+scale, rate or epsilon in a module differs from the old model's, and buffers that the class computes keep their values.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from pyprune import families
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut, Plan
-from pyprune.surgery import check, narrow, resize, skeleton, skip
+from pyprune.surgery import buffers, check, narrow, resize, skeleton, skip
 from pyprune.surgery.counts import resizable
 from pyprune.surgery.decoder import layers_path, scalars, shorten, structure, text_config
 from pyprune.surgery.layers import solve_layers, solve_model
 from pyprune.surgery.names import LayerNames, Shapes, Tensors, uniform_buffers
+from pyprune.surgery.transfer import Kept, slices
 
 Config = Any
 
@@ -134,6 +136,7 @@ def _assembled(
             planned[old], sizes = shape, zip(shape, tensors.shapes[old], strict=True)
             kept[old] = {dim: np.arange(new) for dim, (new, size) in enumerate(sizes) if new < size}
     _verify(model, stock, names, planned, positions)
+    _verify_buffers(model, stock, names, kept)
     return Rebuilt(
         model, names, kept, positions, tuple(c.group.name for c in resized), tuple(c.group.name for c in narrowed)
     )
@@ -146,7 +149,10 @@ def _kept_units(model: Any, names: LayerNames, tensors: Tensors, cuts: Sequence[
         path, _, last = names.old(name).rpartition(".")
         if last != families.KEPT or names.old(name) in tensors.shapes:
             continue
-        cut = next(c for c in cuts if c.group.module == path and c.group.role in _tables(model.config))
+        cut = next((c for c in cuts if c.group.module == path and c.group.role in _tables(model.config)), None)
+        if cut is None:
+            problem = "the rebuilt model takes some of its heads' rows of a table, and the plan cuts none of them"
+            raise PyPruneError("plan", path, problem, "Leave the groups inside its heads whole.")
         out[name] = np.array(cut.kept[0], dtype=np.int64)
     return out
 
@@ -283,3 +289,23 @@ def _verify(model: Any, stock: Any, names: LayerNames, planned: Shapes, own: Map
                 f"would change from {before[old]} to {value}, and the model with it",
                 "This class computes it from sizes or from a layer's position; leave those groups whole.",
             )
+
+
+def _verify_buffers(model: Any, stock: Any, names: LayerNames, kept: Kept) -> None:
+    """Buffers that the class computes whenever the model is opened will have the values that they have now."""
+    after = buffers.computed(model)
+    before = buffers.computed(stock) if after else {}
+    for name, value in after.items():
+        old = names.old(name)
+        if old not in before:
+            continue
+        [source] = slices([before[old]], [kept[old]]) if kept.get(old) else [before[old]]
+        if torch.equal(source, value) or (value.is_floating_point() and torch.allclose(source, value)):
+            continue
+        raise PyPruneError(
+            "plan",
+            old,
+            f"would change, and the model with it: no checkpoint holds this buffer, and {type(model).__name__} "
+            "computes it anew when the smaller model is opened",
+            "This class computes it from sizes or from a layer's position; leave those groups whole.",
+        )

@@ -4,7 +4,7 @@ No family is known here. Attributes are tried one by one on the meta device (:me
 planned dimensions are given the values that the cut suggests (the same share of the old value, or what the observed
 slope asks for), alone and then together, until the constructor gives exactly the planned shapes. Names serve to try
 the likely ones first and to rule out solutions that have the right shapes for the wrong reason: fewer heads are never
-the same heads made narrower, and no scale, rate or epsilon in a module may change.
+the same heads made narrower, nor narrower heads fewer ones, and no scale, rate or epsilon in a module may change.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ STEPS = (
 """Roles whose cuts are solved together, in the order in which they are solved."""
 
 _WIDTH_ROLES = frozenset({"qk_dim", "vo_dim", "latent", "state", "channels"})
+
+_INSIDE_HEADS = frozenset({"qk_dim", "vo_dim"})
+"""Roles whose cuts make heads narrower and leave as many as there are."""
+
+_HEAD_COUNTS = ("heads", "n_head", "num_head")
+"""How the names of numbers of heads end, in configurations and in modules."""
 
 _USUAL = {
     "kv_heads": ("num_key_value_heads", "num_attention_heads", "num_heads", "n_head", "num_kv_heads"),
@@ -81,11 +87,15 @@ def solve(scope: Scope, values: Values, cuts: Sequence[Cut], wanted: Shapes, lay
         found = scope.moves(values, attribute, _now(attribute, values, scope))
         return {dim: slope for dim, slope in found.items() if dim[0] in wanted}
 
-    widths_may_change = any(c.group.role in _WIDTH_ROLES for c in cuts)
+    roles = {c.group.role for c in cuts}
+    widths_may_change = bool(roles & _WIDTH_ROLES)
+    counts_may_change = not roles & _INSIDE_HEADS
     options: dict[Attribute, list[int]] = {}
     for attribute in _ordered([*candidates(scope.config, layer), *written], cuts, scope, values):
         now = values.get(attribute, attribute.get(scope.config))
         if now is None or (attribute.head_size and not widths_may_change):
+            continue
+        if attribute.name.endswith(_HEAD_COUNTS) and not counts_may_change:
             continue
         slopes = moves(attribute)
         if slopes.keys() & changed.keys():
@@ -97,7 +107,9 @@ def solve(scope: Scope, values: Values, cuts: Sequence[Cut], wanted: Shapes, lay
                 for numbers in product(*(options[a] for a in chosen)):
                     trial = {**values, **dict(zip(chosen, numbers, strict=True))}
                     built = scope.build(trial)
-                    if built is None or not built.has(base, wanted) or not _honest(base, built, widths_may_change):
+                    if built is None or not built.has(base, wanted):
+                        continue
+                    if not _honest(base, built, widths_may_change, counts_may_change):
                         continue
                     found = _accompanied(scope, trial, base, cuts, layer)
                     if found is not None:
@@ -186,15 +198,18 @@ def _suggestions(
     return [v for v in dict.fromkeys(out) if v > 0 and v != now]
 
 
-def _honest(base: Built, built: Built, widths_may_change: bool) -> bool:
-    """No scale, rate or epsilon changed, nor (unless that was asked) the width of a head."""
+def _honest(base: Built, built: Built, widths_may_change: bool, counts_may_change: bool) -> bool:
+    """No scale, rate or epsilon changed, nor (unless that was asked) the width of a head or how many there are."""
     if base.numbers.keys() != built.numbers.keys():
         return False
     for name, value in base.numbers.items():
         if isinstance(value, float) and built.numbers[name] != value:
             return False
-        narrower = name.rsplit(".", 1)[-1] in HEAD_SIZE and built.numbers[name] != value
-        if narrower and not widths_may_change:
+        if built.numbers[name] == value:
+            continue
+        if name.rsplit(".", 1)[-1] in HEAD_SIZE and not widths_may_change:
+            return False
+        if name.endswith(_HEAD_COUNTS) and not counts_may_change:
             return False
     return True
 

@@ -74,6 +74,41 @@ def test_temperature_draws_by_the_seed(speaker) -> None:
     assert len({drawn(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": list(range(60, 200))},
+        {"min_new_tokens": 12, "max_length": 5},
+        {"num_beams": 3},
+        {"do_sample": True, "top_p": 0.05, "top_k": 3, "temperature": 0.1},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_generation_settings_of_the_checkpoint_change_no_answer_and_stay(speaker, own) -> None:
+    one, model = speaker("plain"), None
+    said = []
+    for settings in ({}, own):
+        model = one.model
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        kept = model.generation_config
+        texts = [complete(Conversation([one], Sampling(12, t)), "red green")[0].text for t in (0.0, 0.8)]
+        said.append([*texts, continuation(model, one.tokenizer, "red green", 12)])
+        assert model.generation_config is kept and kept.to_dict().items() >= settings.items()
+    assert said[0] == said[1]
+
+
+def test_leaving_an_answer_early_gives_the_model_its_own_settings_back(speaker) -> None:
+    one = speaker("plain")
+    kept = one.model.generation_config
+    growing = one.stream([], "The", Sampling(200))
+    next(growing)
+    growing.close()
+    assert one.model.generation_config is kept
+
+
 def test_an_answer_ends_at_the_models_own_end_mark(speaker) -> None:
     one = speaker("plain")
     mark = one.tokenizer.eos_token_id

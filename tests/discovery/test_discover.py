@@ -177,6 +177,40 @@ def test_two_rules_for_an_op_are_refused():
         rule("mm")(lambda call: None)
 
 
+def write_through_a_slice(x):
+    view = x.view(1, 5, -1)
+    view[:, :3] = 1.0
+    return x * view.sum(-1).view(5, 1)
+
+
+def write_the_base(x):
+    view = x.view(1, 5, -1)
+    x.add_(1.0)
+    return x * view.sum(-1).view(5, 1)
+
+
+def write_the_base_then_a_view(x):
+    view = x.view(1, 5, -1)
+    x.mul_(2.0)
+    view.add_(1.0)
+    return x * x.sum(-1, keepdim=True)
+
+
+def write_a_detached_tensor(x):
+    x.detach().add_(1.0)
+    return x * x.sum(-1, keepdim=True)
+
+
+def scale_a_view(x):
+    view = x.view(1, 5, -1)
+    view.mul_(2.0)
+    return x * view.sum(-1).view(5, 1)
+
+
+def of_norm(order):
+    return lambda x: x * torch.linalg.vector_norm(x, ord=order, dim=-1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("name", "f", "exact"),
     [
@@ -188,11 +222,26 @@ def test_two_rules_for_an_op_are_refused():
         ("scalar offset", lambda x: x + 1, True),
         ("product with itself", lambda x: x * (x @ x.T).sum(), True),
         ("shifted product", lambda x: x * ((x + 1) @ (x + 1).T).sum(), False),
+        ("write through a slice of a view", write_through_a_slice, False),
+        ("write to a base that has a view", write_the_base, False),
+        ("write to a view after one to its base", write_the_base_then_a_view, False),
+        ("write through a detached tensor", write_a_detached_tensor, False),
+        ("scaled view", scale_a_view, True),
+        ("length", of_norm(2), True),
+        ("smallest magnitude", of_norm(-torch.inf), False),
+        ("norm of negative order", of_norm(-1), False),
+        ("sum of values clipped around zero", lambda x: x * nn.functional.hardtanh(x, 0.0, 4.0).sum(-1, True), True),
+        ("sum of values clipped above zero", lambda x: x * nn.functional.hardtanh(x, 0.2, 4.0).sum(-1, True), False),
+        ("sum of quotients that are not numbers", lambda x: x * (x / x).sum(-1, True), False),
+        ("replaced quotients", lambda x: x * torch.nan_to_num(x / x, nan=1.5).sum(-1, True), False),
+        ("quotients replaced by zero", lambda x: x * torch.nan_to_num(x / (x + 1)).sum(-1, True), True),
     ],
 )
 def test_exact_means_that_slicing_equals_masking(name, f, exact):
     torch.manual_seed(3)
     model = Mlp(Lambda(f))
+    # No channel that is kept is zero by itself.
+    nn.init.constant_(model.up.bias, 3.0)
     x = torch.randn(5, 6)
     group = next(g for g in discover(model, x) if g.units == 10)
     assert group.prunable and group.exact == exact, name

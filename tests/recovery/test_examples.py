@@ -116,6 +116,9 @@ def test_a_record_without_known_fields_names_file_line_and_fields(tmp_path: Path
     [
         ("a.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
         ("a.json", '[{"text": "x"},]', "line 1 is not JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds the limit"),
+        ("a.json", "[" * 100_000, "is not JSON: maximum recursion depth"),
         ("a.json", '{"text": "x"}', "is no list of records"),
         ("a.jsonl", "\n\n", "holds no records"),
         ("a.txt", "  \n", "holds no records"),
@@ -137,6 +140,17 @@ def test_sources_that_cannot_be_are_refused_before_anything_is_read(tmp_path, mo
     (tmp_path / "odd.bin").write_text("x")
     with pytest.raises(PyPruneError, match=said):
         check_source(source, "data")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_record_may_hold_the_line_separators_of_unicode(tmp_path: Path, name: str) -> None:
+    records = [{"text": f"one{mark}two"} for mark in ("\u2028", "\u2029", "\x85", "\x0c")]
+    content = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wb") as file:
+        file.write(content.encode())
+    found = list(read_records(str(tmp_path / name), 0))
+    assert [r for r, _ in found] == records
+    assert found[-1][1].endswith("(line 4)")
 
 
 def test_every_kind_of_source_gives_its_records(tmp_path: Path) -> None:

@@ -62,6 +62,27 @@ def test_validation_text_of_its_own_leaves_the_data_whole() -> None:
     assert len(documents(text.sources[0])) == 30
 
 
+@pytest.mark.parametrize("val_tokens", [2000, 10**6])
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 3.0)])
+def test_weights_of_validation_text_are_proportions_of_its_tokens(weights, val_tokens) -> None:
+    sources = [(marked(100, "a"), weights[0]), (marked(100, "bb"), weights[1])]
+    rows = text_of((marked(30, "c"), None), validation=sources, val_tokens=val_tokens).validation
+    held = documents(rows)
+    tokens = [sum(len(d) for d in held if d.startswith(m + " ")) for m in ("a", "bb")]
+    assert tokens[0] / tokens[1] == pytest.approx(weights[0] / weights[1], rel=0.15)
+    assert sum(len(r.ids) for r in rows) <= val_tokens
+    if val_tokens == 10**6:  # until one of them is used up
+        assert 100 in [sum(d.startswith(m + " ") for d in held) for m in ("a", "bb")]
+
+
+def test_validation_sources_without_weights_are_read_alike() -> None:
+    sources = [(marked(100, "a"), None), (marked(10, "bb"), None)]
+    for val_tokens in (800, 10**6):
+        held = documents(text_of((marked(30, "c"), None), validation=sources, val_tokens=val_tokens).validation)
+        counts = [sum(d.startswith(m + " ") for d in held) for m in ("a", "bb")]
+        assert counts == [100, 10] if val_tokens == 10**6 else abs(counts[0] - counts[1]) <= 2
+
+
 def test_weights_are_proportions_of_tokens() -> None:
     text = text_of((marked(400, "a"), 3.0), (marked(100, "bb"), 1.0))
     order = documents(text.order(1, 0))

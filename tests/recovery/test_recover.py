@@ -86,6 +86,32 @@ def test_per_layer_widths_are_recovered_and_opened_by_load(tmp_path) -> None:
     assert configs[0] == configs[1]
 
 
+def test_a_folder_with_a_modelling_file_stays_one_that_plain_transformers_opens(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = {"ratio": 0.3, "criterion": "l2", "allocation": "global", "profile": "hetero-hf"}
+    prune(tiny_llama(), tokenizer=byte_tokenizer(), output_dir=tmp_path / "smaller", **options)
+    out = quick(tmp_path / "smaller", output_dir=tmp_path / "out", keep_adapter=True)
+    assert out.report["validation"]["best_step"] > 0
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(logits(opened.eval()), logits(out.model))
+    before, after = (files(tmp_path / name) for name in ("smaller", "out"))
+    assert after["modeling_pyprune.py"] == before["modeling_pyprune.py"]
+    assert "trust_remote_code=True" in after["README.md"].decode()
+    assert json.loads(after["config.json"])["pyprune_build"] == json.loads(before["config.json"])["pyprune_build"]
+    recover(tmp_path / "smaller", adapter=tmp_path / "out" / "adapter", output_dir=tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+
+
+def test_a_folder_without_a_modelling_file_gets_none(pruned, tmp_path) -> None:
+    plain = load(pruned)
+    plain.save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    quick(tmp_path / "plain", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out" / "modeling_pyprune.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_resized_modules_are_recovered(tmp_path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -266,5 +292,5 @@ def test_the_same_command_twice_gives_the_same_bytes(pruned, tmp_path) -> None:
 def test_saved_files_hold_no_pickle(pruned, tmp_path) -> None:
     quick(pruned, output_dir=tmp_path / "out", keep_adapter=True)
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {
-        ".json", ".yaml", ".md", ".safetensors", ".jinja", ".html",
+        ".json", ".yaml", ".md", ".safetensors", ".jinja", ".html", ".py",
     }  # fmt: skip

@@ -7,6 +7,7 @@ import copy
 import helpers_surgery as h
 import pytest
 import torch
+from helpers_families import build
 
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
@@ -48,6 +49,16 @@ def test_dimensions_inside_heads_are_cut_with_a_warning(role):
     assert layer.weight.shape == (before[f"model.layers.0.self_attn.{name}.weight"][0] // 2, 48)
     a, b = (small.generate(h.tokens(6), max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False))
     assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:No .* expresses")
+@pytest.mark.parametrize("family", ["GPT-2", "OPT", "BLOOM"])
+def test_narrower_heads_are_never_fewer_heads(family, tmp_path):
+    """Half of every head's dimensions has the shapes of half of the heads."""
+    model = build(family, tmp_path)
+    small = apply(model, half(model, "qk_dim", "vo_dim"))
+    assert small.config.num_attention_heads == 6
+    assert any(isinstance(m, (NarrowLinear, NarrowConv1D)) for m in small.modules())
 
 
 def test_transposed_layers_are_narrowed_too():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
+import pytest
 import torch
 from helpers_discovery import half, liven, logits, masked
 from torch import nn
 
+from pyprune import families
 from pyprune.checkpoint import load, save
 from pyprune.discovery import discover
-from pyprune.surgery import apply
-from pyprune.surgery.names import uniform_buffers
+from pyprune.errors import PyPruneError
+from pyprune.surgery import apply, counts
+from pyprune.surgery.names import LayerNames, Tensors, uniform_buffers
+from pyprune.surgery.rebuild import _kept_units
 
 SIZES = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 
@@ -54,3 +60,46 @@ def test_heads_go_from_a_module_that_holds_no_count_of_them(tmp_path):
     assert attention.sinks.shape == (3,) and attention.k_proj.out_features == 24 and attention.head_dim == 8
     assert (logits(small) - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
     assert torch.equal(logits(load(save(small, None, tmp_path / "small"))), logits(small))
+
+
+def test_a_buffer_that_is_computed_anew_when_the_model_is_opened_must_keep_its_value():
+    """Recurrent Gemma multiplies the stream by the root of its width, which no checkpoint holds."""
+    import transformers as t
+
+    config = t.RecurrentGemmaConfig(**SIZES, intermediate_size=80, num_attention_heads=6, lru_width=48)
+    model = t.RecurrentGemmaForCausalLM(config).eval()
+    groups = discover(model)
+    with pytest.raises(PyPruneError, match=r"model.normalizer.*would change.*no checkpoint holds"):
+        apply(model, half(groups.prunable(["hidden"])))
+    assert apply(model, half(groups.prunable(["ffn"])), copy=True).model.normalizer == model.model.normalizer
+
+
+def test_rows_of_a_table_that_no_cut_chose_are_an_error():
+    module = nn.Module()
+    module.register_buffer(families.KEPT, torch.arange(2))
+    with pytest.raises(PyPruneError, match="the plan cuts none of them"):
+        _kept_units(module, LayerNames("", ()), Tensors({}, {}, frozenset()), [])
+
+
+class Misfit(nn.Module):
+    """Its sizes do not fit together."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.write = nn.Embedding(8, 6), nn.Linear(5, 8)
+
+    def forward(self, input_ids):
+        return self.write(self.read(input_ids))
+
+
+def test_a_trial_that_fails_is_not_logged():
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    seen: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = seen.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        assert not counts.runs(Misfit())
+    finally:
+        log.removeHandler(handler)
+    assert not seen and not log.disabled

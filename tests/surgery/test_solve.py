@@ -7,6 +7,7 @@ import copy
 import helpers_surgery as h
 import pytest
 import torch
+from helpers_families import build
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -199,6 +200,16 @@ def test_widths_that_a_kernel_refuses_are_named_as_the_cause():
     groups = [g for g in discover(model) if g.role == "expert_ffn"]
     with pytest.raises(PyPruneError, match=r"does not run with these widths.*round_to=8"):
         apply(model, h.Plan(tuple(h.cut(g, 10) for g in groups)))
+
+
+def test_a_model_that_does_not_run_is_an_error_also_where_nothing_can_be_compared(tmp_path):
+    """A query latent of 7 in DeepSeek-V2: the norm over it makes the cut inexact."""
+    model = build("DeepSeek-V2", tmp_path)
+    groups = [g for g in discover(model) if g.role == "latent" and g.units == 14]
+    plan = h.Plan(tuple(h.cut(g, 7) for g in groups))
+    assert plan.cuts and not any(g.exact for g in groups)
+    with pytest.raises(PyPruneError, match="does not run with these widths"):
+        apply(model, plan)
 
 
 def test_layers_are_the_module_list_with_the_most_parameters():

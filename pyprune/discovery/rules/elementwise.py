@@ -13,8 +13,8 @@ from pyprune.discovery.tracer import Call, Info
 # f(0) = 0, so a masked unit stays zero.
 ZERO_PRESERVING = frozenset(
     "neg abs sqrt square sign sgn sin tan tanh asin atan sinh asinh erf expm1 log1p relu relu6 silu gelu elu selu celu "
-    "leaky_relu mish hardswish hardtanh hardshrink softshrink softsign trunc floor ceil round positive clone _to_copy "
-    "alias detach lift_fresh conj conj_physical real nan_to_num prelu _prelu_kernel".split()
+    "leaky_relu mish hardswish hardshrink softshrink softsign trunc floor ceil round positive clone _to_copy "
+    "alias detach lift_fresh conj conj_physical real prelu _prelu_kernel".split()
 )
 ACTIVATIONS = frozenset(
     "relu relu6 silu gelu elu selu celu leaky_relu mish hardswish hardtanh hardsigmoid sigmoid tanh softplus erf prelu "
@@ -22,6 +22,7 @@ ACTIVATIONS = frozenset(
 )
 # The same numbers again: residual paths and pointers survive them.
 _COPIES = frozenset("clone _to_copy alias detach lift_fresh positive contiguous".split())
+_ALIASES = frozenset("alias detach lift_fresh".split())
 
 
 def broadcast(call: Call, infos: list[Info], shape: torch.Size) -> tuple[tuple[ax.Axis, ...], list[list[int]]]:
@@ -63,7 +64,12 @@ def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) 
         return any(isinstance(call.get(n), (int, float)) and call.get(n) != 0 for n in names)
 
     dims = range(rank)
-    if name in ZERO_PRESERVING or name in {"div", "true_divide", "bitwise_and", "logical_and"}:
+    if name in ZERO_PRESERVING or name in {"bitwise_and", "logical_and"}:
+        return tuple(at(0, d) for d in dims)
+    if name in {"div", "true_divide"}:
+        # 0 / 0 is not zero.
+        return tuple(at(0, d) and not (len(infos) > 1 and at(1, d)) for d in dims)
+    if name == "nan_to_num" and not constant("nan"):
         return tuple(at(0, d) for d in dims)
     if name == "mul":
         return tuple(any(at(i, d) for i in range(len(infos))) for d in dims)
@@ -71,8 +77,8 @@ def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) 
         return tuple(all(at(i, d) for i in range(len(infos))) for d in dims)
     if name == "pow" and isinstance(call.get("exponent"), (int, float)) and call["exponent"] > 0:
         return tuple(at(0, d) for d in dims)
-    if name in {"clamp", "clamp_min", "clamp_max"} and len(infos) == 1:
-        low, high = call.get("min"), call.get("max")
+    if name in {"clamp", "clamp_min", "clamp_max", "hardtanh"} and len(infos) == 1:
+        low, high = call.get("min", call.get("min_val")), call.get("max", call.get("max_val"))
         inside = (-math.inf if low is None else low) <= 0 <= (math.inf if high is None else high)
         return tuple(inside and at(0, d) for d in dims)
     if name == "where" and len(infos) == 3:
@@ -80,7 +86,9 @@ def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) 
     if name == "masked_fill" and not constant("value") and len(infos) == 2:
         return tuple(at(0, d) for d in dims)
     if name in {"addcmul", "addcdiv"}:
-        return tuple(at(0, d) and (at(1, d) or (name == "addcmul" and at(2, d))) for d in dims)
+        if name == "addcdiv":
+            return tuple(at(0, d) and at(1, d) and not at(2, d) for d in dims)
+        return tuple(at(0, d) and (at(1, d) or at(2, d)) for d in dims)
     return (False,) * rank
 
 
@@ -113,6 +121,7 @@ def elementwise(call: Call) -> Info | list[Info]:
         _zeros(call, infos, out.dim(), carriers),
         active=any(i.active for i in infos),
         source=infos[0].source if name in _COPIES else None,
+        root=(infos[0].root or infos[0]) if name in _ALIASES else None,
         scores=tuple({id(s): s for i in infos for s in i.scores}.values()),
         attention=any(i.attention for i in infos),
         values=infos[0].values if name in _COPIES else None,
@@ -128,7 +137,7 @@ def elementwise(call: Call) -> Info | list[Info]:
 def overwrite(call: Call) -> Info | list[Info]:
     target = call.info("self" if "self" in call.args else "input")
     if call.name.startswith(("fill", "zero")):
-        return Info(target.axes, (call.name.startswith("zero"),) * len(target.axes), root=target.root)
+        return Info(target.axes, (call.name.startswith("zero"),) * len(target.axes))
     if call.name == "native_dropout":
         return [Info(target.axes, target.zero, active=target.active, skips=target.skips)] * 2
     source = call.info("src")
@@ -136,5 +145,5 @@ def overwrite(call: Call) -> Info | list[Info]:
     axes, carriers = broadcast(call, [target, source], shape)
     offset = len(shape) - len(source.axes)
     zero = tuple(1 in carriers[d] and source.zero[d - offset] for d in range(len(shape)))
-    return Info(axes, zero, active=source.active, root=target.root, scores=source.scores, values=source.values,
+    return Info(axes, zero, active=source.active, scores=source.scores, values=source.values,
                 attention=source.attention)  # fmt: skip

@@ -141,7 +141,7 @@ def scatter(call: Call) -> Info:
             call.freeze(src.axes[d], "scattered in part")
     active = info.active or index.active or (src is not None and src.active)
     zero = tuple(z and d != dim and (src is None or src.zero[d]) for d, z in enumerate(info.zero))
-    return Info(info.axes, zero, active=active, root=info.root)
+    return Info(info.axes, zero, active=active)
 
 
 @rule("index_add", "index_copy")
@@ -152,7 +152,7 @@ def index_add(call: Call) -> Info:
     for d in range(len(info.axes)):
         call.unify(src.axes[d], info.axes[d] if d != dim else index.axes[0])
     zero = tuple(z and d != dim and src.zero[d] for d, z in enumerate(info.zero))
-    return Info(info.axes, zero, active=info.active or src.active, root=info.root)
+    return Info(info.axes, zero, active=info.active or src.active)
 
 
 @rule("topk", "sort", "kthvalue")

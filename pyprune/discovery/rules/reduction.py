@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pyprune.discovery import axes as ax
 from pyprune.discovery.rules import rule
 from pyprune.discovery.rules.elementwise import elementwise
@@ -22,8 +24,11 @@ def reduce(call: Call) -> Info | list[Info]:
     rank = len(info.axes)
     gone = set(call.dims("dim", rank))
     keep = bool(call.get("keepdim"))
+    order = call.get("ord", call.get("p"))
+    # A norm of negative order is zero as soon as one entry is.
+    by_size = call.name in _SIZE_DEPENDENT or (order is not None and (order < 0 or order == math.inf))
     for d in gone:
-        call.reduced(info, d, call.name in _SIZE_DEPENDENT or call.get("ord", 2) == float("inf"))
+        call.reduced(info, d, by_size)
     dims = [d for d in range(rank) if keep or d not in gone]
     axes = tuple(ax.ONE if d in gone else info.axes[d] for d in dims)
     zero = tuple(d not in gone and info.zero[d] and call.name not in {"logsumexp", "argmax"} for d in dims)

@@ -1,0 +1,65 @@
+"""Folders that appear whole, where links lead to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyprune.checkpoint.atomic import check_target, complete_folder
+from pyprune.errors import PyPruneError
+
+
+def write(folder: Path, overwrite: bool = False) -> None:
+    with complete_folder(folder, overwrite) as work:
+        (work / "new.txt").write_text("new")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    (tmp_path / "elsewhere").mkdir()
+    return tmp_path / "elsewhere"
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path, elsewhere) -> None:
+    (elsewhere / "model").mkdir()
+    (elsewhere / "model" / "old.txt").write_text("old")
+    (tmp_path / "link").symlink_to(elsewhere / "model")
+    with pytest.raises(PyPruneError, match="exists already"):
+        write(tmp_path / "link")
+    write(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and names(elsewhere / "model") == ["new.txt"]
+    assert names(tmp_path) == ["elsewhere", "link"] and names(elsewhere) == ["model"]
+
+
+def test_a_link_to_nothing_makes_the_folder_that_it_names(tmp_path, elsewhere) -> None:
+    (tmp_path / "link").symlink_to(elsewhere / "model")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and names(elsewhere / "model") == ["new.txt"]
+    assert names(tmp_path) == ["elsewhere", "link"]
+
+
+def test_a_failure_behind_a_link_leaves_what_was_there(tmp_path, elsewhere) -> None:
+    (elsewhere / "model").mkdir()
+    (elsewhere / "model" / "old.txt").write_text("old")
+    (tmp_path / "link").symlink_to(elsewhere / "model")
+    with pytest.raises(RuntimeError), complete_folder(tmp_path / "link", overwrite=True):
+        raise RuntimeError
+    assert names(tmp_path / "link") == ["old.txt"] and names(elsewhere) == ["model"]
+
+
+def test_a_link_to_itself_is_refused_before_anything_is_written(tmp_path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(PyPruneError, match="leads back to itself"):
+        check_target(tmp_path / "link")
+
+
+def test_a_link_to_a_file_is_no_folder(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(PyPruneError, match="is a file"):
+        check_target(tmp_path / "link", overwrite=True)
