@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pyprune.evaluation.generation import generating_by
 from pyprune.evaluation.modes import evaluating
 from pyprune.progress import bar
 
@@ -115,15 +116,12 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[float]
     clock = _Clock(ids.device)
     # No end-of-sequence token: every model shall write as many tokens.
     config = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, return_dict_in_generate=True)
-    kept, model.generation_config = model.generation_config, config
-    try:
+    with generating_by(model, config):
         clock.tick()
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
             logits_processor=LogitsProcessorList([clock]),
         )  # fmt: skip
-    finally:
-        model.generation_config = kept
     return clock.stamps, out
 
 
