@@ -23,6 +23,7 @@ from pyprune.importance.registry import get_criterion
 from pyprune.search.plan import LEAST_SAMPLES
 from pyprune.selection.scope import roles_to_share
 from pyprune.selection.searched import ON_MODEL
+from pyprune.selection.select import ALLOCATIONS
 from pyprune.stage_options import AUTO
 from pyprune.surgery.skeleton import is_stock
 
@@ -34,7 +35,6 @@ CHANNELS = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
 MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
 SCORE_TOKENS = 8192  # what criteria read where they order units that nothing is measured with
-SCORELESS = ("uniform", "log_depth", "linear_depth", "divergence")  # allocations that no criterion is asked for
 
 
 def for_profile(recipe: PruneConfig) -> PruneConfig:
@@ -92,7 +92,7 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         recipe = replace(recipe, compensate=replace(how, compensation_criterion=judge))
     if recipe.select.allocation_criterion == AUTO:
         recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=TOKENS if by_tokens else LOSS))
-    if recipe.select.allocation in SCORELESS:
+    if not ALLOCATIONS[recipe.select.allocation].scored:
         recipe = replace(recipe, select=replace(recipe.select, allocation_criterion=None, allocation_tokens=None))
     if recipe.score.score_tokens is None and recipe.select.allocation != "descent":
         # A descent measures widths of units in this order, so that a better order is worth all tokens there.
@@ -136,6 +136,17 @@ def _by_readers(criterion: str | None) -> bool:
         return False
     found = get_criterion(criterion)
     return found.inputs is not None or found.tokens
+
+
+def tell(asked: PruneConfig, settled: PruneConfig) -> None:
+    """Says what of a recipe the method has left out because the cut or the text does not allow it."""
+    before, after = asked.compensate, settled.compensate
+    for option in ("compensation", "compensation_criterion"):
+        value, now = getattr(before, option), getattr(after, option)
+        if value not in (AUTO, now):
+            log.warning("%s %s does not go with what is cut: %s in its place", option, value, now)
+    if before.compensation_gains and not after.compensation_gains and after.compensation != "none":
+        log.warning("compensation_gains is left out: there are not two samples to decide with")
 
 
 def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:

@@ -140,7 +140,9 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     with stages("discover"):
         groups = _groups(dense.model)
         ways = method.ways(recipe, groups, 0 if batches is None else batches.samples)
-        recipe, asked, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
+        settled, asked, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
+        method.tell(recipe, settled)
+        recipe = settled
         if batches is not None and recipe.select.allocation in ON_MODEL:
             check_roles([r for r in trial.details["roles"] if r not in ("layers", "sublayers")])
             check_search_samples(batches)

@@ -86,6 +86,11 @@ def check_request(recipe: PruneConfig) -> None:
     if asked.allocation_tokens is not None and asked.allocation_criterion is None:
         hint = "Name allocation_criterion too, or use score_tokens."
         raise PyPruneError("allocation_tokens", asked.allocation_tokens, "is for a criterion that is not named", hint)
+    if asked.allocation_criterion not in (None, AUTO) and asked.allocation != AUTO:
+        if not ALLOCATIONS[asked.allocation].scored:
+            problem = f"says how much each layer loses, and allocation {asked.allocation} reads no scores for that"
+            hint = "Use allocation knapsack or global, or leave it out."
+            raise PyPruneError("allocation_criterion", asked.allocation_criterion, problem, hint)
     if asked.allocation_criterion is not None:
         named = _LOSS if asked.allocation_criterion == AUTO else asked.allocation_criterion
         check_scoring(replace(recipe.score, criterion=named, route=None), recipe.calibration.calibration)

@@ -225,9 +225,11 @@ def _paired(figures: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
 
 
 def _has_modelling_file(name: str) -> bool:
-    """Whether a model's folder is one of profile ``hetero-hf``."""
+    """Whether a model, in a folder or on the hub, is one of profile ``hetero-hf``."""
+    from transformers import PretrainedConfig
+
     folder = Path(name).expanduser()
-    return folder.is_dir() and BUILD in read_config(folder)
+    return BUILD in (read_config(folder) if folder.is_dir() else PretrainedConfig.get_config_dict(name)[0])
 
 
 def _save(

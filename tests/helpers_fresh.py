@@ -1,17 +1,59 @@
-"""Opening exported folders in another process, in which pyprune cannot be imported."""
+"""Processes in which nothing of pyprune has been imported, quickly: forks of one that has torch and transformers.
+
+Importing those two takes some five seconds, which a test that opens a folder in another process need not wait for.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from helpers_run import Ended
+
+import pyprune
+
+PACKAGE = Path(pyprune.__file__).parents[1]  # where it is imported from, also when that is not this repository
+
+SERVER = """
+import json, os, sys, traceback
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+print("ready", flush=True)
+for line in sys.stdin:
+    task = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for number, name in enumerate(task["files"]):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+            os.chdir(task["cwd"])
+            os.environ.update(task["environment"])
+            sys.path[:0] = task["path"]
+            sys.argv[1:] = task["arguments"]
+            exec(compile(task["script"], "script", "exec"), {"__name__": "__main__"})
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 SCRIPT = """
-import json, os, sys
+import json, sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -20,10 +62,10 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 import torch
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM, dynamic_module_utils, logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-new, remote, again, *folders = json.loads(sys.argv[1])
+dynamic_module_utils.HF_MODULES_CACHE, new, remote, again, *folders = json.loads(sys.argv[1])
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote)
     tokens = torch.load(folder + ".pt")["tokens"]
@@ -41,6 +83,48 @@ assert not any(name.split(".")[0] == "pyprune" for name in sys.modules)
 """
 
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", SERVER]
+    server = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()
+    )
+    atexit.register(server.kill)
+    assert server.stdout is not None and server.stdout.readline() == "ready\n"
+    return server
+
+
+def run_fresh(
+    script: str, *arguments: str, cwd: Path, text: str = "", path: tuple[Path, ...] = (), **environment: str
+) -> Ended:
+    """Run ``script`` with torch and transformers, in ``cwd``, with ``text`` as its input.
+
+    Args:
+        path: folders to import from, before all others.
+        environment: variables to set.
+    """
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("in", "out", "err")]
+        files[0].write_text(text)
+        task = {
+            "script": script, "arguments": arguments, "cwd": str(cwd), "files": list(map(str, files)),
+            "path": list(map(str, path)), "environment": environment,
+        }  # fmt: skip
+        server.stdin.write(json.dumps(task) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return Ended(status, files[1].read_text(), files[2].read_text())
+
+
+def pyprune_fresh(*arguments: str, cwd: Path, text: str = "") -> Ended:
+    """``pyprune ...`` in such a process."""
+    script = "from pyprune.cli.main import main; raise SystemExit(main())"
+    return run_fresh(script, *arguments, cwd=cwd, text=text, path=(PACKAGE,))
+
+
 def ask(folder: Path, tokens: torch.Tensor) -> None:
     """Leaves int64 tokens [batch, length] for :func:`fresh_answers` beside a folder."""
     torch.save({"tokens": tokens}, f"{folder}.pt")
@@ -55,13 +139,9 @@ def fresh_answers(
         cache: folder for the modelling code that transformers copies.
         again: check that transformers saves the model and opens what it saved.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    asked = json.dumps([new, remote, again, *map(str, folders)])
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, asked], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert ended.returncode == 0, ended.stderr
+    asked = json.dumps([str(cache), new, remote, again, *map(str, folders)])
+    ended = run_fresh(SCRIPT, asked, cwd=folders[0].parent)
+    assert ended.status == 0, ended.err
     return [torch.load(f"{folder}.out") for folder in folders]
 
 

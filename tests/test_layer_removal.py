@@ -228,7 +228,8 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_scored(optio
 def test_an_option_of_widths_is_refused_where_no_width_is_cut(option: str, value) -> None:
     with pytest.raises(PyPruneError, match=f"^{option} .*: says how widths are cut, and no size is asked for"):
         pyprune.prune(saved_llama(), remove_layers=1, calibration=tokens(), **{option: value})
-    check_request(PruneConfig.build({"remove_layers": 1, "ratio": 0.3, "calibration": tokens(), option: value}))
+    sized = {"remove_layers": 1, "ratio": 0.3, "calibration": tokens(), "allocation": "knapsack"}
+    check_request(PruneConfig.build({**sized, option: value}))
 
 
 def test_the_recipe_of_a_removal_alone_reads_back(tmp_path) -> None:

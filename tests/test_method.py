@@ -70,6 +70,21 @@ def test_gains_follow_a_refit_and_nothing_else() -> None:
     assert not gains(method="plain", compensation="least-squares")
 
 
+def test_what_does_not_go_with_the_cut_is_said(caplog) -> None:
+    def told(samples: int = 128, **options: Any) -> list[str]:
+        caplog.clear()
+        recipe = PruneConfig.build({"method": "best", "ratio": 0.1, **options})
+        method.tell(recipe, method.ways(recipe, discover(tiny_llama()), samples)[0])
+        return [record.getMessage() for record in caplog.records]
+
+    assert told() == told(ratio=0.5) == told(compensation="none") == told(compensation_criterion="none") == []
+    assert told(roles=["hidden"]) == ["compensation obs does not go with what is cut: none in its place"]
+    assert told(compensation="none", compensation_criterion="token_fisher") == [
+        "compensation_criterion token_fisher does not go with what is cut: none in its place"
+    ]
+    assert told(samples=1) == ["compensation_gains is left out: there are not two samples to decide with"]
+
+
 def test_a_scope_without_a_refit_is_refused() -> None:
     with pytest.raises(PyPruneError, match="compensation_scope 'ffn': does not go with compensation none"):
         pyprune.prune(tiny_llama(), ratio=0.2, criterion="l2", compensation_scope="ffn")

@@ -46,15 +46,16 @@ def kind_of(source: str, option: str = "calibration") -> str:
 
 
 def read_documents(
-    source: str, field: str = "text", seed: int | None = None, option: str = "calibration"
+    source: str, field: str = "text", seed: int | None = None, option: str = "calibration", *, blank: bool = False
 ) -> Iterator[str]:
-    """The documents of a source: a text file is one, elsewhere each record is one. Empty ones are left out.
+    """The documents of a source: a text file is one, elsewhere each record is one.
 
     Args:
         source: a name of kind text, records or dataset.
         field: the records' field that holds the text.
         seed: shuffles the records (a dataset is streamed through a buffer of 10,000); None keeps their order.
         option: which option the source came from, for errors.
+        blank: whether records without text count too.
 
     Raises:
         PyPruneError: the source is missing, unreadable, empty, or lacks the field.
@@ -68,8 +69,9 @@ def read_documents(
     else:
         documents = _read_dataset(source, field, seed, option)
     for document in documents:
-        if document.strip():
-            empty = False
+        text = bool(document.strip())
+        empty = empty and not text
+        if text or blank:
             yield document
     if empty:
         raise PyPruneError(option, source, "holds no text", "Give a source with text in it.")
@@ -119,15 +121,15 @@ def read_tokens(
 ) -> Tensor:
     """A whole source as one token stream, int64 [tokens]: what perplexity is measured on.
 
-    Records are joined by blank lines in their order, and tokenised once, with ``special_tokens`` by the tokenizer's own
-    rule for them, else without any.
+    Records are joined by blank lines in their order, those without text too (as figures on WikiText are published), and
+    tokenised once, with ``special_tokens`` by the tokenizer's own rule for them, else without any.
 
     Raises:
         PyPruneError: the source cannot be read, or there is no tokenizer for text.
     """
     if kind_of(source, option) == "tokens":
         return read_token_file(source, option).reshape(-1)
-    text = "\n\n".join(read_documents(source, field, None, option))
+    text = "\n\n".join(read_documents(source, field, None, option, blank=True))
     return encode(tokenizer, text, source, option, special_tokens)
 
 

@@ -74,26 +74,28 @@ class Allocation:
         by_layer: True where layers end up with different widths; ``widths=`` are then means over the layers.
         min_keep: role -> fraction of the units that stays in every group unless the user says otherwise (one unit
             else).
+        scored: False where scores say which units go, and nothing about how many.
     """
 
     name: str
     allocate: Allocate
     by_layer: bool
     min_keep: Mapping[str, float] = field(default_factory=dict)
+    scored: bool = True
 
 
 ALLOCATIONS: dict[str, Allocation] = {}
 
 
 def register(
-    name: str, *, by_layer: bool = True, min_keep: Mapping[str, float] | None = None
+    name: str, *, by_layer: bool = True, min_keep: Mapping[str, float] | None = None, scored: bool = True
 ) -> Callable[[Allocate], Allocate]:
     """Decorator: make a function available as ``select(allocation=name)``."""
 
     def add(allocate: Allocate) -> Allocate:
         if name in ALLOCATIONS:
             raise ValueError(f"an allocation named {name!r} is registered already")
-        ALLOCATIONS[name] = Allocation(name, allocate, by_layer, dict(min_keep or {}))
+        ALLOCATIONS[name] = Allocation(name, allocate, by_layer, dict(min_keep or {}), scored)
         return allocate
 
     return add

@@ -22,7 +22,7 @@ SPARED_FIRST, SPARED_LAST = 0.25, 0.06  # of the layers, in which no head goes
 WHOLE = ("kv_heads", "query_heads")
 
 
-@register("log_depth", min_keep=FLOORS)
+@register("log_depth", min_keep=FLOORS, scored=False)
 def log_depth(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
     """Layer i of L, counted from 1, loses a fraction of its channels in proportion to 0.25 + 0.75 log(i) / log(L).
 
@@ -33,7 +33,7 @@ def log_depth(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget:
     return _scheduled(groups, budget, lambda i, n: log(i) / log(n) if n > 1 else 1.0)
 
 
-@register("linear_depth", min_keep=FLOORS)
+@register("linear_depth", min_keep=FLOORS, scored=False)
 def linear_depth(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
     """As :func:`log_depth`, with 0.25 + 0.75 (i - 1) / (L - 1)."""
     return _scheduled(groups, budget, lambda i, n: (i - 1) / (n - 1) if n > 1 else 1.0)

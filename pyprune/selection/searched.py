@@ -21,7 +21,7 @@ def search(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Bu
     raise PyPruneError("allocation", "search", "measures candidates, which needs a model and text", hint)
 
 
-@register("divergence", min_keep=FLOORS)
+@register("divergence", min_keep=FLOORS, scored=False)
 def divergence(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
     """Refuses: scores alone do not say how far a width takes the model from the dense one."""
     hint = "Call pyprune.search_plan(..., allocation='divergence'), or prune with allocation divergence."

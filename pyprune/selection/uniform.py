@@ -10,7 +10,7 @@ from pyprune.discovery.groups import Group
 from pyprune.selection.allocation import Budget, last_at_least, nearest, register
 
 
-@register("uniform", by_layer=False)
+@register("uniform", by_layer=False, scored=False)
 def uniform(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
     """One fraction for all groups; scores decide nothing here.
 

@@ -25,15 +25,18 @@ def computed(model: Any) -> dict[str, Tensor]:
     for module, last, buffer in places.values():
         empty = torch.empty_like(buffer, device="cpu")
         module._buffers[last] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
+    parameters = list(model.parameters())
+    for parameter in parameters:  # has no values to give it: filling one on the meta device takes a millisecond
+        parameter._is_hf_initialized = True
     try:
         with torch.random.fork_rng(devices=[]):
-            model.initialize_weights()  # parameters are on the meta device, where this does nothing
+            model.initialize_weights()
         found = {name: module._buffers[last] for name, (module, last, _) in places.items()}
     except Exception:  # a remote class's initialisation may want weights that are there
         found = {}
     finally:
         for module, last, buffer in places.values():
             module._buffers[last] = buffer
-        for module in model.modules():
-            vars(module).pop("_is_hf_initialized", None)
+        for owner in (*model.modules(), *parameters):
+            vars(owner).pop("_is_hf_initialized", None)
     return {n: b for n, b in found.items() if b is not None and not (b.is_floating_point() and b.isnan().any())}

@@ -167,8 +167,9 @@ def _fit_modules(module: nn.Module, config: Config, prefix: str, done: tuple[str
     """Resized modules, narrow layers and skipped modules, of those under ``prefix`` and not under one of ``done``."""
     for kind in (resize, narrow, skip):
         spec = kind.spec_of(config)
-        paths = [p for p in spec if p.startswith(prefix) and not p.startswith(done)]
-        on_meta(kind.install, module, {p[len(prefix) :]: spec[p] for p in paths})
+        own = {p[len(prefix) :]: spec[p] for p in spec if p.startswith(prefix) and not p.startswith(done)}
+        if own:
+            on_meta(kind.install, module, own)
 
 
 def _repoint(module: nn.Module, configs: dict[int, Config]) -> None:
@@ -182,8 +183,12 @@ def _repoint(module: nn.Module, configs: dict[int, Config]) -> None:
 def _resize(module: nn.Module, text: Config) -> None:
     family = families.find(text)
     if family is not None and family.applies(text) and family.resize is not None:
-        for child in list(module.modules()):
-            on_meta(family.resize, child, text)
+        on_meta(_each, family.resize, module, text)
+
+
+def _each(resize: Any, module: nn.Module, text: Config) -> None:
+    for child in list(module.modules()):
+        resize(child, text)
 
 
 def with_text(config: Config, text: Config) -> Config:

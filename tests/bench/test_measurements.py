@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_run import pyprune
+from helpers_fresh import pyprune_fresh
 
 from pyprune import ops
 from pyprune.bench import cases, measure, output, run, whole
@@ -153,7 +153,7 @@ def test_scoring_measures_both_sides_in_processes_of_their_own(monkeypatch: pyte
 
 @plots
 def test_results_are_written_as_csv_page_and_plot(tmp_path: Path) -> None:
-    ended = pyprune(
+    ended = pyprune_fresh(
         "bench", "--shapes", "tiny", "--what", "slice", "--what", "salience", "--rounds", "3", "--no_compile",
         "--output", "results", "--json", cwd=tmp_path,
     )  # fmt: skip
@@ -181,8 +181,8 @@ def test_a_missing_plot_library_is_named_before_anything_is_measured(monkeypatch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_a_mistake_of_one_line() -> None:
-    ended = pyprune("bench", "--device", "cuda")
+def test_a_device_that_is_not_there_is_a_mistake_of_one_line(tmp_path: Path) -> None:
+    ended = pyprune_fresh("bench", "--device", "cuda", cwd=tmp_path)
     assert ended.status == 2
     assert ended.err.splitlines() == [
         "error: --device 'cuda': there is no usable CUDA device. Use cpu, or see what `pyprune env` finds."

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers_fresh import pyprune_fresh
 from helpers_run import ROOT
 from rich.console import Console
 
@@ -44,16 +45,10 @@ def test_json_holds_both_answers_and_their_figures(call, place) -> None:
         )
 
 
-def piped(place, text: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pyprune", "chat", *arguments]
-    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=place, env=environment, timeout=120)
-
-
 def test_prompts_come_through_a_pipe_a_line_each(place) -> None:
-    ended = piped(place, "Hello\n\nAnd you?\n/quit\nnever\n", "dense", *SHORT)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("tokens/s") == 2 and ended.stderr == ""
+    ended = pyprune_fresh("chat", "dense", *SHORT, cwd=place, text="Hello\n\nAnd you?\n/quit\nnever\n")
+    assert ended.status == 0, ended.err
+    assert ended.out.count("tokens/s") == 2 and ended.err == ""
 
 
 @pytest.mark.slow

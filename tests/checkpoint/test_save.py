@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import helpers_surgery as h
 import pytest
 import torch
+from helpers_fresh import PACKAGE, run_fresh
 from safetensors import safe_open
 
 from pyprune.checkpoint import atomic, load, save
@@ -51,10 +50,8 @@ def test_plain_transformers_in_a_fresh_process_gives_bit_equal_logits(tmp_path):
     with pytest.warns(UserWarning, match="saved as MistralForCausalLM"):
         save(model, None, tmp_path / "odd")
     expected["odd"] = h.logits(model)
-    folders = [str(tmp_path / name) for name in expected]
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "tokens.pt"), *folders]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_fresh(FRESH, "tokens.pt", *expected, cwd=tmp_path)
+    assert done.status == 0, done.err
     for name, logits in expected.items():
         assert torch.equal(torch.load(tmp_path / name / "logits.pt"), logits), name
 
@@ -283,14 +280,14 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
 
 def test_a_killed_process_leaves_no_folder_under_the_final_name(tmp_path):
     code = (
-        "import os, sys; sys.path[:0] = [{root!r}, {tests!r}]\n"
+        "import os\n"
         "import helpers_surgery as h\n"
         "from pyprune.checkpoint import atomic, save\n"
         "atomic.sync = lambda _: os.kill(os.getpid(), 9)\n"
-        "save(h.tiny('llama'), None, {out!r})\n"
-    ).format(root=str(Path(__file__).parents[2]), tests=str(Path(__file__).parents[1]), out=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
+        "save(h.tiny('llama'), None, 'out')\n"
+    )
+    done = run_fresh(code, cwd=tmp_path, path=(PACKAGE, Path(__file__).parents[1]))
+    assert done.status == -9, done.err
     assert not (tmp_path / "out").exists()
 
 

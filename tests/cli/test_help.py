@@ -7,6 +7,7 @@ import re
 import shlex
 
 import pytest
+from helpers_fresh import PACKAGE, run_fresh
 from helpers_run import pyprune, python
 
 from pyprune.cli.main import cli
@@ -85,7 +86,7 @@ def test_every_public_name_resolves() -> None:
         "assert pyprune.__version__ and set(pyprune.__all__) <= set(dir(pyprune))\n"
         "try: pyprune.nothing\nexcept AttributeError as e: print(e)"
     )
-    ended = python("-c", script)
+    ended = run_fresh(script, cwd=PACKAGE, path=(PACKAGE,))
     assert ended.out.strip() == "module 'pyprune' has no attribute 'nothing'", ended.err
 
 

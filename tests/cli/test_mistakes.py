@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_run import pyprune, refused, tiny_llama
+from helpers_fresh import pyprune_fresh
+from helpers_run import refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 PRUNE = ("prune", "model", "--calibration", "train.txt", "--samples", "2", "--length", "32", "--output_dir", "out")
@@ -57,6 +58,14 @@ def test_other_unknown_names(call, place, option: str, value: str, nearest: str)
 def test_tokens_for_an_allocation_criterion_that_is_not_named(call, place) -> None:
     line = refused(call, place, *PRUNE, "--ratio", "0.2", "--criterion", "l2", "--allocation_tokens", "256")
     assert "--allocation_tokens 256: is for a criterion that is not named" in line
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "log_depth", "divergence"])
+@pytest.mark.parametrize("more", [(), ("--method", "best")], ids=["plain", "best"])
+def test_a_criterion_for_an_allocation_that_reads_no_scores(call, place, allocation: str, more) -> None:
+    options = ("--ratio", "0.2", "--allocation", allocation, "--allocation_criterion", "l2", *more)
+    line = refused(call, place, "prune", "model", "--calibration", "train.txt", *options)
+    assert f"--allocation_criterion 'l2': says how much each layer loses, and allocation {allocation} reads no" in line
 
 
 def test_text_too_short_for_the_samples(call, place) -> None:
@@ -153,7 +162,7 @@ def test_a_disk_that_fills_up_while_saving(call, place, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pyprune.checkpoint.atomic.sync", full)
-    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--criterion", "l2")
     assert "--output_dir" in line and "the disk is full" in line
 
 
@@ -173,7 +182,7 @@ def test_an_interrupt_while_saving_leaves_what_was_there(
     monkeypatch.setattr("pyprune.checkpoint.atomic.sync", lambda folder: os.kill(os.getpid(), number))
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs behind them without it
     try:
-        ended = call(*PRUNE, "--ratio", "0.2", "--overwrite")
+        ended = call(*PRUNE, "--ratio", "0.2", "--criterion", "l2", "--overwrite")
     finally:
         signal.signal(signal.SIGINT, usual)
     assert (ended.status, ended.out, ended.err) == (status, "", f"error: {word}\n")
@@ -256,7 +265,7 @@ def test_a_recipe_with_an_unknown_key(call, place) -> None:
 
 
 def test_the_status_of_the_process_is_2(place) -> None:
-    ended = pyprune("prune", "model", "--ratio", "1.2", cwd=place.root)
+    ended = pyprune_fresh("prune", "model", "--ratio", "1.2", cwd=place.root)
     assert (ended.status, ended.out) == (2, "")
     problem = "error: --ratio 1.2: must be at least 0 and below 1."
     assert ended.err == f"{problem} Give the fraction of parameters to remove, as 0.2.\n"

@@ -7,15 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_run import python, write_text
+from helpers_fresh import run_fresh
+from helpers_run import write_text
 
 pytestmark = pytest.mark.real_model
 
 
-LIGHT = ("--method", "best", "--allocation", "knapsack", "--compensation_scope", "outputs", "--no_compensation_gains")
+PLAIN = ("--criterion", "param_first", "--generations", "0")
+KNAPSACK = (
+    "--method", "best", "--allocation", "knapsack", "--compensation_scope", "outputs", "--no_compensation_gains",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [LIGHT, pytest.param((), marks=pytest.mark.slow)], ids=["light", "whole"])
+@pytest.mark.parametrize(
+    "how",
+    [PLAIN, pytest.param(KNAPSACK, marks=pytest.mark.slow), pytest.param((), marks=pytest.mark.slow)],
+    ids=["plain", "knapsack", "whole"],
+)
 def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(
     call, smollm2_path: Path, tmp_path: Path, how: tuple[str, ...]
 ) -> None:
@@ -44,7 +52,7 @@ def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(
         "assert torch.equal(*runs)\n"
         "assert not any(name.startswith('pyprune') for name in sys.modules)"
     )
-    opened = python("-c", script, cwd=tmp_path)
+    opened = run_fresh(script, cwd=tmp_path)
     assert opened.status == 0, opened.err
     ids, logits, parameters = torch.load(tmp_path / "logits.pt")
     assert parameters == counts["after"]

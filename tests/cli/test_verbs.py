@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 import yaml
-from helpers_run import python, tiny_llama
+from helpers_fresh import run_fresh
+from helpers_run import tiny_llama
 from helpers_tasks import trained_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +51,7 @@ def test_the_pruned_folder_opens_in_stock_transformers_with_the_same_logits(call
         "torch.save((ids, m(ids).logits.detach(), m.num_parameters()), 'logits.pt')\n"
         "assert not any(name.startswith('pyprune') for name in sys.modules)"
     )
-    opened = python("-c", script, cwd=place.root)
+    opened = run_fresh(script, cwd=place.root)
     assert opened.status == 0, opened.err
     ids, logits, parameters = torch.load(place / "logits.pt")
 
@@ -65,7 +66,7 @@ def test_the_pruned_folder_opens_in_stock_transformers_with_the_same_logits(call
 
 
 def test_the_saved_recipe_repeats_the_run(call, place) -> None:
-    assert call(*WHOLE, "--ratio", "0.3", "--seed", "7", "--layers", "1-3", "--output_dir", "one").status == 0
+    assert call(*PRUNE, "--ratio", "0.3", "--seed", "7", "--layers", "1-3", "--output_dir", "one").status == 0
     recipe = place / "one" / "pyprune_recipe.yaml"
     assert yaml.safe_load(recipe.read_text())["layers"] == "1-3"
     assert call("prune", "--config", str(recipe), "--output_dir", "two").status == 0

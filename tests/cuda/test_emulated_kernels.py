@@ -24,7 +24,8 @@ def test_salience_from_activations_matches_float64(formula: str, dtype: torch.dt
     for size in ((1, 1, 1, 1), (2, 5, 7, 3), (3, 20, 24, 40), (1, 33, 131, 129), (2, 65, 264, 136)):
         x, dy, weight = layer(*size, dtype)
         assert_activation(library, x, dy, weight, formula)
-        assert_activation(library, x, dy, weight.t().contiguous(), formula, transposed=True)
+        if weight.numel() < 30_000 or formula == "mixed":  # the last size takes the emulator seconds
+            assert_activation(library, x, dy, weight.t().contiguous(), formula, transposed=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -241,6 +241,19 @@ def test_evaluation_text_is_one_stream_in_its_own_order(tmp_path: Path) -> None:
     assert read_tokens(str(path), tokenizer).tolist() == list(range(12))
 
 
+def test_records_without_text_count_where_perplexity_is_measured(tmp_path: Path) -> None:
+    """Published figures on WikiText join all rows of the data set, empty ones too."""
+    rows = ["", " = A = \n", "", " text \n", " "]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+
+    def characters(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+    assert "".join(map(chr, read_tokens(str(path), characters).tolist())) == "\n\n".join(rows)
+    assert list(read_documents(str(path))) == [" = A = \n", " text \n"]
+
+
 def test_what_unicode_calls_the_end_of_a_line_ends_no_record(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "1 2\u2028 3"}\n{"text": "4\u0085 5"}\r\n', encoding="utf-8")

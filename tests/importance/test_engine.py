@@ -139,7 +139,7 @@ def test_a_calibration_whose_streams_outweigh_the_gradients_is_swept_in_parts(
     whole_sweep = score(model, groups, ids.split(2), criterion, roles=roles)
     monkeypatch.setattr(stage, "STREAM_BYTES", 0)
     live = LiveGradients(model, monkeypatch)
-    parts = score(model, groups, ids.split(2) * 8, criterion, roles=roles)
+    parts = score(model, groups, ids.split(2) * 4, criterion, roles=roles)
     assert_close(parts, whole_sweep)
     adds_up = criterion in ("vectorize", "param_second")
     assert parts.details["engine"] == ("block sweep" if adds_up else "block sweep, gradients kept")

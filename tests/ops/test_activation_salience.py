@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from helpers_fresh import PACKAGE, run_fresh
 from helpers_ops import DEVICES, FLOATS
 from torch import Tensor, nn
 
@@ -224,9 +222,9 @@ def test_narrower_instruction_sets_agree_within_rounding(isa: str) -> None:
         "r, c = torch.ops.pyprune.activation_salience(x, dy, w, 5, False, 1.0, 1.0);"
         "print(ops.backend_info()['cpu_isa'], *torch.cat([r, c]).tolist())"
     )
-    env = {**os.environ, "PYPRUNE_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    chosen, *values = done.stdout.split()
+    done = run_fresh(code, cwd=PACKAGE, path=(PACKAGE,), PYPRUNE_CPU_ISA=isa)
+    assert done.status == 0, done.err
+    chosen, *values = done.out.split()
     if chosen != isa:
         pytest.skip("the processor does not have it")
     torch.manual_seed(0)

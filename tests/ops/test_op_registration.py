@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_fresh import PACKAGE, run_fresh
 from helpers_ops import DEVICES, FLOATS, inputs
 
 from pyprune import ops
@@ -95,9 +93,9 @@ def digest(isa: str) -> str:
     """Hash of the bits that a fresh process computes on the given instruction set."""
     code = "import test_op_registration as t; print(t.bits())"
     here = Path(__file__).parent
-    env = {**os.environ, "PYPRUNE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    chosen, value = done.stdout.split()
+    done = run_fresh(code, cwd=here, path=(PACKAGE, here, here.parent), PYPRUNE_CPU_ISA=isa)
+    assert done.status == 0, done.err
+    chosen, value = done.out.split()
     assert chosen == isa
     return value
 
@@ -127,11 +125,11 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 
 def _widest(available: list[str]) -> str:
     """What a process without PYPRUNE_CPU_ISA chooses."""
-    env = {k: v for k, v in os.environ.items() if k != "PYPRUNE_CPU_ISA"}
-    code = "from pyprune import ops; print(ops.backend_info()['cpu_isa'])"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in available
-    return done.stdout.strip()
+    forget = "import os; os.environ.pop('PYPRUNE_CPU_ISA', 0)"
+    code = f"{forget}; from pyprune import ops; print(ops.backend_info()['cpu_isa'])"
+    chosen = run_fresh(code, cwd=PACKAGE, path=(PACKAGE,)).out.strip()
+    assert chosen in available
+    return chosen
 
 
 def test_without_a_compiled_library_the_reference_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,18 @@ def test_a_folder_with_a_modelling_file_stays_one_that_plain_transformers_opens(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
 
 
+def test_so_does_one_of_the_hub(tmp_path, monkeypatch) -> None:
+    place = tmp_path / "models--somebody--smaller"
+    options = {"ratio": 0.3, "criterion": "l2", "allocation": "global", "profile": "hetero-hf"}
+    prune(tiny_llama(), tokenizer=byte_tokenizer(), output_dir=place / "snapshots" / "0a1b", **options)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0a1b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    quick("somebody/smaller", output_dir=tmp_path / "out")
+    assert "pyprune_build" in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (tmp_path / "out" / "modeling_pyprune.py").is_file()
+
+
 def test_a_folder_without_a_modelling_file_gets_none(pruned, tmp_path) -> None:
     plain = load(pruned)
     plain.save_pretrained(tmp_path / "plain")

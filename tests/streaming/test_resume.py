@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers_run import python
+from helpers_fresh import PACKAGE, pyprune_fresh, run_fresh
 from helpers_streaming import contents
 
 import pyprune
@@ -92,10 +92,11 @@ def test_sigkill_at_random_moments_and_a_rerun_give_the_same_bytes(sharded, text
     for name, value in options(sharded, text, out).items():
         flags += [] if name in ("model", "stream") else [f"--{name}", str(value)]
     for _ in range(2):
-        ended = python("-c", KILLED, str(draw.randint(2, total // 3)), "prune", "--stream", *flags)
+        left = str(draw.randint(2, total // 3))
+        ended = run_fresh(KILLED, left, "prune", "--stream", *flags, cwd=tmp_path, path=(PACKAGE,))
         assert ended.status == -signal.SIGKILL, ended.err
         assert not out.exists() and workspace_path(out).is_dir()
-    ended = python("-m", "pyprune", "prune", "--stream", *flags)
+    ended = pyprune_fresh("prune", "--stream", *flags, cwd=tmp_path)
     assert ended.status == 0, ended.err
     assert contents(out) == contents(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resumed", "whole"]

@@ -8,6 +8,7 @@ import warnings
 import helpers_surgery as h
 import pytest
 import torch
+from transformers import LlamaModel
 
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut, Plan
@@ -249,6 +250,22 @@ def test_a_cut_that_the_arithmetic_depends_on_elsewhere_is_caught():
     wrong = h.Group(group.name, "ffn", group.module, 0, 40, members + wrong.members)  # and then reversed
     with pytest.raises(PyPruneError, match="not the old one without the removed units"):
         apply(model, Plan((h.cut(wrong, 20),)))
+
+
+@pytest.mark.parametrize("scale", [lambda x, size: x * size**0.5, lambda x, size: x * torch.tensor(size**0.5)])
+def test_a_number_that_forward_computes_from_a_removed_size_is_caught(scale, monkeypatch):
+    real = LlamaModel.forward
+
+    def scaled(self, input_ids=None, inputs_embeds=None, **more):
+        return real(self, inputs_embeds=scale(self.embed_tokens(input_ids), self.config.hidden_size), **more)
+
+    monkeypatch.setattr(LlamaModel, "forward", scaled)
+    model = h.tiny("llama")
+    plan = h.uniform_plan(h.groups_of(model), hidden=36)
+    with pytest.raises(
+        PyPruneError, match=r"arithmetic: (mul|lift_fresh) 6 where .* 6\.928203\d\d\. Leave hidden whole"
+    ):
+        apply(model, plan)
 
 
 def test_a_plan_for_another_model_is_refused():

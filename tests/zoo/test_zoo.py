@@ -14,8 +14,8 @@ NAMED = (
     "llama bloom qwen2 qwen3 qwen3_moe mistral mixtral gemma2 gemma3_text phi3 gpt2 gpt_neox gptj opt falcon stablelm "
     "cohere olmo2 granite deepseek_v2 deepseek_v3 gpt_oss mamba jamba"
 ).split()
-# The named families and every sixth of the others run always.
-FAST = [m for i, m in enumerate(model_types()) if m in NAMED or i % 6 == 0]
+# The named families and every twelfth of the others run always.
+FAST = [m for i, m in enumerate(model_types()) if m in NAMED or i % 12 == 0]
 REST = [m for m in model_types() if m not in FAST]
 
 
