@@ -7,6 +7,7 @@ dimension plus a few facts that roles and exactness are decided on. Each op is h
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,7 @@ class Tracer(TorchDispatchMode):
         touched: names of parameters that an op read.
         products: (contracted, left, right) axes of every product of two active tensors.
         problems: ops that had no rule.
+        numbers: (op, number) of every float that an op is called with, single numbers that become tensors included.
         ranked: (axis, k) of every choice of the ``k`` best along an axis.
         rotate: overwrite every such choice by a round robin, so that few tokens reach all experts. Only what tensors
             are is recorded, so any choice will do.
@@ -194,6 +196,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.rotate = rotate
         self._run = run
+        self.numbers: set[tuple[str, float]] = set()
         self.ranked: list[tuple[Axis, int]] = []
         self.module = ""
         self.uses: dict[tuple[str, int], set[str]] = {}
@@ -268,6 +271,10 @@ class Tracer(TorchDispatchMode):
                 self._freeze_pointed(Call(self, func, name, {"self": args[0]}, None))
             return
         bound = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+        self.numbers |= {(name, value) for value in bound.values() if type(value) is float}
+        if name == "lift_fresh" and args[0].dim() == 0 and args[0].device.type == "cpu":
+            with contextlib.suppress(RuntimeError):  # a fake tensor has no value
+                self.numbers.add((name, float(args[0].item())))
         self.run_rule(rule, Call(self, func, name, bound, out))
 
     def run_rule(self, rule: Callable[[Call], Any] | None, call: Call) -> None:

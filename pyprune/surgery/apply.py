@@ -11,10 +11,9 @@ import torch
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
 from pyprune.surgery import skip
-from pyprune.surgery.check import can_run, checkable, compare, compare_cached, masked_logits
+from pyprune.surgery.check import can_run, checkable, compare, compare_cached, masked_logits, run
 from pyprune.surgery.gguf import drop_config_marks, is_from_gguf
 from pyprune.surgery.names import Tensors
-from pyprune.surgery.numbers import compare_numbers, numbers_of
 from pyprune.surgery.rebuild import rebuild
 from pyprune.surgery.transfer import transfer
 
@@ -33,7 +32,8 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         plan: made for this model.
         copy: leave ``model`` as it is, at the price of memory for both.
         verify: compare the logits of a few random tokens with those of the old model with the removed weights set to
-            zero; after plans whose cuts are not all exact, the numbers that both compute with. Weights in memory.
+            zero (only plans whose cuts are all exact; after others the new model is just run, and the numbers that its
+            ``forward`` computes with are the old one's in any case). Weights in memory.
         stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the modules that they
             touch are resized (:mod:`pyprune.surgery.resize`), or where that is impossible their linear layers become
             narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by :func:`pyprune.load`
@@ -56,10 +56,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         if groups:
             warnings.warn(notice(groups, type(model.config).__name__, how), stacklevel=2)
 
-    verify = verify and bool(plan.cuts)
-    expected = masked_logits(model, plan, restore=copy) if verify and checkable(model, plan) else None
-    inexact = verify and expected is None and can_run(model)
-    numbers = numbers_of(model) if inexact else set()
+    expected = masked_logits(model, plan, restore=copy) if verify and plan.cuts and checkable(model, plan) else None
     dtype = model.dtype
     if is_from_gguf(model):
         drop_config_marks(new.config)
@@ -73,8 +70,8 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         compare(expected, new, dtype)
         if skip.spec_of(new.config):
             compare_cached(new, dtype)
-    elif inexact:
-        compare_numbers(numbers, numbers_of(new), plan)
+    elif verify and plan.cuts and can_run(new):
+        run(new)
     return new
 
 

@@ -1,7 +1,8 @@
 """From a plan to the smaller model without weights: its configuration, its modules, and where its tensors come from.
 
 What :func:`rebuild` returns has been checked: every parameter and buffer of the new model has the planned shape, no
-scale, rate or epsilon in a module differs from the old model's, and buffers that the class computes keep their values.
+scale, rate or epsilon in a module differs from the old model's, buffers that the class computes keep their values, and
+so do numbers in ``forward`` where masking would not show them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pyprune.surgery.counts import resizable
 from pyprune.surgery.decoder import layers_path, scalars, shorten, structure, text_config
 from pyprune.surgery.layers import solve_layers, solve_model
 from pyprune.surgery.names import LayerNames, Shapes, Tensors, uniform_buffers
+from pyprune.surgery.numbers import check_numbers
 from pyprune.surgery.transfer import Kept, slices
 
 Config = Any
@@ -137,6 +139,8 @@ def _assembled(
             kept[old] = {dim: np.arange(new) for dim, (new, size) in enumerate(sizes) if new < size}
     _verify(model, stock, names, planned, positions)
     _verify_buffers(model, stock, names, kept)
+    if not all(c.group.exact or c.group.modules for c in plan.cuts):
+        check_numbers(stock, model, plan)
     return Rebuilt(
         model, names, kept, positions, tuple(c.group.name for c in resized), tuple(c.group.name for c in narrowed)
     )
