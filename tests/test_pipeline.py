@@ -71,8 +71,7 @@ def test_a_given_model_is_used_up_unless_a_copy_is_asked_for() -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize(("allocation", "ratio"), [("uniform", 0.5), ("global", 0.2)])
 def test_steps_compose_into_one_plan_with_the_ratio_asked_for(allocation: str, ratio: float) -> None:
     dense = tiny_llama()
     out = pyprune.prune(
@@ -192,7 +191,8 @@ def test_text_with_a_given_model_needs_a_tokenizer(tmp_path: Path) -> None:
     text = str(write_text(tmp_path / "t.txt"))
     with pytest.raises(PyPruneError, match="there is no tokenizer"):
         pyprune.prune(tiny_llama(), ratio=0.2, calibration=text)
-    out = pyprune.prune(tiny_llama(), tokenizer=byte_tokenizer(), ratio=0.2, calibration=text, samples=2, length=32)
+    options = {"ratio": 0.2, "criterion": "param_first", "calibration": text, "samples": 2, "length": 32}
+    out = pyprune.prune(tiny_llama(), tokenizer=byte_tokenizer(), **options)
     assert out.report.scores["calibration"]["source"] == "t.txt"
 
 
@@ -204,8 +204,8 @@ def test_the_embeddings_can_be_left_out_of_the_ratio() -> None:
 def test_saved_and_reported(tmp_path: Path) -> None:
     model, text = write_model(tmp_path / "model"), str(write_text(tmp_path / "t.txt"))
     out = pyprune.prune(
-        model, ratio=0.3, calibration=text, samples=2, length=32, eval_text=text, eval_length=64, eval_windows=3,
-        prompt="for", prompt_tokens=3, output_dir=tmp_path / "out",
+        model, ratio=0.3, criterion="param_first", calibration=text, samples=2, length=32, eval_text=text,
+        eval_length=64, eval_windows=3, prompt="for", prompt_tokens=3, output_dir=tmp_path / "out",
     )  # fmt: skip
     assert torch.equal(logits(pyprune.load(tmp_path / "out")), logits(out.model))
     report = json.loads((tmp_path / "out" / "pyprune_report.json").read_text())

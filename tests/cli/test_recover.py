@@ -35,7 +35,7 @@ def test_json_is_the_report_and_the_folder_holds_it(call, place) -> None:
 
 
 def test_a_recipe_file_and_the_saved_recipe_repeat_the_run(call, place) -> None:
-    (place / "r.yaml").write_text("data: {train.txt: 3, test.txt: 1}\ncutoff: 64\nlora_r: 4\nepochs: 0.3\nratio: 0.2\n")
+    (place / "r.yaml").write_text("data: {train.txt: 3, test.txt: 1}\ncutoff: 64\nlora_r: 4\nepochs: 0.1\nratio: 0.2\n")
     assert call("recover", "model", "--config", "r.yaml", "--output_dir", "one").status == 0
     saved = str(place / "one" / "pyprune_recover.yaml")
     assert call("recover", "--config", saved, "--output_dir", "two").status == 0
