@@ -22,7 +22,7 @@ import pyprune
 PACKAGE = Path(pyprune.__file__).parents[1]  # where it is imported from, also when that is not this repository
 
 SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -32,6 +32,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(300)
         try:
             for number, name in enumerate(task["files"]):
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
@@ -98,7 +99,7 @@ def _server() -> subprocess.Popen[str]:
 def run_fresh(
     script: str, *arguments: str, cwd: Path, text: str = "", path: tuple[Path, ...] = (), **environment: str
 ) -> Ended:
-    """Run ``script`` with torch and transformers, in ``cwd``, with ``text`` as its input.
+    """Run ``script`` with torch and transformers, in ``cwd``, with ``text`` as its input; at most five minutes.
 
     Args:
         path: folders to import from, before all others.

@@ -71,7 +71,15 @@ def test_a_given_model_is_used_up_unless_a_copy_is_asked_for() -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize(("allocation", "ratio"), [("uniform", 0.5), ("global", 0.2)])
+@pytest.mark.parametrize(
+    ("allocation", "ratio"),
+    [
+        ("uniform", 0.5),
+        ("global", 0.2),
+        pytest.param("uniform", 0.2, marks=pytest.mark.slow),
+        pytest.param("global", 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_steps_compose_into_one_plan_with_the_ratio_asked_for(allocation: str, ratio: float) -> None:
     dense = tiny_llama()
     out = pyprune.prune(

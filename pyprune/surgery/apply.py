@@ -32,8 +32,8 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         plan: made for this model.
         copy: leave ``model`` as it is, at the price of memory for both.
         verify: compare the logits of a few random tokens with those of the old model with the removed weights set to
-            zero (only plans whose cuts are all exact; after others the new model is just run, and the numbers that its
-            ``forward`` computes with are the old one's in any case). Weights in memory.
+            zero (only plans whose cuts are all exact; after others the new model is just run). Weights in memory. That
+            ``forward`` computes with the old numbers after such a cut is checked in any case, without weights.
         stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the modules that they
             touch are resized (:mod:`pyprune.surgery.resize`), or where that is impossible their linear layers become
             narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by :func:`pyprune.load`

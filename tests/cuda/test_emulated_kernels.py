@@ -24,8 +24,18 @@ def test_salience_from_activations_matches_float64(formula: str, dtype: torch.dt
     for size in ((1, 1, 1, 1), (2, 5, 7, 3), (3, 20, 24, 40), (1, 33, 131, 129), (2, 65, 264, 136)):
         x, dy, weight = layer(*size, dtype)
         assert_activation(library, x, dy, weight, formula)
-        if weight.numel() < 30_000 or formula == "mixed":  # the last size takes the emulator seconds
+        if weight.numel() < 30_000 or formula == "mixed":  # the last size takes the emulator seconds: the others below
             assert_activation(library, x, dy, weight.t().contiguous(), formula, transposed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("formula", ["taylor_signed", "taylor_abs", "fisher"])
+def test_transposed_weights_of_several_tiles_match_float64(
+    formula: str, dtype: torch.dtype, library: ctypes.CDLL
+) -> None:
+    x, dy, weight = layer(2, 65, 264, 136, dtype)
+    assert_activation(library, x, dy, weight.t().contiguous(), formula, transposed=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -52,7 +52,7 @@ def check(dense: Groups, sizes: dict, first: Plan, second: Plan, smaller: Groups
             np.testing.assert_array_equal(a[b], c, err_msg=name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_positions_are_those_of_one_step_after_the_other(data: st.DataObject, seed: int) -> None:
     dense, sizes = llama_groups(**SIZES), SIZES
