@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pyprune.evaluation.speed import speeds
 from pyprune.evaluation.stages import Stages
 from pyprune.evaluation.stock import STOCK, check_installed, stock_accuracies
 from pyprune.evaluation.tasks import Accuracy, Task, accuracy, is_task_file, read_task, requests_of
+from pyprune.files import write_text
 from pyprune.pipeline import _Dense, _measure, _open
 from pyprune.report.data import versions
 from pyprune.stage_options import ModelConfig, ResultConfig, SpeedConfig, TaskConfig
@@ -282,12 +283,7 @@ def _add_speed(
 def _write(result: dict[str, Any], config: ResultConfig) -> None:
     """The file appears complete or not at all."""
     path = Path(str(config.output))
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        work.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(work, path)
+        write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise PyPruneError("output", str(path), f"cannot be written: {error.strerror}", "Free some space.") from error
-    finally:
-        with suppress(OSError):
-            work.unlink()

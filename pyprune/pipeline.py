@@ -28,11 +28,12 @@ from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation, paired_samples
+from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.cache import cached
-from pyprune.importance.calibration import SCORE_LENGTH, Calibration, first_tokens, load_calibration
+from pyprune.importance.calibration import SCORE_LENGTH, Calibration, check_vocabulary, first_tokens, load_calibration
 from pyprune.importance.scores import Scores
 from pyprune.importance.scoring import score
 from pyprune.report.data import Report, versions
@@ -349,9 +350,10 @@ def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
     found = load_calibration(
         calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
         batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
-        longest=preflight.positions(dense.model), bos=calibration.bos,
+        longest=known_positions(dense.model), bos=calibration.bos,
     )  # fmt: skip
     preflight.check_length("length", found.length, dense.model)
+    check_vocabulary(found, dense.model)
     return found
 
 
@@ -454,7 +456,8 @@ def _save(model: Any, tokenizer: Any, plan: Plan, report: Report, recipe: PruneC
 def _how_to_open(model: Any, profile: str | None) -> list[str]:
     if is_stock(model.config) or profile is not None:
         return []
-    return ["Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."]
+    said = "Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."
+    return [f"{said} `pyprune export FOLDER --profile hetero-hf` makes it one for plain transformers."]
 
 
 def _leave_file(model: Any) -> None:

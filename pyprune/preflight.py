@@ -5,14 +5,16 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError, unknown_name
+from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.protocols import PROTOCOLS
+from pyprune.files import whole_file
 from pyprune.stage_options import AUTO, EvalConfig, ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def check_request(recipe: PruneConfig) -> None:
     if recipe.save.output_dir is not None:
         with renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
+        check_apart(recipe)
     if asked.scores_file is None and sized:
         check_scoring(recipe.score, recipe.calibration.calibration)
     elif asked.scores_file is not None and asked.iterative_steps > 1:
@@ -125,6 +128,23 @@ def check_request(recipe: PruneConfig) -> None:
                 problem = f"bounds what compensation keeps in a cache folder, and there is no {name}"
                 raise PyPruneError("cache_limit", limit, problem, f"Give {name} too, or leave it out.")
     check_source("eval_text", recipe.evaluation.eval_text)
+
+
+def check_apart(recipe: PruneConfig) -> None:
+    """Nothing that is read or kept lies in the output folder, which is made whole in the end, and replaced whole."""
+    target = Path(str(recipe.save.output_dir)).expanduser().resolve()
+    for option, value in (
+        ("model_name_or_path", recipe.model.model_name_or_path), ("calibration", recipe.calibration.calibration),
+        ("eval_text", recipe.evaluation.eval_text), ("cache", recipe.score.cache),
+        ("search_file", recipe.search.search_file),
+    ):  # fmt: skip
+        if not isinstance(value, str | Path):
+            continue
+        path = Path(value).expanduser().resolve()
+        kept = option in ("cache", "search_file")
+        if (kept and path.is_relative_to(target)) or (path.exists() and target in path.parents):
+            hint = "Name another place for one of them."
+            raise PyPruneError(option, str(value), f"lies in the output folder, {recipe.save.output_dir}", hint)
 
 
 def check_budget(recipe: PruneConfig) -> None:
@@ -312,7 +332,7 @@ def check_object(model: Any, config: ModelConfig) -> None:
 
 def check_length(option: str, length: int, model: Any) -> None:
     """Sequences are no longer than the positions that the model knows."""
-    known = positions(model)
+    known = known_positions(model)
     if known is not None and known < length:
         raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
 
@@ -339,13 +359,6 @@ def window_prefix(config: EvalConfig, tokenizer: Any) -> list[int]:
     from pyprune.importance.sources import asked_prefix
 
     return asked_prefix(tokenizer, "eval_bos") if config.eval_bos else []
-
-
-def positions(model: Any) -> int | None:
-    """How many positions the model knows, where its configuration says so."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    known = getattr(config, "max_position_embeddings", None)
-    return known if isinstance(known, int) and known > 0 else None
 
 
 def device(name: str) -> str:
@@ -411,16 +424,11 @@ def read_scores(file: str) -> Any:
 
 def write_scores(scores: Any, file: str) -> None:
     """Save scores; the file appears complete or not at all."""
-    path = Path(file)
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        scores.save(work)
-        os.replace(work, path)
+        with whole_file(Path(file)) as work:
+            scores.save(work)
     except OSError as error:
         raise PyPruneError("output_file", file, f"cannot be written: {error.strerror}", "Free some space.") from error
-    finally:
-        with suppress(OSError):
-            work.unlink()
 
 
 def prompts(recipe: Any, tokenizer: Any, stored: Sequence[Mapping[str, str]] = ()) -> list[str]:

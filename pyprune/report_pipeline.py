@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from pyprune import preflight
-from pyprune.checkpoint.atomic import write_file
 from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
 from pyprune.config import EvaluationConfig, PruneConfig, Recipe, RecoverConfig, ReportingConfig
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import PATIENCE, continuations, sample_prompts
 from pyprune.evaluation.stages import Stages
+from pyprune.files import write_text
 from pyprune.repeat import command
 from pyprune.report.html import Sources, page
 from pyprune.report.html.page import DENSE, PRUNED, RECOVERED
@@ -78,7 +78,7 @@ def write_report(
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         sources.samples = _ask(columns, sources.samples, asked, prompt_tokens, opening)
     try:
-        write_file(target, page(sources))
+        write_text(target, page(sources))
     except OSError as error:
         raise PyPruneError("output", str(target), f"cannot be written: {error.strerror}") from error
     return target
@@ -106,7 +106,7 @@ def add_page(folder: str | Path, groups: Any = None, scores: Any = None, plan: P
     try:
         if scores is not None and plan is not None:
             summary = importance_summary(groups, scores, plan)
-            write_file(Path(folder) / IMPORTANCE, json.dumps(summary, separators=(",", ":")) + "\n")
+            write_text(Path(folder) / IMPORTANCE, json.dumps(summary, separators=(",", ":")) + "\n")
         write_report(folder)
     except Exception as error:
         again = f"The checkpoint is complete; `pyprune report {folder}` tries again."

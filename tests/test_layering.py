@@ -33,7 +33,7 @@ LAYERS = [
     {"ops"},
     {"_C"},
 ]
-EVERYBODY = {"caching", "errors", "progress"}
+EVERYBODY = {"caching", "errors", "files", "progress"}
 FACADE = "__init__"  # names the public functions, imports nothing when imported
 READERS_OF_FAMILIES = {"surgery", "checkpoint"}
 

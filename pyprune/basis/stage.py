@@ -22,6 +22,7 @@ from pyprune.discovery.groups import Group, Member
 from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import check_vocabulary, load_calibration
 from pyprune.importance.inputs import Use
+from pyprune.importance.modes import in_memory
 from pyprune.importance.steps import make_steps
 from pyprune.importance.walk import Walk, token_weights, walking, weights_for
 
@@ -80,6 +81,7 @@ def change_basis(
     Raises:
         PyPruneError: activations with NaN or infinity; tokens that the model does not know.
     """
+    model = in_memory(model)
     calibration = load_calibration(batches)
     check_vocabulary(calibration, model)
     wanted = [g for g in groups if g.role == ROLE and g.prunable and g.exact]

@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from pyprune.errors import PyPruneError
+from pyprune.files import PARTIAL, sync_file
 
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
@@ -20,7 +20,8 @@ def check_target(folder: str | Path, overwrite: bool = False) -> Path:
     """The absolute path of a folder that may be written, links followed: a link stays, and what it names is written.
 
     Raises:
-        PyPruneError: it exists and ``overwrite`` is off, is a file, or its parent cannot be written.
+        PyPruneError: it exists, and ``overwrite`` is off, or it holds other things than a model or the folder that this
+            runs in; it is a file; its parent cannot be written.
     """
     path = _settled(folder)
     if path.is_symlink():
@@ -29,10 +30,21 @@ def check_target(folder: str | Path, overwrite: bool = False) -> Path:
         raise PyPruneError("folder", str(folder), "is a file", "Name a folder.")
     if path.exists() and not overwrite:
         raise PyPruneError("folder", str(folder), "exists already", "Set overwrite, or name another folder.")
+    if path.exists():
+        _check_replaceable(folder, path)
     parent = _existing(path.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PyPruneError("folder", str(folder), f"cannot be made: {parent} is not a folder that can be written")
     return path
+
+
+def _check_replaceable(folder: str | Path, path: Path) -> None:
+    """Replacing a folder removes all that is in it, so it has to be one model's, not one of many or of other things."""
+    hint = "Name another folder, or remove this one yourself."
+    if Path.cwd().is_relative_to(path):
+        raise PyPruneError("folder", str(folder), "holds the folder that this runs in", hint)
+    if any(path.iterdir()) and not (path / "config.json").is_file():
+        raise PyPruneError("folder", str(folder), "is not overwritten, for it holds other things than a model", hint)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -60,7 +72,7 @@ def complete_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     folder = check_target(folder, overwrite)
     made = [p for p in folder.parents if not p.exists()]
-    work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
     try:
         with full_disk_reported(folder):
             work.mkdir(parents=True)
@@ -73,21 +85,6 @@ def complete_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             with suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes a UTF-8 file that appears complete or not at all; what was there before stays until then.
-
-    Raises:
-        OSError: it cannot be written. Nothing is left behind.
-    """
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        work.write_text(text, encoding="utf-8")
-        _sync_one(work)
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -111,16 +108,8 @@ def sync(folder: Path) -> None:
         for name in files:
             path = os.path.join(root, name)
             os.chmod(path, 0o666 & ~mask)
-            _sync_one(path)
-        _sync_one(root)
-
-
-def _sync_one(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_file(path)
+        sync_file(root)
 
 
 def _swap(work: Path, folder: Path, overwrite: bool) -> None:
@@ -131,7 +120,7 @@ def _swap(work: Path, folder: Path, overwrite: bool) -> None:
             os.rename(folder, aside)
         os.rename(work, folder)
         with suppress(OSError):
-            _sync_one(folder.parent)
+            sync_file(folder.parent)
     finally:
         if aside.exists() and folder.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -154,16 +143,3 @@ def disk_full(error: BaseException | None) -> bool:
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
     return isinstance(error, Exception) and "no space left on device" in str(error).lower()
-
-
-def lock(file: Any) -> bool:
-    """Whether this process now has an open file to itself; the system takes the lock back when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one folder are not told apart
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -44,7 +44,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if index.is_file():
         content = _json(index)
-        shards = sorted(set(content.get("weight_map", {}).values()))
+        mapped = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
+            raise PyPruneError(OPTION, str(index), "does not say which file holds which weight", "Download it again.")
+        shards = sorted(set(mapped.values()))
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

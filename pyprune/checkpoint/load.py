@@ -16,6 +16,9 @@ from pyprune.surgery import skeleton
 BUILD = "pyprune_build"
 """Field of ``config.json`` for the modelling file that lies beside some checkpoints."""
 
+_REFUSALS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+"""What opening a damaged checkpoint raises: model classes take the values of a configuration as they are."""
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -97,7 +100,7 @@ def looks_like_a_path(name: str) -> bool:
 def _from_pretrained(name: str, dtype: Any, device: Any, trust_remote_code: bool, **options: Any) -> Any:
     with quiet():
         config = open_config(name, trust_remote_code, **options)
-        cls = model_class(config, name, trust_remote_code)
+        cls = model_class(config, name, trust_remote_code, options.get("revision"))
         wanted = skeleton.loading_class(cls)
         target = {} if device is None else {"device_map": {"": device}}
         dtype = "auto" if dtype is None else dtype
@@ -105,7 +108,7 @@ def _from_pretrained(name: str, dtype: Any, device: Any, trust_remote_code: bool
             model, info = wanted.from_pretrained(
                 name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **target, **options
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except _REFUSALS as error:
             raise reworded(error, name) from error
     model.__class__ = cls
     _check_complete(info, model, name)
@@ -157,14 +160,14 @@ def _needs_code(name: str) -> PyPruneError:
     return PyPruneError(OPTION, name, "needs modelling code that comes with it", hint)
 
 
-def model_class(config: Any, name: str, trust_remote_code: bool) -> Any:
-    """The causal language model class for a configuration."""
+def model_class(config: Any, name: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """The causal language model class for a configuration; code that comes with the model is that of ``revision``."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in remote:
-        return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], name)
+        return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], name, revision=revision)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return found[0] if isinstance(found, (list, tuple)) else found
@@ -210,16 +213,14 @@ def _check_complete(info: dict[str, Any], model: Any, name: str) -> None:
     raise PyPruneError(OPTION, name, f"lacks {len(missing)} of the model's weights, among them {missing[0]}")
 
 
-def check_finite(model: Any, name: str) -> None:
+def check_finite(model: Any, name: str, option: str = OPTION, hint: str = "The checkpoint is damaged.") -> None:
     """Raises PyPruneError when a weight is NaN or infinite; one pass over each tensor, nothing allocated."""
     for tensor_name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta:
             low, high = torch.aminmax(parameter.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 bad = int((~torch.isfinite(parameter.detach())).sum())
-                raise PyPruneError(
-                    OPTION, name, f"{tensor_name} has {bad:,} weights that are not finite", "The checkpoint is damaged."
-                )
+                raise PyPruneError(option, name, f"{tensor_name} has {bad:,} weights that are not finite", hint)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -263,7 +264,10 @@ def reworded(error: Exception, name: str) -> PyPruneError:
             "is neither a local folder nor a model that the hub gives",
             f"The hub says: {_first_line(error)}",
         )
-    return PyPruneError(OPTION, name, f"cannot be opened: {_first_line(error)}")
+    said = _first_line(error)
+    if not isinstance(error, OSError | ValueError | RuntimeError):  # a bare name or number, often
+        said = f"{type(error).__name__}: {said}"
+    return PyPruneError(OPTION, name, f"cannot be opened: {said}")
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,9 @@ import yaml
 from pyprune.checkpoint.atomic import check_space, check_target, complete_folder
 from pyprune.checkpoint.card import model_card
 from pyprune.checkpoint.files import SINGLE
+from pyprune.checkpoint.load import check_finite
 from pyprune.checkpoint.quiet import quiet
+from pyprune.discovery.run import unwrap
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
 from pyprune.surgery import gguf, skeleton
@@ -68,8 +70,9 @@ def save(
 
     Raises:
         PyPruneError: the folder exists (without ``overwrite``), the disk is or would get full, the model's weights are
-            not in memory, or no configuration describes it.
+            not in memory or not finite, or no configuration describes it.
     """
+    model = unwrap(model)
     path = check_target(folder, overwrite)
     if weights is None:
         size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
@@ -77,6 +80,7 @@ def save(
             raise PyPruneError(
                 "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
             )
+        check_finite(model, type(model).__name__, "model", "Nothing was written.")
         check_space(path, size + OTHER_FILES)
     if gguf.drop_marks(model):
         warnings.warn("The model came from a GGUF file; it is saved in full precision.", stacklevel=2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from pyprune.compensation.gather import Gathered
 from pyprune.compensation.refit import Sums
 from pyprune.compensation.triangle import mirrored, upper
+from pyprune.files import PARTIAL
 from pyprune.importance.cache import keep_file, running_versions
 from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.taps import Key
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIMIT = 16.0  # GiB of sums in a folder
+_STALE = 3600.0  # seconds after which a file that is not written to is never finished
 _NAME = 40  # characters of a fingerprint in a file's name
 
 
@@ -156,6 +159,10 @@ class SumsCache:
     def _make_room(self, needed: int) -> bool:
         """Whether ``needed`` bytes fit, after what was not used for longest has gone."""
         assert self.folder is not None
+        for path in self.folder.glob(f".sums-*{PARTIAL}"):
+            with suppress(OSError):  # of a run that was killed while it wrote
+                if time.time() - path.stat().st_mtime > _STALE:
+                    path.unlink()
         there = []
         for path in self.folder.glob("sums-*.safetensors"):
             with suppress(OSError):  # another run removed it

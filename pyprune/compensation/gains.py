@@ -34,9 +34,10 @@ from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.cache import fingerprint_of_model
-from pyprune.importance.calibration import Calibration
+from pyprune.importance.calibration import Calibration, check_vocabulary
 from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, scored, summary
 from pyprune.importance.inputs import InputTaps, read_product, with_input
+from pyprune.importance.modes import in_memory
 from pyprune.importance.recomputing import recomputed
 from pyprune.importance.rehearsal import few_tokens
 from pyprune.importance.scoring import scoring_state
@@ -104,10 +105,12 @@ def reference(
         cache_limit: as in :func:`pyprune.compensation.compensate`.
 
     Raises:
-        PyPruneError: it gives NaN or infinity, or there is one sample only.
+        PyPruneError: it gives NaN or infinity, there is one sample only, or a token id is not in its vocabulary.
     """
+    model = in_memory(model)
     device = next(model.parameters()).device
     check_samples(calibration, "gains", gains=True)
+    check_vocabulary(calibration, model)
     size = PASS_TOKENS if device.type == "cpu" else STEP_TOKENS
     fit, out = (make_steps(rows, device, tokens=size) for rows in split_rows(calibration))
     steps, held = [*fit, *out], [False] * len(fit) + [True] * len(out)
@@ -156,6 +159,7 @@ def fit_gains(
         cache: folder where gains that were found stay for the same model and text.
         cache_limit: as in :func:`pyprune.compensation.compensate`.
     """
+    model = in_memory(model)
     kept = SumsCache(cache, cache_limit, lambda: [fingerprint_of_model(model), _key(dense)])
     with scoring_state(model, {}):
         try:

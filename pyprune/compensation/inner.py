@@ -21,7 +21,7 @@ from pyprune.compensation.cache import SumsCache
 from pyprune.compensation.course import Course
 from pyprune.compensation.feeders import FeederTaps, Given, Program, Rows
 from pyprune.compensation.reconstruction import Feeder, reconstruct
-from pyprune.compensation.refit import Refit, Sums, refit
+from pyprune.compensation.refit import Refit, Sums, fits, refit
 from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
 from pyprune.importance.walk import token_weights
@@ -120,7 +120,7 @@ class InnerRefit:
         Returns:
             ``penalty`` and ``after`` as in :class:`Refit`, or nothing where nothing changed.
         """
-        name = f"reconstructed {projection.name}, {list(self.penalties)}"
+        name = f"reconstructed {projection.name}, {list(self.penalties)}, {product_dtype(projection.matrix)}"
         kept = self.cache.weights(name)
         if kept is None:
             again = self._found(i, projection)
@@ -147,7 +147,7 @@ class InnerRefit:
         targets, matrices = looked.targets, looked.matrices
         del looked
         trim_heap(projection.matrix.device)
-        if not all(bool(c.isfinite().all()) for c in (*found.values(), reader)):
+        if not all(fits(c, projection.matrix.dtype) for c in (*found.values(), reader)):
             return None
         before = [(p, p.detach().clone()) for p in (projection.matrix, *(self.parameters[n] for n in found))]
         projection.matrix[:, projection.inputs] = reader.to(projection.matrix.dtype)
@@ -268,7 +268,7 @@ class InnerRefit:
             (held if self.held[number] else train).add(x, weights, targets[number])
         if not bool(train.gram.isfinite().all() and held.gram.isfinite().all()):
             return None
-        return refit(wide, kept, train, held, self.penalties, (1.0,))
+        return refit(wide, kept, train, held, self.penalties, (1.0,), projection.matrix.dtype)
 
 
 def product_dtype(matrix: Tensor) -> torch.dtype:

@@ -102,16 +102,24 @@ def squared_error(gram: Tensor, cross: Tensor, power: float, weight: Tensor, kep
     return max(found, 0.0)
 
 
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all of ``values`` are finite, and stay so in ``dtype``."""
+    return bool(values.to(dtype).isfinite().all())
+
+
 def refit(
     weight: Tensor, kept: Tensor, train: Sums, held: Sums, penalties: Sequence[float] = PENALTIES,
-    blends: Sequence[float] = BLENDS,
+    blends: Sequence[float] = BLENDS, dtype: torch.dtype = torch.float64,
 ) -> Refit:  # fmt: skip
     """Fit on ``train``, choose on ``held``, and with what was chosen fit on both.
+
+    Weights that ``dtype`` has no room for are not chosen.
 
     Args:
         weight: float64 [outputs, inputs].
         kept: int64 positions of the inputs that stay.
         blends: shares of the separate targets that are tried, where there are such targets.
+        dtype: that the matrix is kept in.
     """
     gram, gram_held = train.gram.double(), held.gram.double()
     own, own_held = gram @ weight.t(), gram_held @ weight.t()
@@ -125,10 +133,10 @@ def refit(
         goals = [own] if train.cross is None else [own, train.cross.double()]
         found = [solve(gram, goal, weight, kept, lam) for goal in goals]
         for share in (0.0,) if train.cross is None else blends:
-            ends = [f for f in (found[0], found[-1]) if f is not None and bool(f.isfinite().all())]
-            if len(ends) < 2:
+            ends = [f for f in (found[0], found[-1]) if f is not None]
+            trial = torch.lerp(ends[0], ends[1], share) if len(ends) == 2 else None
+            if trial is None or not fits(trial, dtype):
                 continue
-            trial = torch.lerp(ends[0], ends[1], share)
             error = squared_error(gram_held, goal_held, power, trial, kept)
             if error < least:
                 best, least, penalty, blend = trial, error, lam, share
@@ -138,9 +146,10 @@ def refit(
         if train.cross is not None and held.cross is not None:
             goals.append(train.cross.double() + held.cross.double())
         both = [solve(gram + gram_held, goal, weight, kept, penalty) for goal in goals]
-        ends = [f for f in both if f is not None and bool(f.isfinite().all())]
-        if len(ends) == len(goals):
-            best = torch.lerp(ends[0], ends[-1], blend)
+        ends = [f for f in both if f is not None]
+        last = torch.lerp(ends[0], ends[-1], blend) if len(ends) == len(goals) else None
+        if last is not None and fits(last, dtype):
+            best = last
     out = torch.zeros_like(weight)
     out[:, kept] = best
     scale = power if power > 0 else 1.0

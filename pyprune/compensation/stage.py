@@ -25,13 +25,14 @@ from pyprune.compensation.course import Course, LastChange
 from pyprune.compensation.feeders import rows_of
 from pyprune.compensation.gather import Gathered, gather, split_steps
 from pyprune.compensation.inner import InnerRefit, Projection
-from pyprune.compensation.refit import PENALTIES, Sums, refit
+from pyprune.compensation.refit import PENALTIES, Sums, fits, refit
 from pyprune.compensation.removal import removed_units
 from pyprune.compensation.result import Compensated, Compensation
 from pyprune.errors import PyPruneError
 from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.inputs import InputTaps, Use
+from pyprune.importance.modes import in_memory
 from pyprune.importance.steps import Forward
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import walking
@@ -94,6 +95,7 @@ def compensate(
         PyPruneError: an unknown mode; a plan that removes more than units inside layers; fewer than two samples; no
             bias to move a mean into; weights or activations with NaN or infinity.
     """
+    model = in_memory(model)
     check_names(mode, token_weighting, target, scope)
     check_worth(worth, mode, plan)
     check_plan(plan, mode)
@@ -351,13 +353,16 @@ class _Stage:
                 matrix[:, removed] = 0
                 return None
             means = train.gram[:-1, -1].double() / train.gram[-1, -1].double()
-            bias += (weight[:, removed] @ means[removed]).to(bias.dtype)
+            shifted = bias.double() + weight[:, removed] @ means[removed]
             matrix[:, removed] = 0
+            if not fits(shifted, bias.dtype):
+                return None
+            bias.copy_(shifted)
             self.result.matrices.append(entry())
             return None
         if bias is not None:
             stays = torch.cat([stays, stays.new_ones(1)])
-        found = refit(weight, stays.nonzero()[:, 0], train, held, self.penalties)
+        found = refit(weight, stays.nonzero()[:, 0], train, held, self.penalties, dtype=matrix.dtype)
         matrix.copy_(found.weight[:, :inputs])
         if bias is not None:
             bias.copy_(found.weight[:, inputs])

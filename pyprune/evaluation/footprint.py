@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyprune.caching import cache_of
 from pyprune.evaluation.loglikelihood import max_positions
-from pyprune.evaluation.modes import evaluating
 from pyprune.evaluation.speed import generate
 from pyprune.evaluation.stages import measured
 from pyprune.importance import arithmetic
+from pyprune.importance.modes import evaluating
 
 CACHE_TOKENS = (16, 32)
 PASS_TOKENS = (64, 128)  # linear-attention models work in pieces of 64

@@ -13,7 +13,8 @@ import torch
 
 from pyprune import progress
 from pyprune.errors import PyPruneError
-from pyprune.evaluation.modes import evaluating
+from pyprune.evaluation.loglikelihood import known_positions
+from pyprune.importance.modes import evaluating
 
 USUAL = 3
 """Prompts that are asked when nobody says how many."""
@@ -102,6 +103,8 @@ def generating_by(model: Any, settings: Any) -> Iterator[None]:
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 32) -> str:
     """What ``model`` says after ``prompt``: at most ``tokens`` tokens, greedy, without special tokens.
 
+    Where both together are more than the positions that the model knows, the prompt loses its beginning.
+
     Generation settings that came with the checkpoint are not used, but for its end marks.
 
     Args:
@@ -111,6 +114,10 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 32) -> s
 
     with evaluating(model):
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        known = known_positions(model)
+        if known is not None:
+            tokens = min(tokens, known - 1)
+            inputs = {name: inputs[name][:, tokens - known :] for name in ("input_ids", "attention_mask")}
         kept = model.generation_config
         greedy = GenerationConfig(
             do_sample=False, max_new_tokens=tokens, bos_token_id=kept.bos_token_id, eos_token_id=kept.eos_token_id,

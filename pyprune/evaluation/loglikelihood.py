@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
-from pyprune.evaluation.modes import evaluating
 from pyprune.evaluation.resume import Store
+from pyprune.importance.modes import evaluating
 from pyprune.progress import bar
 
 DEFAULT_POSITIONS = 2048
+POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")  # by which configurations call them
 UNLIMITED = 10**20  # tokenizers without a limit state a huge number
 
 Tokens = tuple[int, ...]
@@ -106,13 +107,23 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], positions: in
     return out
 
 
+def known_positions(model: Any) -> int | None:
+    """How many positions the model knows, where its configuration says so."""
+    config = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", None)
+    config = find() if find is not None else getattr(config, "text_config", None) or config
+    for name in POSITIONS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
 def max_positions(model: Any, tokenizer: Any = None) -> int:
     """The most tokens that the model reads at once: its configuration's number, else the tokenizer's, else 2048."""
-    config = getattr(model.config, "text_config", None) or model.config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
+    known = known_positions(model)
+    if known is not None:
+        return known
     stated = getattr(tokenizer, "model_max_length", None)
     return int(stated) if stated is not None and stated < UNLIMITED else DEFAULT_POSITIONS
 

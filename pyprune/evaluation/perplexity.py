@@ -23,10 +23,10 @@ from torch.nn.functional import cross_entropy
 
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
-from pyprune.evaluation.modes import evaluating
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.importance.calibration import check_ids
 from pyprune.importance.losses import IGNORED, OVERFLOW
+from pyprune.importance.modes import evaluating
 from pyprune.importance.sources import check_tokens, read_tokens
 from pyprune.progress import track
 

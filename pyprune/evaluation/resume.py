@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from pyprune.errors import PyPruneError
+from pyprune.files import lock
 
 OPTION = "resume_file"
 HEADER = {"format": "pyprune-loglikelihoods", "version": 1}
@@ -33,17 +34,24 @@ class Store:
     def __init__(self, file: str | Path, model: Any) -> None:
         self._path = Path(file)
         check_file(self._path)
-        self._known = _read(self._path)
         self._model = fingerprint(model)
+        self._known: dict[str, tuple[float, bool]] = {}
         self._out: IO[str] | None = None
         self.reused = 0
 
     def __enter__(self) -> Store:
-        new = not self._path.exists() or self._path.stat().st_size == 0
         self._out = open(self._path, "a", encoding="utf-8")
-        if new:
-            self._out.write(json.dumps(HEADER) + "\n")
-            self.flush()
+        try:
+            if not lock(self._out):
+                problem = "is being written by another process"
+                raise PyPruneError(OPTION, str(self._path), problem, "Wait, or name another file.")
+            self._known = _read(self._path)
+            if self._path.stat().st_size == 0:
+                self._out.write(json.dumps(HEADER) + "\n")
+                self.flush()
+        except BaseException:
+            self._out.close()
+            raise
         return self
 
     def __exit__(

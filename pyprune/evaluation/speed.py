@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pyprune.evaluation.generation import generating_by
-from pyprune.evaluation.modes import evaluating
+from pyprune.importance.modes import evaluating
 from pyprune.progress import bar
 
 

@@ -28,7 +28,7 @@ class Stage:
         name: the stage.
         seconds: wall-clock time.
         peak_memory: largest resident size of the process while it ran, in bytes (weights included).
-        peak_gpu_memory: largest size of PyTorch's allocations on the GPU in bytes, or None without one.
+        peak_gpu_memory: largest sizes of PyTorch's allocations on the GPUs in bytes, added up; None without one.
     """
 
     name: str
@@ -40,6 +40,19 @@ class Stage:
         return asdict(self)
 
 
+def _gpus() -> range:
+    """Those that this process may be using, if it is using any."""
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return range(torch.cuda.device_count() if used else 0)
+
+
+def _await_gpus() -> None:
+    """Wait for the work of those that hold something of this process: on others a wait alone would take memory."""
+    for index in _gpus():
+        if torch.cuda.memory_reserved(index):
+            torch.cuda.synchronize(index)
+
+
 @contextmanager
 def measured(name: str) -> Iterator[Stage]:
     """Measure the block; the yielded :class:`Stage` is filled in when it ends, also by an exception.
@@ -48,18 +61,17 @@ def measured(name: str) -> Iterator[Stage]:
     block. Otherwise the block stayed below an earlier one, and the resident size sampled every 20 ms is the figure.
     """
     stage = Stage(name)
-    gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    _await_gpus()
+    for index in _gpus():
+        torch.cuda.reset_peak_memory_stats(index)
     mark, start, sampler = _high_water(), time.perf_counter(), _Sampler()
     sampler.start()
     try:
         yield stage
     finally:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            stage.peak_gpu_memory = torch.cuda.max_memory_allocated()
+        _await_gpus()
+        if _gpus():
+            stage.peak_gpu_memory = sum(map(torch.cuda.max_memory_allocated, _gpus()))
         stage.seconds = time.perf_counter() - start
         sampler.stop()
         after = _high_water()

@@ -7,13 +7,13 @@ rounding changes none of these.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from pyprune.errors import PyPruneError
+from pyprune.files import whole_file
 from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.scores import Scores
 
 log = logging.getLogger(__name__)
 
+_CODE = (".py", ".so", ".pyd", ".dylib")
 _NAMES = ("_name_or_path", "name_or_path", "_commit_hash", "dtype")  # of a configuration: they say nothing of results
 
 
@@ -106,32 +108,40 @@ def _write(scores: Scores, path: Path) -> None:
     keep_file(path, kept.save, "the scores are not kept")
 
 
-def keep_file(path: Path, save: Callable[[Path], None], otherwise: str) -> None:
+def keep_file(path: Path, save: Callable[[Path], Any], otherwise: str) -> None:
     """Let ``save`` write a file that appears at ``path`` complete or not at all.
 
     A full or vanished disk costs the cache and not the run: a warning says so, and ``otherwise``.
     """
-    work = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(work)
-        os.replace(work, path)
+        with whole_file(path) as work:
+            save(work)
     except Exception as error:  # safetensors has errors of its own for a full disk
         warnings.warn(f"{path} cannot be written ({error}); {otherwise}.", stacklevel=5)
-    finally:
-        with suppress(OSError):
-            work.unlink()
 
 
 def running_versions() -> dict[str, str]:
     """Of what computes what is kept."""
-    return {"torch": str(torch.__version__), "pyprune": _version()}
+    return {"torch": str(torch.__version__), "transformers": _version("transformers"), "pyprune": own_code()}
 
 
-def _version() -> str:
+def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("pyprune")
+        return version(package)
     except PackageNotFoundError:
         return "source"
+
+
+@cache
+def own_code() -> str:
+    """SHA-256 of this package's code: what a mistake in it made is not read once it is mended."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for file in sorted(p for p in root.rglob("*") if p.suffix in _CODE and p.is_file()):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root)} {len(content)};".encode())
+        digest.update(content)
+    return digest.hexdigest()

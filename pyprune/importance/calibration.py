@@ -26,6 +26,7 @@ from pyprune.importance.sources import (
 SAMPLES, LENGTH = 128, 512  # what is taken of a text when nothing is said and it has as much
 BETWEEN = "\n\n"  # documents are joined by blank lines
 SPREAD = 8  # documents are read up to so many times the tokens asked for, and samples lie evenly over them
+LEAST = 2  # tokens of a sequence: one to read, one to predict
 SCORE_LENGTH = 128  # tokens in a sample where score_tokens is given: what per-sample gradients are summed over
 FEW, SHORT = 32, 128  # of a shorter text sequences are shortened down to this, so that there are not fewer
 
@@ -199,7 +200,7 @@ def _sizes(tokens: Tensor, samples: int | None, length: int | None, longest: int
         if have < length * (samples or FEW):  # more of shorter ones are better than few
             length = max(min(length, SHORT), have // (samples or FEW))
         if have < length * (samples or 1):
-            length = max(2, have // (samples or 1))
+            length = max(LEAST, have // (samples or 1))
     return samples or max(1, min(SAMPLES, have // length)), length
 
 
@@ -222,7 +223,7 @@ def _check_enough(tokens: Tensor, samples: int, length: int, source: str, option
         way = f"Ask for at most samples={fits}" if fits else "Ask for a smaller length"
         raise PyPruneError(
             option, source, f"has {have} tokens, and {samples} samples of {length} need {need}",
-            f"{way}, or give more text.",
+            f"{way}, or give more text." if have >= LEAST else "Give more text.",
         )  # fmt: skip
 
 
@@ -277,6 +278,8 @@ def _from_batches(source: Iterable[Any], samples: int | None, option: str) -> Ca
 
 def _batch(item: Any, number: int, option: str) -> dict[str, Any]:
     name = f"batch {number}"
+    if isinstance(item, (list, tuple)) and len(item) == 1 and isinstance(item[0], (Tensor, np.ndarray)):
+        item = item[0]  # as a TensorDataset of token ids has them
     if isinstance(item, Mapping):
         try:
             batch = {k: torch.as_tensor(v) if isinstance(v, (list, np.ndarray)) else v for k, v in item.items()}
@@ -290,12 +293,21 @@ def _batch(item: Any, number: int, option: str) -> dict[str, Any]:
             raise PyPruneError(
                 option, name, "has neither input_ids nor labels", f"It has: {', '.join(map(str, batch))}."
             )
-        return batch
-    if isinstance(item, (Tensor, np.ndarray)) or (isinstance(item, list) and item):
+        _check_mask(batch, name, option)
+        return {k: v for k, v in batch.items() if k != "use_cache"}  # nothing is generated
+    if isinstance(item, (Tensor, np.ndarray)) or (isinstance(item, list) and item and not isinstance(item[0], Tensor)):
         ids = check_tokens(torch.as_tensor(item), name, option)
         return {"input_ids": ids if ids.dim() == 2 else ids[None]}
     kind = type(item).__name__
     raise PyPruneError(option, name, f"is a {kind}", "Batches are mappings of tensors, or token ids [batch, length].")
+
+
+def _check_mask(batch: Mapping[str, Any], name: str, option: str) -> None:
+    """A mask of padding has one entry for each token."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != ids.shape:
+        problem = f"has an attention_mask of {list(mask.shape)} beside input_ids of {list(ids.shape)}"
+        raise PyPruneError(option, name, problem, "Give a mask of the same shape.")
 
 
 def batch_rows(batch: Mapping[str, Any]) -> int:

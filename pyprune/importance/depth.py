@@ -21,6 +21,7 @@ from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.blocks import Call, NotSweepable, intercepted, like, stream_of, with_new_stream
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.losses import IGNORED
+from pyprune.importance.modes import in_memory
 from pyprune.importance.scores import Scores
 from pyprune.importance.steps import Forward, Step, make_steps
 from pyprune.importance.walk import walking
@@ -85,6 +86,7 @@ def score_layers(
     if not 1 <= count <= len(tried) or count >= group.units:
         most = min(len(tried), group.units - 1)
         raise PyPruneError("remove_layers", count, f"is not between 1 and {most}", "Ask for fewer.")
+    model = in_memory(model)
     calibration = load_calibration(batches)
     check_vocabulary(calibration, model)
     trial = _Trial(model, group, calibration)

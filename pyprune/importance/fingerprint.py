@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,20 @@ def fingerprint(values: Any) -> str:
 
 
 def _feed(digest: Any, value: Any) -> None:
+    """What is fed says where each value ends, so that no two that differ feed the same bytes."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous()
-        digest.update(f"{flat.dtype}{list(flat.shape)}".encode())
+        digest.update(f"{flat.dtype}{list(flat.shape)};".encode())
         digest.update(flat.reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
+        digest.update(f"{{{len(value)};".encode())
         for key in sorted(value):
-            digest.update(f"{key}=".encode())
+            _feed(digest, key)
             _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}".encode())
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        digest.update(f"[{len(value)};".encode())
         for item in value:
             _feed(digest, item)
     else:
-        digest.update(repr(value).encode())
+        plain = repr(value)
+        digest.update(f"{len(plain)}:{plain};".encode())

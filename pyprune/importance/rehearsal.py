@@ -83,7 +83,7 @@ def _tried(
             with taps.rehearsal(None):
                 logits = run()
         taps.drop(untapped(logits, parameters))
-    except NotSweepable:
+    except (NotSweepable, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise NotSweepable(f"its blocks do not run one by one ({type(error).__name__}: {error})") from error

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from pyprune.importance.expert_scores import score_experts
 from pyprune.importance.input_scores import score_inputs
 from pyprune.importance.losses import NotFinite
 from pyprune.importance.memory import activation_budget, peak_memory, trim_heap
+from pyprune.importance.modes import as_written, evaluating, in_memory
 from pyprune.importance.plain import accumulate
 from pyprune.importance.registry import Criterion, get_criterion
 from pyprune.importance.rehearsal import plan_sweep, plan_whole
@@ -110,6 +111,7 @@ def score(
             with NaN or infinity (the parameter is named).
     """
     start = time.perf_counter()
+    model = in_memory(model)
     spec = get_criterion(criterion)
     check_aggregation(aggregation)
     check_route(route, spec)
@@ -202,8 +204,6 @@ def _scored_parameters(model: nn.Module, groups: Groups, chosen: list[Group]) ->
             raise PyPruneError(
                 "model", name, f"has dtype {p.dtype}, which has no gradient", "Load the model without quantisation."
             )
-        if p.is_meta:
-            raise PyPruneError("model", name, "is on the meta device", "Load the weights first.")
         out[name] = p
     return out
 
@@ -228,7 +228,9 @@ def _from_weights(spec: Criterion, parameters: Mapping[str, nn.Parameter]) -> Su
     rows, cols = spec.sums([p.detach() for p in parameters.values()], None, None)
     for name, r in zip(parameters, rows, strict=True):
         if not r.isfinite().all():
-            raise not_finite(name, parameters)
+            _check_weights(parameters)
+            hint = "Use l1, or load a checkpoint with weights of a usual size."
+            raise PyPruneError("model", name, f"has weights whose {spec.name} score is beyond float32", hint)
     return dict(zip(parameters, zip(rows, cols, strict=True), strict=True))
 
 
@@ -287,8 +289,11 @@ def _from_calibration(
         def attempt(scale: float) -> tuple[Collector, Tensor]:
             collector = Collector(spec, parameters, calibration.samples, scale)
             passed: Callable[[], None] = collector.next_samples
+            for p in parameters.values():
+                p.grad = None  # of an attempt that was broken off
             if taps is not None:
-                taps.collector, passed = collector, taps.flush
+                taps.begin(collector)
+                passed = taps.flush
             with bars.bar("scoring", total) as bar:
                 if layout is None:
                     return collector, accumulate(forward, steps, collector, passed, bar)
@@ -387,23 +392,37 @@ def not_finite(where: str | None, parameters: Mapping[str, nn.Parameter]) -> PyP
 
 
 @contextmanager
+def _without_hooks(parameters: Sequence[Any]) -> Iterator[None]:
+    """What somebody hung on the gradients of parameters (an optimizer's step, a scaling) is off within it."""
+    hooks = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in parameters]
+    try:
+        for p, *held in hooks:
+            if any(held):
+                p._backward_hooks = p._post_accumulate_grad_hooks = None
+        yield
+    finally:
+        for p, backward, accumulated in hooks:
+            if backward or accumulated:
+                p._backward_hooks, p._post_accumulate_grad_hooks = backward, accumulated
+
+
+@contextmanager
 def scoring_state(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, gradients for the scored parameters only; everything back as it was afterwards."""
-    training = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     scored = {id(p) for p in parameters.values()}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(as_written())
+        stack.enter_context(_without_hooks([p for p, _, _ in wanted]))
         try:
-            model.eval()
             for p, _, _ in wanted:
                 p.grad = None
                 p.requires_grad_(id(p) in scored)
             yield
         finally:
-            for module, mode in training:
-                module.training = mode
             for p, flag, grad in wanted:
                 p.requires_grad_(flag)
                 p.grad = grad

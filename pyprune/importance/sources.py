@@ -204,6 +204,19 @@ def _read_records(source: str, field: str, seed: int | None, option: str) -> Ite
 
 
 def _read_dataset(source: str, field: str, seed: int | None, option: str) -> Iterator[str]:
+    for record in open_dataset(source, seed, option):
+        yield _field_of(record, field, source, option)
+
+
+def open_dataset(source: str, seed: int | None, option: str) -> Iterator[Any]:
+    """The records of a Hugging Face dataset, ``owner/name:configuration:split``, as they arrive.
+
+    Args:
+        seed: of a shuffle within 10,000 records; None leaves them in their order.
+
+    Raises:
+        PyPruneError: it cannot be opened, or the package is missing.
+    """
     try:
         import datasets
     except ImportError:
@@ -225,7 +238,7 @@ def _read_dataset(source: str, field: str, seed: int | None, option: str) -> Ite
             "Check the path, or the dataset's name and the network; write owner/name:configuration:split.",
         ) from None  # fmt: skip
     while first is not None:
-        yield _field_of(first, field, source, option)
+        yield first
         first = next(iterator, None)
 
 

@@ -192,11 +192,15 @@ class Taps:
             del self._names[id(p)]
             self._stacked.pop(p.untyped_storage().data_ptr(), None)
 
-    def hold_all(self) -> None:
-        """Spend nothing before a backward pass is over, and forget what was held: behind :class:`UsedAgain`."""
-        self._hold_all = True
+    def begin(self, collector: Collector) -> None:
+        """Sums go there from now on; what a backward pass that was broken off left here is forgotten."""
+        self.collector = collector
         self._held, self._held_biases = {}, {}
         self._spent.clear()
+
+    def hold_all(self) -> None:
+        """Spend nothing before a backward pass is over: behind :class:`UsedAgain`."""
+        self._hold_all = True
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def find(self, weight: Any) -> Key | None:

@@ -84,6 +84,11 @@ def _not_finite(where: str, what: str) -> PyPruneError:
     return PyPruneError("model", where, f"{what} with NaN or infinity", hint)
 
 
+def _added_up(p: Tensor) -> Tensor:
+    """Running sums along the last dimension, the same bits every time, which a GPU does not promise."""
+    return p.cpu().cumsum(-1).to(p.device)
+
+
 @torch.no_grad()
 def _drawn_seed(logits: Tensor, random: torch.Generator) -> Tensor:
     """The gradient of the summed loss of labels that are drawn from logits [tokens, vocabulary]."""
@@ -91,7 +96,7 @@ def _drawn_seed(logits: Tensor, random: torch.Generator) -> Tensor:
     for piece in pieces(logits):
         p = piece.softmax(-1, dtype=torch.promote_types(piece.dtype, torch.float32))
         level = torch.rand(len(p), 1, generator=random).to(p)
-        labels = (p.cumsum(-1) < level).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
+        labels = (_added_up(p) < level).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
         seed[row : row + len(p)] = p.scatter_add_(1, labels, p.new_full((), -1.0).expand_as(labels))
         row += len(p)
     return seed

@@ -18,6 +18,7 @@ from pyprune import ops
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import Call, NotSweepable, find_blocks, intercepted, like, stream_of
 from pyprune.importance.inputs import InputTaps, Use
+from pyprune.importance.modes import as_written, evaluating
 from pyprune.importance.rehearsal import plan_sweep
 from pyprune.importance.steps import Forward, Step
 from pyprune.importance.taps import experts_one_by_one
@@ -163,19 +164,17 @@ class Walk:
 @contextmanager
 def walking(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, no gradients, stacked experts one by one; everything back as it was afterwards."""
-    training = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(experts_one_by_one(model, parameters))
         stack.enter_context(ops.fast_products())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(as_written())
         try:
-            model.eval()
             model.requires_grad_(False)
             yield
         finally:
-            for module, mode in training:
-                module.training = mode
             for p, flag in wanted:
                 p.requires_grad_(flag)
 

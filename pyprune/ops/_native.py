@@ -70,6 +70,8 @@ def cuda_problem(index: int) -> str:
     """
     try:
         _try_cuda(index)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the kernels
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
         log.warning("the CUDA kernels do not run on GPU %d, PyTorch computes in their place: %s", index, problem)

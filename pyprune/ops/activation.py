@@ -33,7 +33,7 @@ def activation_salience(
     the tensor cores and spends them in registers, on CPUs with AVX2 or AVX-512 one forms blocks of them within the
     caches; elsewhere rows are taken in blocks of about :data:`BLOCK_BYTES`.
 
-    Samples of unequal length are padded: a token whose ``dy`` is zero adds nothing.
+    Samples of unequal length are padded: a token whose ``dy`` is zero adds nothing, where its ``x`` is finite.
 
     Args:
         x: inputs of the layer [samples, tokens, in], in any strides.

@@ -71,7 +71,7 @@ def channel_dots(a: Tensor, b: Tensor, samples: int | None = None) -> Tensor:
         samples = a.shape[0]
     else:
         rows = a.shape[:-1].numel()
-        if samples < 1 or rows % samples:
+        if not isinstance(samples, int) or samples < 1 or rows % samples:
             raise PyPruneError("samples", samples, f"does not divide the {rows} rows of a {list(a.shape)} tensor")
         a, b = (t.reshape(samples, rows // samples, t.shape[-1]) for t in (a, b))
     with torch.no_grad():

@@ -77,7 +77,11 @@ def _kept(
     _check.dimensions(f"tensors[{i}]", tensor)
     kept: dict[int, np.ndarray] = {}
     dims = tensor.dim()
+    if not isinstance(index, Mapping):
+        raise PyPruneError(f"indices[{i}]", type(index).__name__, "must be a mapping from dimensions to positions")
     for dim, positions in index.items():
+        if not isinstance(dim, int):
+            raise PyPruneError(f"indices[{i}]", dim, "names a dimension by something else than a whole number")
         if not -dims <= dim < dims:
             raise PyPruneError(f"indices[{i}][{dim}]", None, f"tensor {i} has {dims} dimensions only")
         # Coupled tensors are cut at the same positions, which often are one object.
@@ -96,7 +100,12 @@ def _kept(
 def _positions(option: str, positions: Any) -> tuple[np.ndarray, int, int, Any]:
     """A contiguous int64 array [n] with its smallest and largest entry (0 and -1 when it is empty), and ``positions``,
     which is kept alive so that its id stays its own."""
-    array = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
+    try:
+        array = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, tensors without values
+        raise PyPruneError(
+            option, type(positions).__name__, f"cannot be read: {error}", "Give whole numbers."
+        ) from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise PyPruneError(option, None, f"must be 1-D whole numbers, got {array.dtype} of shape {list(array.shape)}")
     if not array.size:

@@ -25,9 +25,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     Returns:
         [..., N].
+
+    Raises:
+        RuntimeError: PyTorch's, where the two do not fit.
     """
     with torch.no_grad():
-        if is_faster(a) and b.dtype == torch.float32 and a.dim() > 1 and a.numel() and b.numel():
+        if is_faster(a) and _fits(a, b, None):
             return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return linear(a, b)
 
@@ -48,6 +51,8 @@ class fast_products(TorchFunctionMode):
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Shapes and dtypes that oneDNN takes as they are; for anything else PyTorch has the answer or the error."""
     if x.dim() < 2 or not x.numel() or weight.dim() != 2 or not weight.numel() or weight.dtype != torch.float32:
+        return False
+    if weight.device != x.device:
         return False
     return x.shape[-1] == weight.shape[1] and (bias is None or bias.dtype == torch.float32)
 

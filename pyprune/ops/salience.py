@@ -130,12 +130,16 @@ def prepare_salience(
         formula, weights, grads, curvatures: as in :func:`salience`; columns must be neighbours in memory.
 
     Raises:
-        PyPruneError: what :func:`salience` refuses, and a tensor whose columns are no neighbours in memory.
+        PyPruneError: what :func:`salience` refuses, and a tensor whose columns are no neighbours in memory, or that is
+            negated by a mark (``Tensor.is_neg``).
     """
     lists = _checked(formula, weights, grads, curvatures)
     for option, values in zip(("weights", "grads", "curvatures"), lists, strict=True):
         for i, t in enumerate(values):
             _check.neighbouring_columns(f"{option}[{i}]", t)
+            if t.is_neg():
+                hint = "Call resolve_neg() first."
+                raise PyPruneError(f"{option}[{i}]", None, "is negated where it is read, not in memory", hint)
     return PreparedSalience(formula, *lists)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.modes import evaluating
 from pyprune.recovery.opened import MATRIX, close_narrow, open_narrow
 from pyprune.surgery.decoder import layers_path
 from pyprune.surgery.narrow import NarrowLinear
@@ -95,12 +96,14 @@ def adapted(model: nn.Module, lora: Lora, seed: int) -> Iterator[Any]:
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_short(paths, model),  # type: ignore[arg-type]
             bias="none", task_type="CAUSAL_LM",
         )  # fmt: skip
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        gpus = range(torch.cuda.device_count())
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=gpus):
             warnings.simplefilter("ignore")  # peft notes that a Conv1D's weight is transposed, which it sees to
             torch.manual_seed(seed)
             wrapped = get_peft_model(model, settings)
         try:
-            yield wrapped
+            with evaluating(model):  # until it is trained
+                yield wrapped
         finally:
             wrapped.unload()
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyprune.importance.modes import evaluating
 from pyprune.recovery.examples import Example
 
 IGNORED = -100  # label of a token that is not predicted, as in transformers
@@ -108,15 +109,12 @@ def isolates(model: nn.Module) -> bool:
     ids = torch.arange(3, 19, device=weight.device)[None] % vocabulary
     other = torch.cat([(ids[:, :7] + 1) % vocabulary, ids[:, 7:]], dim=1)
     places = torch.cat([torch.arange(7), torch.arange(9)])[None].to(weight.device)
-    training = model.training
-    model.eval()
     try:
-        first, second = (_logits(model, row, places)[:, 7:] for row in (ids, other))
-        alone = _logits(model, ids[:, 7:], None)
+        with evaluating(model):
+            first, second = (_logits(model, row, places)[:, 7:] for row in (ids, other))
+            alone = _logits(model, ids[:, 7:], None)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
-    finally:
-        model.train(training)
     tolerance = 1e-4 if first.dtype == torch.float32 else 5e-2
     same = torch.allclose(first, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max()))
     return same and torch.equal(first, second)

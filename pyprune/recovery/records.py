@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.sources import open_dataset
 
 TEXT, JSON, LINES = (".txt", ".txt.gz"), (".json", ".json.gz"), (".jsonl", ".jsonl.gz")
 HINT = "Give .jsonl, .json or .txt files (.gz too), or Hugging Face dataset names as owner/name:configuration:split."
@@ -134,24 +135,5 @@ def _read(source: str, option: str) -> str:
 
 
 def _dataset(source: str, seed: int, option: str) -> Iterator[tuple[Any, str]]:
-    try:
-        import datasets
-    except ImportError:
-        problem = "is no file, and Hugging Face datasets need the package 'datasets'"
-        raise PyPruneError(option, source, problem, "Check the path, or pip install 'pyprune[recovery]'.") from None
-    name, configuration, split = (*source.split(":"), "", "")[:3]
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        rows = iter(rows.shuffle(seed=seed, buffer_size=10_000))
-        first = next(rows, None)
-    except Exception as error:  # network, hub and builder errors are of many unrelated kinds
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise PyPruneError(
-            option, source, f"is neither a file nor a dataset that can be opened: {line}",
-            "Check the path, or the dataset's name and the network; write owner/name:configuration:split.",
-        ) from None  # fmt: skip
-    number = 0
-    while first is not None:
-        number += 1
-        yield first, f"{source} (record {number})"
-        first = next(rows, None)
+    for number, record in enumerate(open_dataset(source, seed, option), 1):
+        yield record, f"{source} (record {number})"

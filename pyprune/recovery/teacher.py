@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from pyprune.errors import PyPruneError
+from pyprune.files import whole_file
 from pyprune.recovery.loss import Answers, teacher_answers
 from pyprune.recovery.packing import Row, collate
 
@@ -80,14 +80,11 @@ class Teacher:
         """The file appears whole or not at all."""
         from safetensors.torch import save_file
 
-        work = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"tokens": answers.tokens.contiguous(), "log_probs": answers.log_probs.contiguous()}, work)
-            os.replace(work, file)
+            with whole_file(file) as work:
+                save_file({"tokens": answers.tokens.contiguous(), "log_probs": answers.log_probs.contiguous()}, work)
         except Exception as error:  # the system's, or safetensors' own for a full disk
-            with suppress(OSError):
-                work.unlink()
             reason = getattr(error, "strerror", None) or str(error)
             problem = f"cannot be written: {reason}"
             raise PyPruneError("distill_cache", str(self.folder.parent), problem, "Free some space.") from error

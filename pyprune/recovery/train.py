@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pyprune import progress
 from pyprune.errors import PyPruneError
 from pyprune.importance.losses import OVERFLOW
+from pyprune.importance.modes import evaluating
 from pyprune.recovery import adapter
 from pyprune.recovery.loss import teacher_loss, text_loss
 from pyprune.recovery.packing import Row, collate
@@ -31,6 +32,7 @@ from pyprune.recovery.unfinished import Checkpoint, History, Unfinished
 VALIDATIONS = 10  # in a run, when nothing else is said
 VALIDATION_SHARE = 0.1  # of the time that a run may take, at most
 ONE_VALIDATION = 0.03  # of that time, at most
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
 SAVE_SECONDS = 600  # between two checkpoints at most
 
 
@@ -141,11 +143,9 @@ class Trainer:
 
     @torch.no_grad()
     def _nll(self, rows: Sequence[Row]) -> float:
-        training = self.model.training
-        self.model.eval()
         size = 2 * self.settings.micro_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        try:
+        with evaluating(self.model):
             for batch in _batches(self._mine(rows), size):
                 inputs = collate(batch, self.positions, self.device)
                 labels = inputs.pop("labels")
@@ -153,8 +153,6 @@ class Trainer:
                     logits = self.model(**inputs, use_cache=False).logits
                 sums[0] += text_loss(logits, labels).double()
                 sums[1] += sum(row.learned for row in batch)
-        finally:
-            self.model.train(training)
         total = self.processes.total(sums)
         return float(total[0] / total[1])
 
@@ -302,18 +300,17 @@ class Trainer:
         self.history.seconds = self.pace.seconds()
         averages: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
-            held = self.optimizer.state[p]
-            averages |= {f"{key}.{name}": held[key] for key in ("exp_avg", "exp_avg_sq")}
+            held = self.optimizer.state.get(p, {})  # nothing for what no gradient has reached
+            averages |= {f"{key}.{name}": held[key] for key in ADAM if key in held}
         self.unfinished.save(Checkpoint(self.history, self.parameters, averages, self.best))
 
     def _restore(self, moment: Checkpoint) -> None:
         self.history, self.best = moment.history, dict(moment.best)
         adapter.put(self.model, moment.adapter)
         for name, p in self.parameters.items():
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(self.history.step)),
-                **{k: moment.optimizer[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")},
-            }
+            held = {k: moment.optimizer[f"{k}.{name}"] for k in ADAM if f"{k}.{name}" in moment.optimizer}
+            if held:
+                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in held.items()}
         self.pace.start(self.history.seconds)
         self._saved_at = self.history.seconds
 

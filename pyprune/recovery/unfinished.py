@@ -56,7 +56,13 @@ class History:
 
 @dataclass
 class Checkpoint:
-    """A moment of a training: adapter, Adam's averages (``exp_avg.NAME``, ``exp_avg_sq.NAME``), the best adapter."""
+    """A moment of a training.
+
+    Attributes:
+        adapter: its matrices.
+        optimizer: Adam's ``step.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, of those that a gradient has reached.
+        best: the best adapter so far.
+    """
 
     history: History
     adapter: Tensors

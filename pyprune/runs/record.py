@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pyprune.checkpoint.atomic import lock as lock_file
 from pyprune.errors import PyPruneError
+from pyprune.files import lock, write_text
 
 FILE = "run.json"
 LOCK = ".run.lock"
@@ -45,9 +44,6 @@ class Entry:
     seconds: float = 0.0
     result: str = ""
 
-    def same_request(self, other: Entry) -> bool:
-        return (self.options, self.version, self.inputs) == (other.options, other.version, other.inputs)
-
 
 class Record:
     """The entries of a work folder, stage by stage.
@@ -69,20 +65,12 @@ class Record:
 
 def write_json(path: Path, data: Any) -> None:
     """A JSON file that appears complete or not at all, and is on the disk when this returns."""
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with work.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(work, path)
+        write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise PyPruneError(
             "output_dir", str(path), f"cannot be written: {error.strerror}", "Free some space."
         ) from error
-    finally:
-        with suppress(OSError):
-            work.unlink()
 
 
 @contextmanager
@@ -94,11 +82,11 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise PyPruneError("output_dir", str(folder), f"cannot be made: {error.strerror}", "Name a folder.") from None
-    with lock:
-        if not lock_file(lock):
+    with file:
+        if not lock(file):
             raise PyPruneError("output_dir", str(folder), "another run works in it", "Wait, or name another folder.")
         yield
 

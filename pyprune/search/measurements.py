@@ -7,8 +7,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from pyprune.importance.cache import keep_file
 from pyprune.search.evolution import Measure
-from pyprune.search.state import write_json
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Remembered:
 
     def _save(self) -> None:
         named = {"format": FORMAT, "version": VERSION, "fingerprint": self._fingerprint}
-        write_json(self._file, {**named, "totals": self._known}, "cache")
+        text = json.dumps({**named, "totals": self._known})
+        keep_file(self._file, lambda work: work.write_text(text, encoding="utf-8"), "the measurements are not kept")
 
     def _read(self) -> dict[str, float]:
         try:

@@ -27,6 +27,7 @@ from pyprune.importance.calibration import (
     load_calibration,
     take,
 )
+from pyprune.importance.modes import in_memory
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
 from pyprune.search.curves import BROKEN, allocate_by_curves, measure_curves
@@ -138,6 +139,7 @@ def search_plan(
     ):
         if value not in known:
             raise unknown_name(option, value, known)
+    model = in_memory(model)
     calibration = load_calibration(batches)
     check_samples(calibration)
     check_vocabulary(calibration, model)
@@ -259,7 +261,6 @@ class _Searcher:
             measure: Measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             if self.cache is not None:
                 of = fingerprint(self.model, self._settings(groups, orders, budget, seeds))
-                self.cache.mkdir(parents=True, exist_ok=True)
                 measure = Remembered(measure, self.cache / f"measured-{of[:32]}.json", of)
             best, found = descend(moves, measure, seeds, _anchor(seeds))
         self.reports.append({**found, **self._protocol(fitness, sites, fit)})

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyprune.errors import PyPruneError
-from pyprune.importance.cache import _NAMES, running_versions
+from pyprune.files import write_text
+from pyprune.importance.cache import fingerprint_of_model, running_versions
+from pyprune.importance.fingerprint import fingerprint as fingerprint_of
 
 FORMAT = "pyprune-search"
 VERSION = 1
-SAMPLED = 4096  # elements of each tensor that a model's fingerprint reads
 
 
 @dataclass
@@ -76,16 +72,9 @@ def write_json(file: Path, data: Any, option: str) -> None:
     Raises:
         PyPruneError: it cannot be written; ``option`` is what the user named it by.
     """
-    work = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with work.open("w", encoding="utf-8") as out:
-            json.dump(data, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(work, file)
+        write_text(file, json.dumps(data))
     except OSError as error:
-        with suppress(OSError):
-            work.unlink()
         hint = "Name a file in a folder that can be written, on a disk with room."
         raise PyPruneError(option, str(file), f"cannot be written: {error.strerror}", hint) from error
 
@@ -117,32 +106,5 @@ def load_state(file: Path | None, fingerprint: str, overwrite: bool = False) -> 
 
 
 def fingerprint(model: nn.Module, values: Any) -> str:
-    """SHA-256 over the model's class, configuration and tensors (names, shapes, some of the elements), the versions
-    that run, and nested plain values and tensors."""
-    digest = hashlib.sha256()
-    given: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
-    config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
-    _feed(digest, [type(model).__name__, config, running_versions()])
-    for name, p in (*model.named_parameters(), *model.named_buffers()):  # a state dict lacks some of the buffers
-        flat = p.detach().reshape(-1)
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64)
-        _feed(digest, [name, list(p.shape), str(p.dtype), flat[places.long().to(flat.device)]])
-    _feed(digest, values)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{value.dtype}{list(value.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for name in sorted(value):
-            digest.update(f"{name}=".encode())
-            _feed(digest, value[name])
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        digest.update(f"[{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(f"{value!r};".encode())
+    """SHA-256 over the model, the versions that run, and nested plain values and tensors."""
+    return fingerprint_of([fingerprint_of_model(model), running_versions(), values])

@@ -39,6 +39,8 @@ def widths_by_role(groups: Groups, plan: Plan, roles: Iterable[str]) -> dict[str
     for role in roles:
         present = [g for g in groups if g.role == role and not (gone and (g.module + ".").startswith(gone))]
         kept = [width.get(g.name, g.units) for g in present]
+        if not kept:
+            continue
         if len(set(kept)) == 1:
             out[role] = kept[0]
             continue

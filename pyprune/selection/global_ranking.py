@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pyprune.discovery.groups import Group
-from pyprune.selection.allocation import Budget, nearest, register
+from pyprune.selection.allocation import Budget, last_at_least, nearest, register
 
 # Fractions that stay in every group unless the user says otherwise. Heads and layers keep at least one; a router needs
 # several experts to choose from.
@@ -28,7 +28,8 @@ def global_ranking(groups: Sequence[Group], scores: Mapping[str, np.ndarray], bu
 def remove_lowest(groups: Sequence[Group], values: Sequence[np.ndarray], budget: Budget) -> dict[str, int]:
     """Widths when units go in the order of ``values``, one ascending array [units] a group, until the size is met.
 
-    Of equal values those go first whose group has lost the smaller part; then the earlier group.
+    Of equal values those go first whose group has lost the smaller part; then the earlier group. What is left of the
+    size where the next unit is too large goes in the same order, of the finest units alone.
     """
     removable = [g.units - budget.limits[g.name].least for g in groups]
     owner = np.repeat(np.arange(len(groups)), removable)
@@ -36,11 +37,19 @@ def remove_lowest(groups: Sequence[Group], values: Sequence[np.ndarray], budget:
     lost = np.concatenate([np.arange(1, n + 1) / g.units for g, n in zip(groups, removable, strict=True)])
     ranked = owner[np.lexsort((lost, value))]
 
-    def widths(n: int) -> dict[str, int]:
-        gone = np.bincount(ranked[:n], minlength=len(groups)).tolist()
-        return {g.name: budget.limits[g.name].nearest(g.units - k) for g, k in zip(groups, gone, strict=True)}
+    def widths(gone: np.ndarray) -> dict[str, int]:
+        counts = np.bincount(gone, minlength=len(groups)).tolist()
+        return {g.name: budget.limits[g.name].nearest(g.units - k) for g, k in zip(groups, counts, strict=True)}
 
-    return widths(nearest(len(ranked), lambda n: budget.count(widths(n)), budget.target))
+    def count(gone: np.ndarray) -> int:
+        return budget.count(widths(gone))
+
+    steps = np.array([budget.cost[g.name] * budget.limits[g.name].step for g in groups])
+    first = last_at_least(len(ranked), lambda n: count(ranked[:n]), budget.target)
+    rest = ranked[first:][(steps == steps.min())[ranked[first:]]]
+    more = nearest(len(rest), lambda n: count(np.append(ranked[:first], rest[:n])), budget.target)
+    ways = (np.append(ranked[:first], rest[:more]), ranked[: first + 1])
+    return widths(min(ways, key=lambda gone: abs(count(gone) - budget.target)))
 
 
 def comparable(groups: Sequence[Group], scores: Mapping[str, np.ndarray], cost: Mapping[str, int]) -> list[np.ndarray]:

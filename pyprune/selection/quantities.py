@@ -6,8 +6,7 @@ The counts are read off the model while it runs on a few tokens, so that nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -21,6 +20,7 @@ from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.arithmetic import macs
 from pyprune.importance.inputs import InputTaps
+from pyprune.importance.modes import as_written, evaluating, in_memory
 from pyprune.importance.steps import Forward, Step
 from pyprune.importance.walk import walking
 
@@ -96,6 +96,7 @@ def measure_budget(model: nn.Module, groups: Groups, budget: str, *, length: int
         raise PyPruneError("budget_length", length, "is no number of tokens", "Give at least 1.")
     if budget == "parameters":
         return budget
+    model = in_memory(model)
     return _macs(model, groups) if budget == "macs" else _memory(model, groups, LENGTH if length is None else length)
 
 
@@ -105,7 +106,7 @@ def _macs(model: nn.Module, groups: Groups) -> Quantity:
     ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % 2
     with walking(model, matrices), torch.no_grad(), InputTaps(matrices, tokens) as taps:
         Forward(model)(Step({"input_ids": ids}, ids))
-    with _evaluating(model):
+    with evaluating(model), as_written(), torch.no_grad():
         counted, _ = macs(model, TOKENS)  # knows products of every kind, but not of whose matrix, nor grouped ones
     rows: dict[str, int] = {}
     for use in taps.uses:
@@ -140,22 +141,11 @@ def _memory(model: nn.Module, groups: Groups, length: int) -> Quantity:
     return Quantity("memory", "bytes", weights, tuple(terms), apart, length)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def _cached(model: nn.Module) -> list[tuple[int, torch.Tensor, torch.Tensor, int | None]]:
     """(layer, keys and values [1, heads, tokens, size], window) of every layer that caches."""
     ids = torch.zeros(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with _evaluating(model):
+        with evaluating(model), torch.no_grad():
             cache: Any = cache_of(model(input_ids=ids, use_cache=True))
     except (AttributeError, TypeError):
         cache = None

@@ -51,8 +51,8 @@ def select(
     Args:
         groups: the model's groups.
         scores: group name -> scores [outer, units], higher is more important; finite.
-        ratio: fraction of the model's parameters that is gone afterwards, in [0, 1). Reached within one unit (under
-            ``uniform``: one unit in every layer), or as nearly as ``round_to`` allows.
+        ratio: fraction of the model's parameters that is gone afterwards, in [0, 1). Reached within one unit of the
+            finest role (under ``uniform`` and the schedules: one in every layer), or as nearly as ``round_to`` allows.
         target_params: parameters left afterwards: an integer, ``"108M"``, ``"5.4B"``.
         widths: role -> what each layer keeps, as a number of units (int) or a fraction of them (float). An allocation
             that gives layers different widths takes it as the mean over the layers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import warnings
 from pathlib import Path
@@ -17,8 +18,11 @@ from pyprune.config import PruneConfig
 from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
+from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
+from pyprune.files import PARTIAL
 from pyprune.importance.blocks import NotSweepable, find_blocks
+from pyprune.importance.cache import own_code
 from pyprune.importance.calibration import Calibration, load_calibration
 from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.registry import get_criterion
@@ -205,7 +209,7 @@ def _calibration(recipe: PruneConfig, tokenizer: Any, model: Any) -> Calibration
     asked = recipe.calibration
     found = load_calibration(
         asked.calibration, tokenizer, samples=asked.samples, length=asked.length, batch_size=asked.batch_size,
-        seed=asked.seed, field=asked.text_field, longest=preflight.positions(model), bos=asked.bos,
+        seed=asked.seed, field=asked.text_field, longest=known_positions(model), bos=asked.bos,
     )  # fmt: skip
     preflight.check_length("length", found.length, model)
     return found
@@ -236,11 +240,11 @@ def _settings(
         "files of the model": fingerprint([files, disk.model.config.to_dict()]),
         "calibration": None if batches is None else fingerprint(list(batches.batches)),
         "scores_file": None if ready is None else fingerprint(ready.by_group),
-        "versions": versions(),
+        "versions": {**versions(), "code of pyprune": own_code()},
     }
 
 
 def _remove_orphans(target: Path) -> None:
     """What a process left that was killed while it saved; the workspace's lock says that it is gone."""
-    for path in target.parent.glob(f".{target.name}.????????.partial"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.????????{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)

@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyprune.checkpoint.atomic import lock as lock_file
 from pyprune.errors import PyPruneError
+from pyprune.files import PARTIAL, lock, sync_file
 
 SETTINGS = "settings.json"
 _LOCK = "lock"
@@ -44,7 +44,7 @@ class Workspace:
         self._made = [p for p in self.path.parents if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("a")
-        if not lock_file(self._lock):
+        if not lock(self._lock) or not self._locked():
             self._lock.close()
             raise PyPruneError("output_dir", str(output), f"is being made by another process ({self.path})", "Wait.")
         try:
@@ -68,7 +68,7 @@ class Workspace:
         """Write ``name`` (a path below the folder, without extension) as safetensors."""
         target = self.file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = target.with_suffix(".partial")
+        work = target.with_suffix(PARTIAL)
         save_file({k: t.detach().contiguous() for k, t in tensors.items()}, work, metadata=metadata)
         put(work, target)
 
@@ -108,11 +108,20 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove all of it, parents included that were made for it and hold nothing else."""
+        gone = self.path.with_name(f"{self.path.name}.{os.getpid()}.old")
+        with suppress(OSError):  # all of it at once: another process must not take up what is on its way out
+            os.rename(self.path, gone)
+        shutil.rmtree(gone if gone.exists() else self.path, ignore_errors=True)
         self._lock.close()
-        shutil.rmtree(self.path, ignore_errors=True)
         for parent in self._made:
             with suppress(OSError):
                 parent.rmdir()
+
+    def _locked(self) -> bool:
+        """Whether the lock is still in the folder, which another process may have removed before it let go of it."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._lock.fileno()), (self.path / _LOCK).stat())
+        return False
 
     def _settings(self) -> dict[str, Any] | None:
         try:
@@ -131,7 +140,7 @@ class Workspace:
     def _write_text(self, name: str, text: str) -> None:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = target.with_name(target.name + ".partial")
+        work = target.with_name(target.name + PARTIAL)
         work.write_text(text, encoding="utf-8")
         put(work, target)
 
@@ -143,11 +152,7 @@ def workspace_path(output: Path) -> Path:
 
 def put(work: Path, target: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk."""
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(work)
     os.replace(work, target)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pyprune.discovery.run import unwrap
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
 from pyprune.surgery import skip
@@ -46,7 +47,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         PyPruneError: when the class cannot have the planned shapes, the plan is for another model, or the model
             carries what cannot be pruned (adapters, quantised weights, hooks, a compiled wrapper).
     """
-    model = _unwrapped(model)
+    model = unwrap(model)
     _refuse(model)
     tensors = Tensors.of(model)
     _check_plan(plan, tensors)
@@ -81,11 +82,6 @@ def notice(groups: tuple[str, ...], config: str, how: str) -> str:
     return f"No {config} expresses the cuts of {shown}: their {how}, for pyprune.load and profile hetero-hf."
 
 
-def _unwrapped(model: Any) -> Any:
-    """The module inside ``torch.compile``'s wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
 def _refuse(model: Any) -> None:
     from transformers import PreTrainedModel
 
@@ -97,15 +93,24 @@ def _refuse(model: Any) -> None:
         raise PyPruneError("model", name, "has quantised weights", "Load it in bfloat16 or float32 and prune that.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise PyPruneError("model", name, "carries an adapter", "Merge or delete the adapter first.")
+    hint = "Remove them and add them again after."
+    for path, parameter in model.named_parameters():
+        hooks = _gradient_hooks(parameter)
+        if hooks:
+            raise PyPruneError("model", path, f"has {hooks} hooks on its gradient, which would be lost", hint)
     for path, module in model.named_modules():
         hooks = _users_hooks(module)
         if hooks:
-            hint = "Remove them and add them again after."
             raise PyPruneError("model", path or name, f"has {hooks} hooks, which would be lost", hint)
         if hasattr(module, "_hf_hook"):
             raise PyPruneError(
                 "model", path or name, "is spread over devices by accelerate", "Load it on one device (no device_map)."
             )
+
+
+def _gradient_hooks(parameter: torch.Tensor) -> int:
+    """Hooks on a parameter's gradient that somebody added."""
+    return len(parameter._backward_hooks or ()) + len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
 
 
 def _users_hooks(module: Any) -> int:

@@ -4,8 +4,6 @@ Removed layers hand on the stream that enters them, removed sub-blocks give zero
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from pyprune.caching import cache_argument, cache_of
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import NotSweepable
 from pyprune.importance.depth import silenced, without_layers
+from pyprune.importance.modes import as_written, evaluating
 from pyprune.selection.plan import Plan
 from pyprune.surgery.decoder import text_config
 
@@ -70,9 +69,11 @@ def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
 
 
 def logits(model: Any) -> Tensor:
-    """Logits of fixed random tokens, without dropout: float32 [1, TOKENS, vocabulary] on the CPU."""
-    with _evaluating(model), torch.no_grad():
-        out: Tensor = model(input_ids=_tokens(model), use_cache=False).logits
+    """Logits of fixed random tokens, without dropout: float32 [1, TOKENS, vocabulary] on the CPU; of a model without a
+    head its last hidden states."""
+    with evaluating(model), as_written(), torch.no_grad():
+        found = model(input_ids=_tokens(model), use_cache=False)
+        out: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
     return out.float().cpu() if out.dtype != torch.float64 else out.cpu()
 
 
@@ -84,7 +85,7 @@ def _tokens(model: Any) -> Tensor:
 def compare_cached(model: Any, dtype: torch.dtype) -> None:
     """Raises PyPruneError when a token's logits behind a KV cache are not those without one."""
     tokens = _tokens(model)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), as_written(), torch.no_grad():
         past = {cache_argument(model): cache_of(model(input_ids=tokens[:, :-1], use_cache=True))}
         behind = model(input_ids=tokens[:, -1:], use_cache=True, **past).logits[:, -1].cpu()
     plain = logits(model)[:, -1]
@@ -109,10 +110,12 @@ def run(model: Any) -> Tensor:
 def compare(masked: Tensor, model: Any, dtype: torch.dtype) -> None:
     """Raises PyPruneError when ``model`` does not run, or its logits differ from ``masked`` by more than rounding."""
     sliced = run(model)
-    finite = bool(torch.isfinite(masked).all())
-    scale = max(1.0, float(masked.abs().max())) if finite else 1.0
-    difference = float((masked - sliced).abs().max())
-    if finite and not difference <= TOLERANCE.get(dtype, COARSE) * scale:
+    there = masked.isfinite()  # a vocabulary may be masked by infinities
+    if not bool(there.any()):
+        return
+    scale = max(1.0, float(masked[there].abs().max()))
+    difference = float((masked[there] - sliced[there]).abs().max())
+    if not difference <= TOLERANCE.get(dtype, COARSE) * scale:
         raise PyPruneError(
             "plan",
             None,
@@ -120,14 +123,3 @@ def compare(masked: Tensor, model: Any, dtype: torch.dtype) -> None:
             f"random tokens, the largest is {scale:.3g})",
             "A removed size enters this model's arithmetic elsewhere; please report the model class.",
         )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

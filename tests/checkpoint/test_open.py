@@ -324,3 +324,31 @@ def test_the_decoder_of_a_model_with_several_towers_opens_alone(tmp_path):
     model = Emu3ForCausalLM(Emu3TextConfig(**sizes, num_key_value_heads=2, vocab_size=128, pad_token_id=0)).eval()
     save(model, None, tmp_path / "saved")
     assert torch.equal(h.logits(load(tmp_path / "saved")), h.logits(model))
+
+
+def test_code_that_comes_with_a_model_is_that_of_the_revision(monkeypatch) -> None:
+    import transformers
+    from transformers import dynamic_module_utils
+
+    class Asked(Exception):
+        pass
+
+    def code(*given, **more):
+        raise Asked(given, more)
+
+    config = transformers.PretrainedConfig()
+    config.auto_map = {"AutoModelForCausalLM": "modeling.Odd"}
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr(dynamic_module_utils, "get_class_from_dynamic_module", code)
+    with pytest.raises(Asked) as asked:
+        open_model("owner/odd", trust_remote_code=True, revision="abc")
+    assert asked.value.args == (("modeling.Odd", "owner/odd"), {"revision": "abc"})
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_an_index_of_weights_that_says_something_else_is_named(tmp_path, text):
+    save(h.tiny("llama"), None, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(PyPruneError, match=r"model\.safetensors\.index\.json.*which file holds which weight"):
+        load(tmp_path / "m")

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers_fresh import pyprune_fresh
@@ -177,7 +178,8 @@ def test_an_interrupt_while_saving_leaves_what_was_there(
     call, place, monkeypatch, number: int, status: int, word: str
 ) -> None:
     (place / "out").mkdir()
-    (place / "out" / "precious").write_text("data")
+    for name in ("config.json", "precious"):
+        (place / "out" / name).write_text("data")
     before = place.files()
     monkeypatch.setattr("pyprune.checkpoint.atomic.sync", lambda folder: os.kill(os.getpid(), number))
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs behind them without it
@@ -269,3 +271,29 @@ def test_the_status_of_the_process_is_2(place) -> None:
     assert (ended.status, ended.out) == (2, "")
     problem = "error: --ratio 1.2: must be at least 0 and below 1."
     assert ended.err == f"{problem} Give the fraction of parameters to remove, as 0.2.\n"
+
+
+@pytest.mark.parametrize(("option", "more"), [("cache", ()), ("search_file", ("--allocation", "search"))])
+def test_what_is_kept_in_the_output_folder(call, place, option: str, more: tuple[str, ...]) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--criterion", "wanda", *more, f"--{option}", "out/kept")
+    assert f"--{option} 'out/kept': lies in the output folder, out" in line
+
+
+def test_a_model_in_the_output_folder(call, place) -> None:
+    shutil.copytree(place / "model", place / "model/inner")
+    ended = call("prune", "model/inner", "--ratio", "0.2", "--criterion", "l2", "--output_dir", "model", "--overwrite")
+    assert ended.status == 2 and "lies in the output folder, model" in ended.err
+    assert (place / "model/inner/config.json").exists()
+
+
+def test_token_ids_of_another_tokenizer(call, place) -> None:
+    np.save(place / "big.npy", np.full((6, 16), 3000))
+    line = refused(call, place, "prune", "model", "--ratio", "0.1", "--calibration", "big.npy")
+    assert "holds token id 3000, and the model's vocabulary has" in line
+
+
+def test_a_configuration_with_an_unknown_activation(call, place) -> None:
+    file = place / "model/config.json"
+    file.write_text(file.read_text().replace('"silu"', '"nonsense"'))
+    line = refused(call, place, *PRUNE, "--ratio", "0.2")
+    assert "cannot be opened: KeyError: 'nonsense'" in line

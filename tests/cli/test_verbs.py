@@ -191,7 +191,8 @@ def test_pruning_a_pruned_model_again(call, place) -> None:
 
 def test_overwrite_replaces_the_folder_and_only_then(call, place) -> None:
     (place / "out").mkdir()
-    (place / "out" / "old").write_text("")
+    for name in ("config.json", "old"):
+        (place / "out" / name).write_text("{}")
     ended = call("prune", "model", "--criterion", "l2", "--ratio", "0.2", "--output_dir", "out", "--overwrite")
     assert ended.status == 0, ended.err
     assert not (place / "out" / "old").exists() and (place / "out" / "config.json").exists()

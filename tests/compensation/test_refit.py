@@ -135,3 +135,21 @@ def test_separate_targets_are_taken_as_far_as_the_held_out_error_agrees() -> Non
     noise = torch.randn(300, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 50
     found = refit(WEIGHT, KEPT, sums(x, target=x @ WEIGHT.t() + noise), sums(held, target=held @ WEIGHT.t()))
     assert found.blend < 1.0
+
+
+def test_weights_that_their_type_has_no_room_for_are_not_chosen() -> None:
+    x, held = correlated(100, 12), correlated(50, 12, seed=1)
+    small = x.clone()
+    free, bound = (
+        refit(WEIGHT, KEPT, sums(x), sums(held)),
+        refit(WEIGHT, KEPT, sums(x), sums(held), dtype=torch.float16),
+    )
+    assert bound.penalty == free.penalty and torch.equal(bound.weight, free.weight)
+    for rows in (small, held := held.clone()):
+        rows[:, KEPT] *= 1e-7  # what is left would have to be multiplied by ten millions
+    free, bound = (
+        refit(WEIGHT, KEPT, sums(small), sums(held)),
+        refit(WEIGHT, KEPT, sums(small), sums(held), dtype=torch.float16),
+    )
+    assert free.penalty is not None and not bool(free.weight.half().isfinite().all())
+    assert bool(bound.weight.half().isfinite().all()) and bound.after <= bound.before

@@ -351,3 +351,21 @@ def test_experts_that_the_first_sample_does_not_reach_are_refitted_too() -> None
     plan = select(groups, score(model, groups, batches, "l2"), 0.2, roles=roles)
     done = compensate(model, plan, batches)
     assert len(done.matrices) == len(plan.cuts) == 12 and not done.notes
+
+
+@pytest.mark.parametrize("mode", ["least-squares", "obs"])
+def test_no_refit_of_half_precision_overflows(mode: str) -> None:
+    """In the last layer half of the channels are weak copies of the others, which go: ten thousands would make up."""
+    model = tiny_llama(num_hidden_layers=2)
+    ffn = model.model.layers[1].mlp
+    half = ffn.up_proj.weight.shape[0] // 2
+    with torch.no_grad():
+        for matrix in (ffn.gate_proj, ffn.up_proj):
+            matrix.weight.copy_(matrix.weight[:1].clone())
+        ffn.up_proj.weight[:half] *= 600
+        ffn.up_proj.weight[half:] *= 1e-3
+        ffn.down_proj.weight[:, half:] *= 1000
+    out = pyprune.prune(
+        model.half(), widths={"ffn": half}, criterion="l1", compensation=mode, calibration=ids(), method="plain"
+    )
+    assert all(bool(p.isfinite().all()) for p in out.model.parameters())

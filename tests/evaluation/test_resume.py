@@ -102,8 +102,20 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     lines = file.read_text().splitlines()
     lines[2] = lines[2][:20]
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(PyPruneError, match="line 3 is damaged"):
-        Store(file, model())
+    with pytest.raises(PyPruneError, match="line 3 is damaged"), Store(file, model()):
+        pass
+
+
+def test_a_file_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    file, one = tmp_path / "r.jsonl", model()
+    with Store(file, one):
+        with open(file, "a") as other:
+            other.write('{"key": "unfin')
+        with pytest.raises(PyPruneError, match="is being written by another process"), Store(file, one):
+            pass
+        assert file.read_text().endswith("unfin")
+    with Store(file, one):
+        assert file.read_text().endswith("}\n")
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

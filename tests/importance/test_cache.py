@@ -12,6 +12,7 @@ from helpers_run import tiny_llama
 import pyprune
 from pyprune.errors import PyPruneError
 from pyprune.importance import cache
+from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.scores import Scores
 from pyprune.importance.steps import Forward
 
@@ -172,3 +173,19 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(PyPruneError, match="cannot be a folder"):
             prune(folder)
+
+
+def test_scores_that_other_code_made_are_made_again(tmp_path, passes, monkeypatch) -> None:
+    prune(tmp_path)
+    passes.clear()
+    monkeypatch.setattr(cache, "own_code", lambda: "mended")
+    prune(tmp_path)
+    assert passes
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [([1, 23], [12, 3]), ({"a": {}, "b": 1}, {"a": {"b": 1}}), (["ab"], ["a", "b"]), ([[1], 2], [[1, 2]]), (1, "1")],
+)
+def test_no_two_values_have_one_fingerprint(one, other) -> None:
+    assert fingerprint(one) == fingerprint(one) != fingerprint(other)

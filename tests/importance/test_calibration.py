@@ -460,3 +460,23 @@ def test_shorter_samples_of_the_first_tokens_begin_so_too(text: Path) -> None:
     assert [tuple(b["input_ids"].shape) for b in few] == [(1, 8), (1, 8), (1, 8), (1, 4)] * 3
     assert all(b["input_ids"][0, :2].tolist() == [99998, 9999] for b in few)
     assert torch.equal(torch.cat([b["input_ids"][0, 2:] for b in few]), rows(whole)[:, 2:].flatten())
+
+
+def test_batches_of_a_dataset_of_one_tensor_are_token_ids() -> None:
+    ids = torch.randint(0, 97, (6, 16))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=2)
+    assert torch.equal(torch.cat([b["input_ids"] for b in load_calibration(loader)]), ids)
+
+
+def test_a_mask_of_another_shape_is_refused_and_what_is_of_generation_left_out() -> None:
+    ids = torch.randint(0, 97, (6, 16))
+    with pytest.raises(PyPruneError, match=r"attention_mask of \[6, 15\] beside input_ids of \[6, 16\]"):
+        load_calibration([{"input_ids": ids, "attention_mask": torch.ones(6, 15)}])
+    (batch,) = load_calibration([{"input_ids": ids, "use_cache": False}])
+    assert list(batch) == ["input_ids"]
+
+
+def test_a_text_of_one_character_asks_for_more_text(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("7")
+    with pytest.raises(PyPruneError, match=r"need 2\. Give more text\."):
+        load_calibration(str(tmp_path / "one.txt"), tokenizer)

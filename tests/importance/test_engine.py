@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ class LiveGradients:
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = self.arrivals = 0
         self.parameters = list(model.parameters())
+        monkeypatch.setattr(stage, "_without_hooks", nullcontext)
         for p in self.parameters:
             p.register_post_accumulate_grad_hook(lambda _: self.look())
         for name in ("add", "finish"):

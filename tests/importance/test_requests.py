@@ -117,10 +117,18 @@ def test_labels_of_another_length_than_the_logits_are_refused(
 
 
 def test_weights_on_the_meta_device_and_integer_weights_are_refused(groups: Groups, ids: torch.Tensor) -> None:
-    with pytest.raises(PyPruneError, match="is on the meta device"):
+    with pytest.raises(PyPruneError, match="has weights that are not in memory"):
         score(tiny_llama().to("meta"), groups, ids)
     quantised = tiny_llama()
     layer = quantised.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(PyPruneError, match=r"mlp\.up_proj\.weight.*int8, which has no gradient"):
         score(quantised, groups, ids)
+
+
+def test_weights_whose_squares_overflow_are_not_said_to_have_gradients(groups: Groups) -> None:
+    large = tiny_llama()
+    with torch.no_grad():
+        large.model.layers[1].mlp.up_proj.weight.mul_(1e22)
+    with pytest.raises(PyPruneError, match=r"layers\.1\.mlp\.up_proj.*whose l2 score is beyond float32"):
+        score(large, groups, criterion="l2")

@@ -1,4 +1,7 @@
-"""Layers that use a matrix or a bias in ways that a rehearsal on a few tokens does not show, or more than once."""
+"""Layers that use a matrix or a bias in ways that a rehearsal on a few tokens does not show, or more than once.
+
+And backward passes that are broken off, of which nothing counts in the next attempt.
+"""
 
 from __future__ import annotations
 
@@ -110,3 +113,62 @@ def test_padding_that_cannot_be_told_apart_is_refused(criterion: str) -> None:
     mask[0, 30:] = 0
     with pytest.raises(PyPruneError, match="holds padding, and which tokens a layer is given cannot be seen"):
         score(model, groups_of(model), [{"input_ids": ids, "attention_mask": mask}], criterion)
+
+
+def with_a_gain(block: Block, x: Tensor) -> Tensor:
+    h = torch.cat([block.up(c) for c in x.split(16, dim=1)], dim=1)
+    return block.down(torch.tanh(h) * block.gain)
+
+
+def ffn_groups(blocks: list[str], names: dict[str, int]) -> list[Group]:
+    found = []
+    for i, at in enumerate(blocks):
+        members = tuple(Member(f"{at}.{n}", d, _axis(CHANNELS)) for n, d in names.items())
+        found.append(Group(f"{at}:ffn", "ffn", at, i, CHANNELS, members))
+    return found
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_gain_that_autograd_serves_counts_once(criterion: str) -> None:
+    """Its gradient had arrived when the matrix behind it turned out to be used in pieces."""
+    model = Model(with_a_gain)
+    for block in model.layers:
+        block.gain = nn.Parameter(torch.randn(CHANNELS))
+    names = {"up.weight": 0, "up.bias": 0, "gain": 0, "down.weight": 1}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    groups = Groups(ffn_groups(["layers.0", "layers.1"], names), shapes, dict(shapes))
+    batches = [tokens(4)[:3], tokens(4)[3:]]
+    ours, theirs = (score(model, groups, batches, criterion, route=r) for r in ("activations", "gradients"))
+    assert ours.details["route"] == "activations"
+    for group in groups:
+        expected = theirs[group.name]
+        torch.testing.assert_close(ours[group.name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class WithoutAList(Model):
+    """Two blocks that are in no list, and a gain whose gradient is the larger, the smaller the gain is."""
+
+    def __init__(self) -> None:
+        super().__init__(twice)
+        self.first, self.second = self.layers
+        del self.layers
+        self.gain = nn.Parameter(torch.full((HIDDEN,), 1 / 300))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        x = x + x * 300 * self.gain
+        return SimpleNamespace(logits=self.head(self.second(self.first(x))))
+
+
+@pytest.mark.parametrize("criterion", ["vectorize", "param_first", "param_second"])
+def test_an_overflow_counts_nothing_at_the_next_loss_scale(criterion: str) -> None:
+    model = WithoutAList().to(torch.float16)
+    found = ffn_groups(["first", "second"], {"up.weight": 0, "up.bias": 0, "down.weight": 1})
+    found.append(Group("gain:hidden", "hidden", "", None, HIDDEN, (Member("gain", 0, _axis(HIDDEN)),)))
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    groups = Groups(found, shapes, dict(shapes))
+    ours, theirs = (score(model, groups, [tokens(4)], criterion, route=r) for r in ("activations", "gradients"))
+    assert ours.details["engine"].startswith("whole backward passes") and ours.details["loss_scale"] < 2**15
+    for group in groups:
+        expected = theirs[group.name]
+        torch.testing.assert_close(ours[group.name], expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import ops
+from pyprune.ops import accumulate
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -88,3 +89,11 @@ def test_any_views_of_any_dtype_match_float64(data: st.DataObject) -> None:
     ops.accumulate_square_(targets, sources, scale)
     for h, e, m in zip(targets, expected, mass, strict=True):
         assert bool(((h.double() - e).abs() <= 1e-6 * m).all())
+
+
+def test_empty_curvatures_take_no_calls_of_their_own(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(accumulate, "_rounds", lambda numbers, _: calls.append(list(numbers)) or [])
+    empty = [torch.empty(0, 3) for _ in range(50)]
+    ops.accumulate_square_(empty, [torch.empty(0, 3) for _ in range(50)])
+    assert calls == [[]]

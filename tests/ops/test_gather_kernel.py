@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.errors import PyPruneError
 
 DTYPES = [torch.bool, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.complex128]
 
@@ -235,3 +236,11 @@ def test_any_index_set_of_any_view(data: st.DataObject) -> None:
         indices.append(index)
     for tensor, index, result in zip(tensors, indices, ops.gather(tensors, indices), strict=True):
         assert torch.equal(result, indexed(tensor, index))
+
+
+@pytest.mark.parametrize(
+    "index", ["rows", {"0": [1]}, {0: [[1], [1, 2]]}, {0: torch.zeros(2, dtype=torch.int64, device="meta")}]
+)
+def test_what_are_no_positions_is_named(index) -> None:
+    with pytest.raises(PyPruneError, match=r"indices\[0\]"):
+        ops.gather([torch.randn(4, 5)], [index])

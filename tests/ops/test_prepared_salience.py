@@ -107,3 +107,10 @@ def test_the_compiled_call_itself_refuses_columns_that_are_no_neighbours() -> No
         pytest.skip("the package was installed without a compiler")
     with pytest.raises(RuntimeError, match="columns must be neighbours"):
         torch.ops.pyprune.salience_prepare([torch.ones(4, 3).t()], [], [], 0)
+
+
+def test_a_tensor_negated_by_a_mark_is_refused() -> None:
+    """Its numbers are not what lies in memory, and a copy would be gone when it is read."""
+    weight = torch.randn(4, 5)._neg_view()
+    with pytest.raises(PyPruneError, match=r"weights\[0\].*resolve_neg"):
+        ops.prepare_salience("taylor_signed", [weight], [torch.randn(4, 5)])

@@ -53,3 +53,9 @@ def test_a_slice_of_a_larger_matrix_is_read_in_place(library: str) -> None:
 def test_nothing_but_float32_on_the_cpu_leaves_pytorchs_own_way() -> None:
     assert not is_faster(torch.ones(2, 2, dtype=torch.bfloat16)) and not is_faster(torch.ones(2, 2, device="meta"))
     assert is_faster(torch.ones(2, 2)) == _onednn()
+
+
+@pytest.mark.parametrize(("a", "b"), [((4, 8), (2, 3, 8)), ((4, 8), (3, 8, 1)), ((4, 3), (5, 3, 7)), ((4, 8), (3, 7))])
+def test_matrices_that_do_not_fit_are_an_error(a, b) -> None:
+    with pytest.raises(RuntimeError):
+        product(torch.randn(a), torch.randn(b))

@@ -158,3 +158,24 @@ def test_a_killed_command_goes_on_with_resume_to_the_same_curve_and_weights(tmp_
     names = [tmp_path / d / "model.safetensors" for d in ("out", "whole")]
     assert names[0].read_bytes() == names[1].read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"model", "train.txt", "whole", "out"}
+
+
+def test_a_layer_that_no_token_reaches_is_saved_and_goes_on_too(tmp_path) -> None:
+    """Such as an expert: Adam has nothing of it."""
+
+    def with_a_spare() -> Any:
+        model = small_llama()
+        model.model.layers[0].mlp.spare = torch.nn.Linear(32, 32)
+        return model
+
+    place_ = place(tmp_path / "work")
+    with adapted(with_a_spare(), DROPPING, 0) as wrapped:
+        trainer(wrapped, unfinished=place_, eval_steps=3).run()
+    moment = place_.load()
+    assert moment is not None and "exp_avg" in "".join(moment.optimizer)
+    assert not any("spare" in name for name in moment.optimizer) and any("spare" in n for n in moment.adapter)
+    with adapted(with_a_spare(), DROPPING, 0) as wrapped:
+        again = trainer(wrapped, unfinished=place_, eval_steps=3)
+        again._restore(moment)
+        reached = [name for name, p in again.parameters.items() if again.optimizer.state.get(p)]
+        assert reached and not any("spare" in name for name in reached)

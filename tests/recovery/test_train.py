@@ -204,3 +204,11 @@ def test_a_damaged_model_is_refused_before_training() -> None:
         model.lm_head.weight.mul_(math.inf)
     with adapted(model, LORA, 0) as wrapped, pytest.raises(PyPruneError, match="not finite"):
         trainer(wrapped).run()
+
+
+def test_every_module_is_in_its_own_mode_after_training() -> None:
+    model = small_llama().train()
+    model.model.layers[1].mlp.eval()
+    with adapted(model, LORA, 0) as wrapped:
+        trainer(wrapped).run()
+    assert model.training and model.model.layers[0].mlp.training and not model.model.layers[1].mlp.training

@@ -165,7 +165,8 @@ def test_flags_that_cannot_be_met(call, place, flags, said) -> None:
 
 def test_what_no_run_made_is_not_replaced(call, place) -> None:
     (place / "work/pruned").mkdir(parents=True)
-    (place / "work/pruned/mine.txt").write_text("mine")
+    for name in ("mine.txt", "config.json"):
+        (place / f"work/pruned/{name}").write_text("mine")
     ended = call("run", "run.yaml")
     assert ended.status == 2 and "exists already, and no run in this work folder made it." in ended.err
     assert "--force prune" in ended.err

@@ -284,3 +284,11 @@ def test_measurements_of_the_format_without_names_are_made_anew(tmp_path: Path) 
     kept.anchor({"a": 10})
     assert kept.total({"a": 10}, 0, 1) == 1010
     assert list(json.loads(file.read_text())["totals"].values()) == [1010]
+
+
+def test_measurements_that_cannot_be_kept_cost_no_result(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file")
+    kept = remembered(tmp_path / "folder" / "m.json")
+    kept.anchor({"a": 10})
+    with pytest.warns(UserWarning, match="the measurements are not kept"):
+        assert kept.total({"a": 10}, 0, 1) == 1010

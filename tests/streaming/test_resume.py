@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_fresh import PACKAGE, pyprune_fresh, run_fresh
 from helpers_streaming import contents
 
@@ -14,6 +15,7 @@ import pyprune
 from pyprune.errors import PyPruneError
 from pyprune.streaming import shards, workspace
 from pyprune.streaming.disk import DiskModel
+from pyprune.streaming.run import _remove_orphans
 from pyprune.streaming.workspace import Workspace, workspace_path
 
 KILLED = """
@@ -171,3 +173,30 @@ def test_what_a_killed_save_left_is_cleared_away(sharded, text, tmp_path, monkey
     (tmp_path / ".out.0123abcd.partial").mkdir()
     pyprune.prune(**given)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_process_that_begins_while_another_ends_has_a_workspace_of_its_own(tmp_path, monkeypatch) -> None:
+    first, second = Workspace(tmp_path / "out", {"a": 1}), []
+    first.save("sums/x", {"t": torch.ones(2)})
+    real = workspace.shutil.rmtree
+
+    def between(*given, **options):
+        monkeypatch.setattr(workspace.shutil, "rmtree", real)
+        second.append(Workspace(tmp_path / "out", {"a": 1}))
+        real(*given, **options)
+
+    monkeypatch.setattr(workspace.shutil, "rmtree", between)
+    first.remove()
+    assert not second[0].resumed and not second[0].has("sums/x")
+    second[0].save("sums/x", {"t": torch.zeros(2)})
+    assert second[0].load("sums/x")["t"].tolist() == [0, 0]
+    second[0].remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_save_to_the_same_folder_left_is_cleared_away(tmp_path) -> None:
+    for name in (".x[1].abcdef01.partial", ".x1.abcdef01.partial", ".other.abcdef01.partial"):
+        (tmp_path / name).mkdir()
+    for name in ("x[1]", "o*"):
+        _remove_orphans(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcdef01.partial", ".x1.abcdef01.partial"]

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
-from pyprune.surgery import apply
+from pyprune.surgery import apply, check
 from pyprune.surgery.attributes import Attribute, Scope, candidates, with_values
 from pyprune.surgery.decoder import layers_path, structure
 
@@ -238,3 +238,12 @@ def test_a_refused_value_is_an_answer():
     assert scope.build({Attribute("intermediate_size"): 7}) is None
     assert scope.moves({}, Attribute("intermediate_size"), 40) == {("weight", 0): 1.0, ("bias", 0): 1.0}
     assert structure(nn.Linear(2, 3)) == {"weight": (3, 2), "bias": (3,)}
+
+
+def test_a_vocabulary_masked_by_infinities_is_no_reason_not_to_compare(plain, monkeypatch):
+    masked = check.logits(plain)
+    masked[..., 3] = -torch.inf
+    check.compare(masked, plain, torch.float32)
+    masked[..., 5] += 1
+    with pytest.raises(PyPruneError, match="the smaller model is not the old one"):
+        check.compare(masked, plain, torch.float32)

@@ -1,0 +1,49 @@
+"""The state in which a model is measured, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from pyprune.discovery.run import unwrap
+from pyprune.errors import PyPruneError
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode within it; every module in its own mode (train or eval) afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within it models run as their code has it: not compiled, and in the types that weights and activations have."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def in_memory(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper, or the model itself.
+
+    Raises:
+        PyPruneError: weights are on the meta device.
+    """
+    model = unwrap(model)
+    if any(p.is_meta for p in model.parameters()):
+        hint = "They moved to a pruned model, or were never loaded."
+        raise PyPruneError("model", type(model).__name__, "has weights that are not in memory", hint)
+    return model

@@ -1,0 +1,140 @@
+"""Models as users hand them over: compiled, emptied, under autocast, with hooks on gradients, without a head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers_llama import tiny_llama
+from torch import nn
+
+import pyprune
+from pyprune.basis import change_basis
+from pyprune.compensation import compensate
+from pyprune.discovery.groups import Groups
+from pyprune.errors import PyPruneError
+from pyprune.search import search_plan
+from pyprune.selection.plan import Plan
+
+ROLES = ["kv_heads", "ffn"]
+
+
+class Case:
+    def __init__(self) -> None:
+        self.model = tiny_llama()
+        self.groups: Groups = pyprune.discover(self.model)
+        self.ids = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(0))
+        self.scores = pyprune.score(self.model, self.groups, self.ids, "wanda", roles=ROLES)
+        self.plan: Plan = pyprune.select(self.groups, self.scores, 0.2)
+
+    def stages(self) -> dict[str, Any]:
+        """Name -> stage, called with a model; what it gives, or what it left of the model, as tensors."""
+
+        def weights(model: nn.Module) -> list[torch.Tensor]:
+            return [p.detach().clone() for p in getattr(model, "_orig_mod", model).parameters()]
+
+        def score(name: str) -> Any:
+            return lambda m: list(pyprune.score(m, self.groups, self.ids, name, roles=ROLES).by_group.values())
+
+        return {
+            **{name: score(name) for name in ("param_first", "wanda", "obs")},
+            "token_fisher": lambda m: list(
+                pyprune.score(m, self.groups, self.ids, "token_fisher", roles=["ffn"]).by_group.values()
+            ),
+            "compensate": lambda m: (compensate(m, self.plan, self.ids), weights(m))[1],
+            "change_basis": lambda m: (change_basis(m, self.groups, self.ids), weights(m))[1],
+            "measure_budget": lambda m: [
+                torch.tensor([float(w) for w in pyprune.measure_budget(m, self.groups, "macs").weights.values()])
+            ],
+            "search_plan": lambda m: [
+                torch.tensor(cut.width)
+                for cut in search_plan(
+                    m, self.groups, self.scores, self.ids, ratio=0.2, allocation="divergence", roles=["ffn"]
+                ).cuts
+            ],
+        }
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case()
+
+
+STAGES = list(Case().stages())
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model: nn.Module) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", [compiled, compiled_in_place])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_compiled_model_gives_what_the_model_gives(case: Case, stage: str, how: Any) -> None:
+    run = case.stages()[stage]
+    plain, wrapped = (run(made(copy.deepcopy(case.model))) for made in (lambda m: m, how))
+    assert len(plain) == len(wrapped) and all(map(torch.equal, plain, wrapped))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_autocast_changes_nothing(case: Case, stage: str) -> None:
+    run = case.stages()[stage]
+    plain = run(copy.deepcopy(case.model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run(copy.deepcopy(case.model))
+    assert all(map(torch.equal, plain, cast))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_whose_weights_moved_away_is_named(case: Case, stage: str) -> None:
+    model = copy.deepcopy(case.model)
+    pyprune.apply(model, case.plan)
+    with pytest.raises(PyPruneError, match="has weights that are not in memory"):
+        case.stages()[stage](model)
+
+
+def test_a_compiled_model_is_saved_as_what_is_inside(case: Case, tmp_path: Any) -> None:
+    pyprune.save(compiled(copy.deepcopy(case.model)), None, tmp_path / "out")
+    found = pyprune.load(tmp_path / "out")
+    assert torch.equal(found(case.ids).logits, case.model(case.ids).logits)
+
+
+@pytest.mark.parametrize("route", ["activations", "gradients"])
+def test_an_optimizer_in_the_backward_pass_changes_no_weight_and_is_there_afterwards(case: Case, route: str) -> None:
+    model = copy.deepcopy(case.model)
+    before = pyprune.score(model, case.groups, case.ids, roles=ROLES, route=route)
+    steps = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: steps[p].step())
+        p.register_hook(lambda grad: grad * 0)
+    again = pyprune.score(model, case.groups, case.ids, roles=ROLES, route=route)
+    assert all(map(torch.equal, before.by_group.values(), again.by_group.values()))
+    assert all(map(torch.equal, model.parameters(), case.model.parameters()))
+    calls = []
+    for p in model.parameters():
+        p.register_hook(lambda grad: calls.append(1))
+    model(case.ids).logits.sum().backward()
+    assert len(calls) == len(steps) and not any(p.grad.any() for p in model.parameters())
+    with pytest.raises(PyPruneError, match="hooks on its gradient, which would be lost"):
+        pyprune.apply(model, case.plan)
+
+
+def test_a_model_without_a_head_is_checked_by_its_hidden_states(case: Case) -> None:
+    body = copy.deepcopy(case.model).model
+    groups = pyprune.discover(body)
+    plan = pyprune.select(groups, pyprune.score(body, groups, criterion="l2", roles=ROLES), 0.1, roles=ROLES)
+    masked = copy.deepcopy(body)
+    parameters = dict(masked.named_parameters())
+    with torch.no_grad():
+        for cut in plan.cuts:
+            for name, dim, gone in cut.removed_positions():
+                parameters[name].index_fill_(dim, torch.from_numpy(gone), 0)
+        small = pyprune.apply(body, plan)
+        wanted, found = (m(case.ids).last_hidden_state for m in (masked, small))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
