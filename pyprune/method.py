@@ -156,7 +156,7 @@ def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
         smallest: a model of the pruned widths, on the meta device.
     """
     save = recipe.save
-    if recipe.select.method != "best" or save.profile is not None or save.output_dir is None:
+    if save.profile is not None or save.output_dir is None:
         return recipe
     if is_stock(smallest.config):
         return recipe

@@ -456,8 +456,7 @@ def _save(model: Any, tokenizer: Any, plan: Plan, report: Report, recipe: PruneC
 def _how_to_open(model: Any, profile: str | None) -> list[str]:
     if is_stock(model.config) or profile is not None:
         return []
-    said = "Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."
-    return [f"{said} `pyprune export FOLDER --profile hetero-hf` makes it one for plain transformers."]
+    return ["Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."]
 
 
 def _leave_file(model: Any) -> None:

@@ -13,10 +13,9 @@ from pyprune.config import PruneConfig
 HELP = """Make MODEL smaller, measure it, save it.
 
 MODEL is a Hugging Face folder or hub name. Say how much goes with --ratio, --target_params, --widths or
---remove_layers; a ratio counts the layers too. After a ratio alone the output folder opens with
-AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True); after a cut of your own with the same widths in every
-layer as any model; with others by pyprune.load, unless you say --profile hetero-hf. Beside the weights lie the kept
-indices, report and recipe.
+--remove_layers; a ratio counts the layers too. The output folder opens with AutoModelForCausalLM.from_pretrained
+(trust_remote_code=True where layers differ, as after a ratio alone); beside the weights lie the kept indices, report
+and recipe.
 With --profile (see `pyprune export --help`) the cut keeps to widths that other programs hold.
 """
 
