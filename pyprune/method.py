@@ -12,11 +12,10 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from pyprune.checkpoint.profiles import get_profile
+from pyprune.checkpoint.profiles import get_profile, own_profile
 from pyprune.compensation.checks import INSIDE, REFITS
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Group, Groups
-from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.input_scores import unread
 from pyprune.importance.registry import get_criterion
@@ -25,7 +24,6 @@ from pyprune.selection.scope import roles_to_share
 from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import ALLOCATIONS
 from pyprune.stage_options import AUTO
-from pyprune.surgery.skeleton import is_stock
 
 log = logging.getLogger(__name__)
 
@@ -158,13 +156,7 @@ def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
     save = recipe.save
     if save.profile is not None or save.output_dir is None:
         return recipe
-    if is_stock(smallest.config):
-        return recipe
-    try:
-        get_profile("hetero-hf").check(smallest)
-    except PyPruneError:
-        return recipe  # as pyprune.load opens it
-    return replace(recipe, save=replace(save, profile="hetero-hf"))
+    return replace(recipe, save=replace(save, profile=own_profile(smallest)))
 
 
 def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from pyprune import preflight
 from pyprune.checkpoint.atomic import check_space, check_target, disk_full
 from pyprune.checkpoint.load import open_tokenizer
+from pyprune.checkpoint.profiles import finish, own_profile
 from pyprune.checkpoint.save import save
 from pyprune.config import PruneConfig
 from pyprune.discovery.discover import discover
@@ -140,7 +141,8 @@ def _finish(
                 warnings.warn(notice(names, type(disk.model.config).__name__, how), stacklevel=2)
     wanted = recipe.to_dict()
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
-    stock = is_stock(slicer.model.config)
+    profile = own_profile(slicer.model)
+    stock = profile is not None or is_stock(slicer.model.config)
     opening = (
         [] if stock else ["Layers have sizes that plain transformers cannot build; pyprune.load opens the result."]
     )
@@ -165,6 +167,7 @@ def _finish(
             slicer.model, tokenizer, str(recipe.save.output_dir), plan=plan, report=report, recipe=wanted,
             overwrite=recipe.save.overwrite,
             weights=lambda written, work: write_shards(slicer, written, work, space, recipe.save.max_shard_size),
+            finish=None if profile is None else lambda work: finish(work, profile, None),
         )  # fmt: skip
     report.weights_bytes["after"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     report.stages = stages.to_list()

@@ -25,6 +25,7 @@ from pyprune.checkpoint.quiet import quiet
 from pyprune.checkpoint.save import OTHER_FILES, save, write_records
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.selection.plan import Plan
+from pyprune.surgery.skeleton import is_stock
 
 PROFILES: dict[str, ModuleType] = {
     "uniform": uniform,
@@ -112,6 +113,22 @@ def get_profile(name: str) -> ModuleType:
     if name == "gguf" and find_spec("gguf") is None:
         raise PyPruneError("profile", name, "needs the package gguf", "Install it: pip install 'pyprune[serving]'.")
     return PROFILES[name]
+
+
+def own_profile(model: Any) -> str | None:
+    """The profile by which plain transformers opens a model that no stock configuration holds; None where one does, or
+    where there is none such.
+
+    Args:
+        model: its tensors on any device.
+    """
+    if is_stock(model.config):
+        return None
+    try:
+        hetero_hf.check(model)
+    except PyPruneError:
+        return None
+    return "hetero-hf"
 
 
 def check_fits(profile: str, outline: Any, tokenizer: Any = None) -> None:
