@@ -34,8 +34,8 @@ def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], sc
         sets.setdefault(h.device, []).append(i)
     with torch.no_grad():
         for device, members in sets.items():
-            # The kernels walk memory linearly, so a curvature with gaps or permuted strides is left to PyTorch.
             members = [i for i in members if curvatures[i].numel()]
+            # The kernels walk memory linearly, so a curvature with gaps or permuted strides is left to PyTorch.
             compiled = [i for i in members if _native.runs_on(device) and _linear(curvatures[i])]
             plain = sorted(set(members) - set(compiled))
             for once in _rounds(compiled, curvatures):

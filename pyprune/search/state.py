@@ -62,21 +62,13 @@ class State:
         Raises:
             PyPruneError: it cannot be written.
         """
-        if file is not None:
-            write_json(file, {"format": FORMAT, "version": VERSION, **asdict(self)}, "search_file")
-
-
-def write_json(file: Path, data: Any, option: str) -> None:
-    """A JSON file that is whole at any time.
-
-    Raises:
-        PyPruneError: it cannot be written; ``option`` is what the user named it by.
-    """
-    try:
-        write_text(file, json.dumps(data))
-    except OSError as error:
-        hint = "Name a file in a folder that can be written, on a disk with room."
-        raise PyPruneError(option, str(file), f"cannot be written: {error.strerror}", hint) from error
+        if file is None:
+            return
+        try:
+            write_text(file, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
+        except OSError as error:
+            hint = "Name a file in a folder that can be written, on a disk with room."
+            raise PyPruneError("search_file", str(file), f"cannot be written: {error.strerror}", hint) from error
 
 
 def load_state(file: Path | None, fingerprint: str, overwrite: bool = False) -> State:

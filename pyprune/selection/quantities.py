@@ -145,7 +145,7 @@ def _cached(model: nn.Module) -> list[tuple[int, torch.Tensor, torch.Tensor, int
     """(layer, keys and values [1, heads, tokens, size], window) of every layer that caches."""
     ids = torch.zeros(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), as_written(), torch.no_grad():
             cache: Any = cache_of(model(input_ids=ids, use_cache=True))
     except (AttributeError, TypeError):
         cache = None
