@@ -1,8 +1,8 @@
 // Sums over tokens, channel by channel: of products of two tensors, sample by sample, or of one tensor and its squares.
+// In a ChannelCall samples are batches, tokens rows, and channels columns.
 //
 // Tile     32 lanes of V channels (V elements are one 16-byte word) x a number of tokens of one sample: as many as
-// leave
-//          a thousand tiles or more, 32 to 512.
+//          leave a thousand tiles or more, 32 to 512.
 // Thread   lane l of every warp owns channels l*V .. l*V+V-1 and holds their sums in registers; warp k takes tokens
 //          4k .. 4k+3 of every 32, with all loads of the four in flight before the first is used.
 // Sums     the eight warps' registers, added in order through shared memory; then the tiles of a sample, in order.
@@ -107,23 +107,23 @@ int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float32 ? 4 : 2;
 }
 
-bool aligned(const Matrix& m, const ChannelSums& c) {
+bool aligned(const Matrix& m, const ChannelCall& c) {
   if (m.data == nullptr) return true;
   const int64_t size = size_of(c.dtype);
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (c.tokens <= 1 || m.row_stride * size % 16 == 0) &&
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (c.rows <= 1 || m.row_stride * size % 16 == 0) &&
          (c.batches <= 1 || m.batch_stride * size % 16 == 0);
 }
 
-Job job_of(const ChannelSums& c) {
+Job job_of(const ChannelCall& c) {
   Job job{};
   job.a = c.a, job.b = c.b;
-  job.tokens = c.tokens, job.channels = c.channels;
-  job.channel_tiles = ceil_div(c.channels, 32 * (16 / size_of(c.dtype)));
+  job.tokens = c.rows, job.channels = c.cols;
+  job.channel_tiles = ceil_div(c.cols, 32 * (16 / size_of(c.dtype)));
   // A sample without tokens still has sums: zeros, written by a tile that reads nothing.
-  const int64_t rounds = ceil_div(std::max<int64_t>(c.tokens, 1), kRound);
+  const int64_t rounds = ceil_div(std::max<int64_t>(c.rows, 1), kRound);
   const int64_t all = job.channel_tiles * c.batches * rounds;
   job.tile_tokens = kRound * std::clamp<int64_t>(all / kEnoughTiles, 1, kMaxRounds);
-  job.token_tiles = ceil_div(std::max<int64_t>(c.tokens, 1), job.tile_tokens);
+  job.token_tiles = ceil_div(std::max<int64_t>(c.rows, 1), job.tile_tokens);
   job.aligned = aligned(c.a, c) && aligned(c.b, c);
   return job;
 }
@@ -138,28 +138,30 @@ void launch(const Job& job, bool dots, unsigned grid, cudaStream_t stream) {
 }
 
 // Whether what a tile sums up is the result.
-bool one_part(const ChannelSums& c, const Job& job) {
+bool one_part(const ChannelCall& c, const Job& job) {
   return job.token_tiles == 1 && (c.batches == 1 || c.b.data != nullptr);
 }
 
 }  // namespace
 
-int64_t channel_workspace(const ChannelSums& c) {
+int64_t channel_workspace(const ChannelCall& c) {
   const Job job = job_of(c);
   const int64_t sums = c.b.data == nullptr ? 2 : 1;
-  const int64_t parts = sums * c.batches * job.token_tiles * c.channels * static_cast<int64_t>(sizeof(float));
+  const int64_t parts = sums * c.batches * job.token_tiles * c.cols * static_cast<int64_t>(sizeof(float));
   return one_part(c, job) ? 0 : parts;
 }
 
-cudaError_t channel_sums_cuda(const ChannelSums& c, void* workspace, cudaStream_t stream) {
+cudaError_t channel_sums_cuda(const ChannelCall& c, void* workspace, cudaStream_t stream) {
   Job job = job_of(c);
   const int64_t tiles = job.channel_tiles * job.token_tiles * c.batches;
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   const bool dots = c.b.data != nullptr, whole = one_part(c, job);
   float* parts = static_cast<float*>(workspace);
-  job.sums = whole ? c.sums : parts;
-  job.squares = whole ? c.squares : parts + c.batches * job.token_tiles * c.channels;
+  float* const sums = static_cast<float*>(c.sums);
+  float* const squares = static_cast<float*>(c.squares);
+  job.sums = whole ? sums : parts;
+  job.squares = whole ? squares : parts + c.batches * job.token_tiles * c.cols;
   const unsigned grid = static_cast<unsigned>(tiles);
   if (c.dtype == Dtype::bfloat16) {
     launch<__nv_bfloat16>(job, dots, grid, stream);
@@ -172,11 +174,11 @@ cudaError_t channel_sums_cuda(const ChannelSums& c, void* workspace, cudaStream_
   }
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess || whole) return status;
-  const int64_t pieces = ceil_div(c.channels, kReduceCols);
-  if (dots) return add_two({job.sums, c.sums, job.token_tiles, c.channels, pieces}, c.batches, {}, 0, stream);
+  const int64_t pieces = ceil_div(c.cols, kReduceCols);
+  if (dots) return add_two({job.sums, sums, job.token_tiles, c.cols, pieces}, c.batches, {}, 0, stream);
   const int64_t parts_of_all = c.batches * job.token_tiles;
-  return add_two({job.sums, c.sums, parts_of_all, c.channels, pieces}, 1,
-                 {job.squares, c.squares, parts_of_all, c.channels, pieces}, 1, stream);
+  return add_two({job.sums, sums, parts_of_all, c.cols, pieces}, 1,
+                 {job.squares, squares, parts_of_all, c.cols, pieces}, 1, stream);
 }
 
 }  // namespace pyprune

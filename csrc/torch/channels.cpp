@@ -3,54 +3,56 @@
 #include "tensors.h"
 
 namespace pyprune {
+
+ChannelJob prepare_channels(const Tensor& given_a, const Tensor* given_b) {
+  STD_TORCH_CHECK(given_a.dim() == 2 || given_a.dim() == 3, "pyprune::channel ops: tensors have 2 or 3 dimensions");
+  const Tensor a = with_neighbouring_columns(given_a);
+  const View v(a);
+  ChannelJob job{};
+  ChannelCall& call = job.call;
+  job.held.push_back(a);
+  call.a = {a.const_data_ptr(), v.stride[0], v.stride[1]};
+  call.batches = v.size[0], call.rows = v.size[1], call.cols = v.size[2];
+  call.dtype = dtype_of(a);
+  if (given_b != nullptr) {
+    const Tensor b = with_neighbouring_columns(*given_b);
+    STD_TORCH_CHECK(a.dim() == b.dim() && a.scalar_type() == b.scalar_type(),
+                    "pyprune::channel_dots: both tensors have one shape and one dtype");
+    const View w(b);
+    for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(v.size[d] == w.size[d], "pyprune::channel_dots: shapes differ");
+    job.held.push_back(b);
+    call.b = {b.const_data_ptr(), w.stride[0], w.stride[1]};
+  }
+
+  const ScalarType type = call.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  if (given_b == nullptr) {
+    job.sums = torch::stable::new_empty(a, {call.cols}, type);
+    job.squares = torch::stable::new_empty(a, {call.cols}, type);
+    call.squares = job.squares.mutable_data_ptr();
+  } else {
+    job.sums = torch::stable::new_empty(a, {call.batches, call.cols}, type);
+  }
+  call.sums = job.sums.mutable_data_ptr();
+  job.empty = a.numel() == 0;
+  if (job.empty) {
+    torch::stable::zero_(job.sums);
+    if (given_b == nullptr) torch::stable::zero_(job.squares);
+  }
+  return job;
+}
+
 namespace {
 
-// A [T, C] tensor is one batch, a [B, T, C] tensor has B.
-View channel_view(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "pyprune::channel ops: tensors must have 2 or 3 dimensions");
-  return View(t);
+std::tuple<Tensor, Tensor> channel_moments(const Tensor x) {
+  const ChannelJob job = prepare_channels(x);
+  if (!job.empty) channels_cpu(job.call, torch_threads());
+  return {job.sums, job.squares};
 }
 
-ChannelCall channel_call(const Tensor& a) {
-  const View v = channel_view(a);
-  ChannelCall call{};
-  call.a = {a.const_data_ptr(), v.stride[0], v.stride[1]};
-  call.batches = v.size[0];
-  call.rows = v.size[1];
-  call.cols = v.size[2];
-  call.dtype = dtype_of(a);
-  return call;
-}
-
-ScalarType sum_type(const ChannelCall& call) {
-  return call.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-}
-
-std::tuple<Tensor, Tensor> channel_moments(const Tensor given) {
-  const Tensor x = with_neighbouring_columns(given);
-  ChannelCall call = channel_call(x);
-  Tensor sums = torch::stable::new_empty(x, {call.cols}, sum_type(call));
-  Tensor squares = torch::stable::new_empty(x, {call.cols}, sum_type(call));
-  call.sums = sums.mutable_data_ptr();
-  call.squares = squares.mutable_data_ptr();
-  channels_cpu(call, torch_threads());
-  return {sums, squares};
-}
-
-Tensor channel_dots(const Tensor given_a, const Tensor given_b) {
-  const Tensor a = with_neighbouring_columns(given_a), b = with_neighbouring_columns(given_b);
-  ChannelCall call = channel_call(a);
-  const View v = channel_view(b);
-  STD_TORCH_CHECK(a.dim() == b.dim() && dtype_of(b) == call.dtype && v.size[0] == call.batches &&
-                      v.size[1] == call.rows && v.size[2] == call.cols,
-                  "pyprune::channel_dots: both tensors have one shape and one dtype");
-  Tensor sums = torch::stable::new_empty(a, {call.batches, call.cols}, sum_type(call));
-  // Without elements there is nothing to point at, which would look like moments.
-  if (a.numel() == 0) return torch::stable::zero_(sums);
-  call.b = {b.const_data_ptr(), v.stride[0], v.stride[1]};
-  call.sums = sums.mutable_data_ptr();
-  channels_cpu(call, torch_threads());
-  return sums;
+Tensor channel_dots(const Tensor a, const Tensor b) {
+  const ChannelJob job = prepare_channels(a, &b);
+  if (!job.empty) channels_cpu(job.call, torch_threads());
+  return job.sums;
 }
 
 }  // namespace

@@ -87,6 +87,18 @@ inline Tensor host_bytes(const Tensor& like, int64_t bytes) {
 
 std::vector<AccumulateTensor> prepare_accumulate(const std::vector<Tensor>& curvatures, std::vector<Tensor>& grads);
 
+// As SalienceCall. Without elements there is nothing to launch, and the sums are zeros.
+struct ChannelJob {
+  std::vector<Tensor> held;
+  ChannelCall call;
+  Tensor sums, squares;  // `squares` of one tensor only
+  bool empty;
+};
+
+// Sums of a and of a^2 over all rows, or, with b, of a * b over the rows of each sample. A [T, C] tensor is one sample,
+// a [B, T, C] tensor has B.
+ChannelJob prepare_channels(const Tensor& a, const Tensor* b = nullptr);
+
 // As SalienceCall; the scratch memory is the device's own matter.
 struct ActivationJob {
   std::vector<Tensor> held;

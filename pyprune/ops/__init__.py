@@ -5,6 +5,8 @@ the empirical Fisher matrix, :func:`gather` copies kept slices: they take lists 
 model, and :func:`prepare_salience` makes one ready to be made often. :func:`activation_salience` scores one weight from
 activations, without its gradient; :func:`channel_moments`, :func:`channel_dots` and :func:`gram` reduce activations to
 what scores need of them. Where no compiled library is installed, :mod:`pyprune.ops.reference` computes the same.
+``torch.compile(fullgraph=True)`` takes all of them but :func:`gather`, whose shapes are those of positions in memory,
+and prepared calls.
 """
 
 from pyprune.ops._native import backend_info

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 LIBRARY_NAME = "libpyprune_ops.so"
+Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
+
+
+def constant(function: Function) -> Function:
+    """Marks what ``torch.compile`` is to call once instead of tracing it: what it returns is the process's own.
+
+    ``torch.compiler.assume_constant_result`` sets the same mark, and imports the compiler to do so.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Native(NamedTuple):
@@ -50,6 +61,7 @@ def native() -> Native:
     return Native(module, path, "")
 
 
+@constant
 def runs_on(device: torch.device) -> bool:
     """True when the compiled kernels can serve tensors on ``device``."""
     found = native()
@@ -83,7 +95,7 @@ def _try_cuda(index: int) -> None:
     torch.ops.pyprune.channel_moments(torch.ones(1, 1, device=torch.device("cuda", index)))
 
 
-@lru_cache(maxsize=1)
+@constant
 def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels were chosen for; None without them."""
     module = native().module

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from pyprune.ops._native import constant
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b^T``, without a gradient.
@@ -62,8 +64,13 @@ def is_faster(a: Tensor) -> bool:
     return a.device.type == "cpu" and a.dtype == torch.float32 and _onednn()
 
 
-@functools.cache
+@constant
 def _onednn() -> bool:
+    return _looked_up()
+
+
+@functools.cache
+def _looked_up() -> bool:
     built = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     if not built or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() in ("", "GenuineIntel"):
         return False

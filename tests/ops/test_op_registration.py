@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers_fresh import PACKAGE, run_fresh
 from helpers_ops import DEVICES, FLOATS, inputs
+from torch.utils._pytree import tree_leaves
 
 from pyprune import ops
 from pyprune.ops import _native, reference
@@ -60,15 +62,30 @@ def test_the_compiled_dots_themselves_refuse_unequal_tensors() -> None:
             torch.ops.pyprune.channel_dots(x, other)
 
 
-@compiled
-def test_compiled_code_can_call_the_ops() -> None:
-    def total(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        rows, _ = torch.ops.pyprune.salience([w], [g], [], 3)
-        return rows.sum()
+def _accumulated(w: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+    curvatures = [w * w, w + 1, w * 2]
+    ops.accumulate_square_(curvatures, [g, w, g], 0.5)
+    return curvatures
 
+
+CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "torch.ops": lambda w, g: torch.ops.pyprune.salience([w], [g], [], 3),
+    "salience": lambda w, g: ops.salience("mixed", [w], [g], [g.square()]),
+    "accumulate_square_": _accumulated,
+    "activation_salience": lambda w, g: ops.activation_salience(w[None], g[None], torch.ones(5, 5), "fisher"),
+    "channel_moments": lambda w, g: ops.channel_moments(w * g),
+    "channel_dots": lambda w, g: ops.channel_dots(w, g, samples=2),
+    "gram": lambda w, g: ops.gram(w + g),
+    "product": lambda w, g: ops.product(w, g),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_graph_without_breaks_can_hold_the_ops(name: str) -> None:
     w, g = torch.randn(6, 5), torch.randn(6, 5)
-    fullgraph = torch.compile(total, backend="aot_eager", fullgraph=True)
-    assert torch.equal(fullgraph(w, g), total(w, g))
+    found = torch.compile(CALLS[name], backend="aot_eager", fullgraph=True)(w, g)
+    for got, expected in zip(tree_leaves(found), tree_leaves(CALLS[name](w, g)), strict=True):
+        assert torch.equal(got, expected)
 
 
 @compiled

@@ -239,11 +239,11 @@ int emulate_activation(int formula, int dtype, const Matrix* rows_input, const M
 }
 
 int emulate_channels(int dtype, const Matrix* a, const Matrix* b, const int64_t* sizes, float* sums, float* squares) {
-  ChannelSums call{};
+  ChannelCall call{};
   call.dtype = static_cast<Dtype>(dtype);
   call.a = *a;
   if (b != nullptr) call.b = *b;
-  call.batches = sizes[0], call.tokens = sizes[1], call.channels = sizes[2];
+  call.batches = sizes[0], call.rows = sizes[1], call.cols = sizes[2];
   call.sums = sums, call.squares = squares;
   std::vector<char> workspace(static_cast<size_t>(channel_workspace(call)), '\xff');
   return channel_sums_cuda(call, workspace.data(), nullptr);
