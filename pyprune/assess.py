@@ -73,9 +73,11 @@ class _Subject:
     source: ModelConfig
     given: Any
     tokenizer: Any
+    option: str = "model_name_or_path"
 
     def open(self, stages: Stages) -> _Dense:
-        return _open(self.source, stages, self.given, self.tokenizer)
+        with preflight.renamed(model_name_or_path=self.option):
+            return _open(self.source, stages, self.given, self.tokenizer)
 
 
 def run(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None, compare: Any = None) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def run(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None, comp
     other = recipe.result.compare
     if compare is not None or other is not None:
         source = recipe.model if compare is None else ModelConfig()
-        subjects.append(_Subject(replace(source, model_name_or_path=other), compare, tokenizer))
+        subjects.append(_Subject(replace(source, model_name_or_path=other), compare, tokenizer, "compare"))
     found = _measure_all(recipe, subjects, tasks)
     result = {**found[0], "recipe": recipe.to_dict(), "versions": versions()}
     if len(found) > 1:
@@ -145,21 +147,29 @@ def check(recipe: EvaluationConfig) -> list[Task | str]:
     """The tasks, once something is asked for and it is sure that the results can be written.
 
     Raises:
-        PyPruneError: otherwise, or a task that is not there or cannot be read.
+        PyPruneError: otherwise, or a task or the second model is not there or cannot be read.
     """
     asked = recipe.evaluation
     if asked.eval_text is None and asked.prompt is None and recipe.tasks.tasks is None and not recipe.speed.speed:
         hint = "Give eval_text, tasks, speed, or a prompt."
         raise PyPruneError("eval_text", None, "there is nothing to measure on", hint)
     preflight.check_source("eval_text", asked.eval_text)
+    for part, switch in ((recipe.tasks, "tasks"), (recipe.speed, "speed")):
+        for name, value in vars(part).items():
+            if not getattr(part, switch) and value != getattr(type(part)(), name):
+                problem = f"is for option {switch}, which is not given"
+                raise PyPruneError(name, value, problem, f"Give {switch} too, or leave it out.")
     if recipe.tasks.resume_file is not None:
-        if recipe.tasks.tasks is None:
-            problem = "keeps what tasks need, and there are no tasks"
-            raise PyPruneError("resume_file", recipe.tasks.resume_file, problem, "Give tasks, or leave it out.")
         check_file(Path(recipe.tasks.resume_file))
     if recipe.result.output is not None:
         _check_output(Path(recipe.result.output), recipe.result.overwrite)
-    return _read_tasks(recipe.tasks)
+    tasks = _read_tasks(recipe.tasks)
+    other = recipe.result.compare
+    if other is not None:  # it is opened when the first one is measured
+        preflight.check_model(other, "compare")
+        with preflight.renamed(model_name_or_path="compare"):
+            preflight.check_windows(asked, replace(recipe.model, model_name_or_path=other))
+    return tasks
 
 
 def _check_output(path: Path, overwrite: bool) -> None:

@@ -201,6 +201,28 @@ RECIPES: tuple[type[Recipe], ...] = (
 )  # fmt: skip
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds; a key that stands twice in a mapping is a mistake, and not the last one's word.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            written = list(node.value)  # what << merges in yields to it
+            found = super().construct_mapping(node, deep)
+            seen = set()
+            for key, _ in written:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+            return found
+
+    return yaml.load(text, Loader)
+
+
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The mapping in a recipe file; values are as YAML gives them, keys are options of some verb.
 
@@ -210,7 +232,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        data = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise PyPruneError("config", str(file), f"cannot be read: {reason}", "Give a YAML file.") from None

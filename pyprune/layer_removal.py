@@ -118,7 +118,11 @@ def _with_widths(
     gone = tuple(f"{m}." for m in first.removed_modules())
     after = first.new_shapes(groups.shapes)
     staying = replace(
-        groups, groups=[g for g in groups if not f"{g.module}.".startswith(gone)],
+        groups,
+        groups=[
+            replace(g, members=tuple(m for m in g.members if m.tensor in after))
+            for g in groups if not f"{g.module}.".startswith(gone)
+        ],
         shapes={n: s for n, s in groups.shapes.items() if n in after},
         parameters=frozenset(n for n in groups.parameters if n in after),
     )  # fmt: skip

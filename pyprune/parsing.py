@@ -13,6 +13,7 @@ from pyprune.errors import PyPruneError, unknown_name
 
 PROFILES = ("uniform", "hetero-hf", "hetero-decilm", "gguf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ def flag() -> Parser:
     return Parser(convert, "true or false", "", flag=True)
 
 
-def integer(minimum: int) -> Parser:
+def integer(minimum: int, maximum: int | None = None) -> Parser:
     def convert(value: Any) -> int:
         number = _integer(value)
-        if number < minimum:
+        if number < minimum or (maximum is not None and number > maximum):
             raise ValueError
         return number
 
-    return Parser(convert, f"a whole number, at least {minimum}", "N")
+    return Parser(convert, f"a whole number, at least {minimum}" + (f", at most {maximum}" if maximum else ""), "N")
 
 
 def number(minimum: float) -> Parser:
@@ -165,16 +166,16 @@ def tokens() -> Parser:
     return Parser(convert, "a number of tokens", "N", "Write it as 16384, 16k or 2M.")
 
 
-def fraction() -> Parser:
-    """A number from 0 to 1."""
+def fraction(whole: bool = True) -> Parser:
+    """A number from 0 to 1; below 1 unless ``whole``."""
 
     def convert(value: Any) -> float:
         found = float(value)
-        if isinstance(value, bool) or not 0 <= found <= 1:
+        if isinstance(value, bool) or not 0 <= found <= 1 or (found == 1 and not whole):
             raise ValueError
         return found
 
-    return Parser(convert, "a number from 0 to 1", "FRACTION")
+    return Parser(convert, "a number from 0 to 1" if whole else "at least 0 and below 1", "FRACTION")
 
 
 def positive() -> Parser:
@@ -278,7 +279,12 @@ def by_role(option: str, check: Callable[[str, Any, str], Any], alone: bool) -> 
 
     def convert(value: Any) -> Any:
         if isinstance(value, str) and "=" in value:
-            value = dict(part.split("=", 1) for part in value.split(","))
+            pairs = [part.split("=", 1) for part in value.split(",")]
+            roles = [pair[0].strip() for pair in pairs]
+            twice = next((role for role in roles if roles.count(role) > 1), None)
+            if twice is not None:
+                raise PyPruneError(option, value, f"names {twice} twice", "Name each role once.")
+            value = dict(pairs)
         if isinstance(value, Mapping):
             if not value:
                 raise ValueError

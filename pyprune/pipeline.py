@@ -248,7 +248,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
         first = scores if number == 1 else first
     if dense_says is not None and made:
         with stages("fit gains", bar=False):
-            made[-1].gains = found = fit_gains(smaller, _groups(smaller), dense_says, sums, _limit(recipe))
+            made[-1].gains = found = fit_gains(smaller, dense_says, sums, _limit(recipe))
             made[-1].notes += [] if found.note is None else [found.note]
     assert first is not None
     wanted = recipe.to_dict()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pyprune.config import PruneConfig
@@ -15,7 +16,16 @@ from pyprune.errors import PyPruneError, unknown_name
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.protocols import PROTOCOLS
 from pyprune.files import whole_file
-from pyprune.stage_options import AUTO, EvalConfig, ModelConfig, SaveConfig, ScoreConfig, ScoreFileConfig, SelectConfig
+from pyprune.stage_options import (
+    AUTO,
+    EvalConfig,
+    ModelConfig,
+    SaveConfig,
+    ScoreConfig,
+    ScoreFileConfig,
+    SelectConfig,
+    SourceConfig,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +83,9 @@ def check_request(recipe: PruneConfig) -> None:
     if recipe.save.profile is not None:
         hold_to_profile(asked, recipe.save.profile)
     if recipe.save.output_dir is not None:
+        check_apart(recipe)
         with renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
-        check_apart(recipe)
     if asked.scores_file is None and sized:
         check_scoring(recipe.score, recipe.calibration.calibration)
     elif asked.scores_file is not None and asked.iterative_steps > 1:
@@ -328,6 +338,31 @@ def check_object(model: Any, config: ModelConfig) -> None:
     if head is None:
         hint = "Pass a causal language model, as AutoModelForCausalLM opens it."
         raise PyPruneError("model", type(model).__name__, "has no causal language-model head", hint)
+
+
+def check_model(name: str, option: str = "model_name_or_path") -> None:
+    """A model that is named by a path is a checkpoint there."""
+    from pyprune.checkpoint.files import check_folder
+    from pyprune.checkpoint.load import looks_like_a_path
+
+    path = Path(name)
+    if path.is_dir():
+        with renamed(model_name_or_path=option):
+            check_folder(path)
+    elif not path.exists() and looks_like_a_path(name):
+        raise PyPruneError(option, name, "does not exist", "Check the path; it is read from the working directory.")
+
+
+def check_windows(config: EvalConfig, model: SourceConfig) -> None:
+    """A model that is named has a configuration, and evaluation windows are no longer than the positions in it."""
+    from pyprune.checkpoint.load import open_config
+
+    name = str(model.model_name_or_path)
+    if Path(name).suffix == ".gguf":  # its configuration comes with its weights
+        return
+    found = open_config(name, model.trust_remote_code)
+    if config.eval_text is not None:
+        check_length("eval_length", config.eval_length, SimpleNamespace(config=found))
 
 
 def check_length(option: str, length: int, model: Any) -> None:

@@ -18,6 +18,7 @@ from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
 from pyprune.config import RecoverConfig
 from pyprune.errors import PyPruneError
+from pyprune.evaluation.generation import sample_prompts
 from pyprune.evaluation.stages import Stages
 from pyprune.recovery import adapter
 from pyprune.recovery.examples import Encoder
@@ -29,6 +30,7 @@ from pyprune.recovery.teacher import Teacher, check_vocabulary
 from pyprune.recovery.train import Training, autocast, fast_bf16
 from pyprune.recovery.unfinished import Unfinished
 from pyprune.selection.plan import Plan
+from pyprune.stage_options import DistillConfig
 
 PACKAGES = ("peft", "accelerate")
 HIGHEST_RATE = 2e-3
@@ -81,16 +83,23 @@ def check(recipe: RecoverConfig) -> None:
     for option in ("data", "val_data"):
         for source, _ in getattr(given, option) or ():
             check_source(source, option)
-    if recipe.distill.distill_cache is not None and recipe.distill.teacher is None:
-        raise PyPruneError("distill_cache", recipe.distill.distill_cache, "there is no teacher", "Give teacher too.")
+    for name, value in vars(recipe.distill).items():
+        if recipe.distill.teacher is None and value != getattr(DistillConfig(), name):
+            raise PyPruneError(name, value, "there is no teacher", "Give teacher too.")
     if recipe.adapter.keep_adapter and recipe.save.output_dir is None:
         raise PyPruneError("keep_adapter", None, "needs a folder to save in", "Give output_dir.")
     if recipe.run.resume and work_folder(recipe) is None:
         raise PyPruneError("resume", None, "needs a folder that holds checkpoints", "Give output_dir.")
+    work = work_folder(recipe)
+    if work is not None and not next(p for p in (work, *work.parents) if p.exists()).is_dir():
+        problem = "cannot be made: there is a file in its place"
+        raise PyPruneError("checkpoint_dir", str(work), problem, "Name another folder.")
     if recipe.save.output_dir is not None:
         with preflight.renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
     preflight.check_source("eval_text", recipe.evaluation.eval_text)
+    if recipe.page.generations is not None or recipe.page.prompts is not None:
+        sample_prompts(recipe.page.prompts, recipe.page.generations)
 
 
 def open_start(

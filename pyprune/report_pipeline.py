@@ -327,13 +327,15 @@ def _ask(
     for key, names in columns.names.items():
         missing = [p for p in prompts if key not in out[p]]
         place = next((n for n in names if Path(n).expanduser().is_dir()), None)
+        option = "model_name_or_path"
         if key == DENSE and columns.dense is not None:
-            place = columns.dense
+            place, option = columns.dense, "dense"
         if not missing or place is None:
             continue
-        model, tokenizer = open_model(
-            place, opening["dtype"], None if device == "cpu" else device, opening["trust_remote_code"]
-        )
+        with preflight.renamed(model_name_or_path=option):
+            model, tokenizer = open_model(
+                place, opening["dtype"], None if device == "cpu" else device, opening["trust_remote_code"]
+            )
         if tokenizer is None:
             raise PyPruneError("generations", None, f"{place} has no tokenizer to read prompts with")
         for prompt, text in zip(missing, continuations(model, tokenizer, missing, tokens, f"ask {key}"), strict=True):

@@ -103,7 +103,7 @@ class CalibrationConfig(Stage):
         False, parsing.flag(), "Begin every sample of a text as the tokenizer begins texts, with a BOS token."
     )
     batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
-    seed: int = option(0, parsing.integer(0), SEED_HELP)
+    seed: int = option(0, parsing.integer(0, parsing.MAX_SEED), SEED_HELP)
 
 
 @dataclass
@@ -175,8 +175,8 @@ class CompensateConfig(Stage):
     compensation_gains: bool = option(
         False,
         parsing.flag(),
-        "After the cut, multiply each matrix by one number, and one that reads heads by one for each head: those with "
-        "which the model's next-token distribution comes nearest to the dense one's.",
+        "After the cut, multiply what each matrix reads by one number for each channel: those with which the model's "
+        "next-token distribution comes nearest to the dense one's.",
     )
     cache_limit: float | None = option(
         None,
@@ -474,7 +474,7 @@ class AdapterConfig(Stage):
 
     lora_r: int = option(32, parsing.integer(1), "Rank.")
     lora_alpha: float | None = option(None, parsing.positive(), "Scale: the update is alpha / r * B A. 2 r if absent.")
-    lora_dropout: float = option(0.0, parsing.fraction(), "Dropout before A.")
+    lora_dropout: float = option(0.0, parsing.fraction(whole=False), "Dropout before A.")
     lora_targets: str = option(
         "all-linear", parsing.text(), "all-linear (of the decoder layers), or names: q_proj,v_proj."
     )
@@ -502,7 +502,7 @@ class TrainConfig(Stage):
     early_stopping_patience: int = option(
         3, parsing.integer(0), "Stop after N validations without a better one; 0 never does."
     )
-    seed: int = option(0, parsing.integer(0), SEED_HELP)
+    seed: int = option(0, parsing.integer(0, parsing.MAX_SEED), SEED_HELP)
 
 
 @dataclass

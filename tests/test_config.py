@@ -130,6 +130,7 @@ def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
         ("length", 1),
         ("batch_size", "x"),
         ("seed", -1),
+        ("seed", 2**63),
         ("dtype", "int8"),
         ("dtype", 32),
         ("device", "gpu"),
@@ -157,6 +158,12 @@ def test_a_bad_value_names_its_option(option: str, value: object) -> None:
         PruneConfig.build({option: value})
     assert caught.value.option == option
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["widths", "round_to", "min_keep"])
+def test_a_role_that_is_given_twice_is_refused(option: str) -> None:
+    with pytest.raises(PyPruneError, match=rf"{option} 'ffn=64, ffn =32': names ffn twice"):
+        PruneConfig.build({option: "ffn=64, ffn =32"})
 
 
 def test_every_option_has_help_and_a_default_that_its_own_parser_accepts() -> None:

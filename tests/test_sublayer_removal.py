@@ -221,6 +221,70 @@ def test_what_is_no_module_of_its_own_is_refused() -> None:
     assert len(apply(model, plan).config.pyprune_skipped) == 1
 
 
+def made(name: str, **sizes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=128, bos_token_id=0, eos_token_id=1, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+CARRIERS = [
+    ("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}, "attention", "transformer.h.1.self_attention"),
+    ("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}, "ffn", "transformer.h.1.mlp"),
+    ("Mpt", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}, "ffn", "transformer.blocks.1.ffn"),
+    ("Bert", {**BERT, "is_decoder": True}, "attention", "bert.encoder.layer.1.attention"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "part", "block"), CARRIERS)
+def test_a_block_that_adds_the_residual_itself_is_not_removed(name: str, sizes, part: str, block: str) -> None:
+    """Zeros in its place would leave a model that says the same whatever it is asked."""
+    model = made(name, **sizes)
+    with pytest.raises(PyPruneError, match=rf"layer_part: {block} carries the residual stream itself"):
+        apply(model, plan_for(model, part, [1]))
+
+
+def test_a_block_that_carries_the_stream_is_refused_before_anything_is_scored(monkeypatch) -> None:
+    def never(*args, **kwargs):
+        raise AssertionError("scored")
+
+    monkeypatch.setattr("pyprune.layer_removal.score_layers", never)
+    name, sizes, part, _ = CARRIERS[0]
+    with pytest.raises(PyPruneError, match="carries the residual stream itself"):
+        pyprune.prune(made(name, **sizes), remove_layers=1, layer_part=part, calibration=ids())
+
+
+def test_a_block_beside_one_that_carries_the_stream_goes() -> None:
+    model = made("Mpt", **CARRIERS[2][1])
+    expected = copy.deepcopy(model)
+    real = expected.transformer.blocks[1].attn.forward
+    expected.transformer.blocks[1].attn.forward = lambda *a, **k: (torch.zeros_like(a[0]), *real(*a, **k)[1:])
+    smaller = apply(model, plan_for(model, "attention", [1]), copy=True)
+    with torch.no_grad():
+        assert (smaller(ids()).logits - expected(ids()).logits).abs().max() < 1e-5
+
+
+def test_a_class_without_a_cache_loses_a_block_too() -> None:
+    model = made("OpenAIGPT", n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    smaller = apply(model, plan_for(model, "ffn", [1]))
+    assert list(smaller.config.pyprune_skipped) == ["transformer.h.1.mlp"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_hidden_channels_are_cut_beside_blocks_that_go(part: str) -> None:
+    out = pyprune.prune(
+        saved_llama(), remove_layers=1, layer_part=part, widths={"hidden": 24}, criterion="l2", calibration=tokens()
+    )
+    assert out.model.config.hidden_size == 24 and len(out.model.config.pyprune_skipped) == 1
+    assert out.model.num_parameters() == out.report.parameters["with_embeddings"]["after"]
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -17,6 +17,7 @@ from pyprune import preflight, progress
 from pyprune.checkpoint.load import open_model
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import generating_by
+from pyprune.importance.sources import well_formed
 
 Message = dict[str, str]
 """{"role": "user" | "assistant", "content": text}."""
@@ -133,10 +134,11 @@ class Speaker:
             forgotten += 2
 
     def _ids(self, history: Sequence[Message], prompt: str) -> torch.Tensor:
+        asked: Message = {"role": "user", "content": prompt}
+        messages = [{**m, "content": well_formed(m["content"])} for m in (*history, asked)]
         if self.chats:
             from jinja2 import TemplateError
 
-            messages = [*history, {"role": "user", "content": prompt}]
             try:
                 found = self.tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -144,7 +146,7 @@ class Speaker:
             except TemplateError as error:
                 raise PyPruneError("prompt", prompt, f"is refused by the chat template: {error}") from None
         else:
-            text = "\n".join([*(m["content"] for m in history), prompt])
+            text = "\n".join(m["content"] for m in messages)
             found = self.tokenizer(text, return_tensors="pt")
         ids: torch.Tensor = found["input_ids"]
         if not ids.numel():

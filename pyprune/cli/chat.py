@@ -11,6 +11,7 @@ import click
 from pyprune.cli.options import CONTEXT, Verb
 from pyprune.cli.output import emit, reporting
 from pyprune.errors import PyPruneError
+from pyprune.parsing import MAX_SEED
 
 HELP = """Talk to MODEL, or to two models side by side.
 
@@ -47,7 +48,7 @@ def register(cli: click.Group) -> None:
             help="Draw tokens from the softmax of logits / temperature; 0 takes the most likely one.",
         ),
         click.Option(
-            ["--seed"], type=click.IntRange(0), default=0, show_default=True, metavar="N",
+            ["--seed"], type=click.IntRange(0, MAX_SEED), default=0, show_default=True, metavar="N",
             help="Seed of the draws, set for every answer of every model.",
         ),
         click.Option(

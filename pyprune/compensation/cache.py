@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 LIMIT = 16.0  # GiB of sums in a folder
 _STALE = 3600.0  # seconds after which a file that is not written to is never finished
+_KINDS = ("sums", "walk", "scores", "measured")  # of files in a cache folder, whoever writes them
 _NAME = 40  # characters of a fingerprint in a file's name
 
 
@@ -159,7 +160,7 @@ class SumsCache:
     def _make_room(self, needed: int) -> bool:
         """Whether ``needed`` bytes fit, after what was not used for longest has gone."""
         assert self.folder is not None
-        for path in self.folder.glob(f".sums-*{PARTIAL}"):
+        for path in (p for kind in _KINDS for p in self.folder.glob(f".{kind}-*{PARTIAL}")):
             with suppress(OSError):  # of a run that was killed while it wrote
                 if time.time() - path.stat().st_mtime > _STALE:
                     path.unlink()

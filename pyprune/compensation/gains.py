@@ -1,9 +1,8 @@
-"""Gains: a number for each matrix that stays, so that the whole model says again what the dense one says.
+"""Gains: a number for each channel that a matrix reads, so that the whole model says again what the dense one says.
 
 Refits fit every layer to its own output. What they miss of it makes outputs smaller than they were, and what layers
-miss together no layer sees. Here every matrix of a decoder block is multiplied by one number, and one that reads heads
-by one for each head. All of them together, a few hundred for a model, minimise the divergence of its next-token
-distributions from the dense model's,
+miss together no layer sees. Here every input of every matrix of a decoder block is multiplied by one number. All of
+them together minimise the divergence of the model's next-token distributions from the dense model's,
 
     min over g   sum_t KL(p_t || q_t(g)),
 
@@ -17,11 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,6 @@ from pyprune.compensation.cache import LIMIT, Folder, SumsCache
 from pyprune.compensation.checks import check_samples
 from pyprune.compensation.gather import split_rows
 from pyprune.compensation.reconstruction import share_of_step
-from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.cache import fingerprint_of_model
@@ -48,10 +45,9 @@ TOP = 128  # of the dense model's most likely tokens that are kept for each toke
 STEP_TOKENS = 1024  # for one step of the gains, about
 PASS_TOKENS = 512  # in one pass through the model on the CPU, where logits would be most of the memory
 STEPS = 48  # at least; a small calibration is gone through more than once
-RATE = 0.02  # the largest step of a gain
+RATE = 0.01  # the largest step of a gain
 DECAYS = (0.9, 0.95)  # beta_1 and beta_2
 BOUNDS = (0.5, 2.0)
-HEADS = ("query_heads", "kv_heads")  # the finer first
 
 
 @dataclass
@@ -79,19 +75,24 @@ class Gains:
         before: held-out divergence from the dense model, nats a token.
         after: the same with the gains.
         kept: whether they were taken into the weights.
-        values: matrix -> its gain, or those of its heads in their order.
+        values: matrix -> the gain of each of its inputs, float32 [inputs].
         note: why there are none, or None.
     """
 
     before: float | None = None
     after: float | None = None
     kept: bool = False
-    values: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
     note: str | None = None
 
+    def figures(self) -> dict[str, Any]:
+        """All but the values, JSON-serialisable."""
+        return {"before": self.before, "after": self.after, "kept": self.kept, "note": self.note}
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return asdict(self)
+        """JSON-serialisable: of each matrix's values the least, the mean and the greatest."""
+        spread = {n: [float(x) for x in (v.min(), v.mean(), v.max())] for n, v in self.values.items()}
+        return {**self.figures(), "values": spread}
 
 
 @torch.no_grad()
@@ -145,7 +146,6 @@ def _asked(model: nn.Module, steps: Sequence[Step]) -> tuple[list[tuple[Tensor, 
 
 def fit_gains(
     model: nn.Module,
-    groups: Groups,
     dense: Reference,
     cache: str | Path | Folder | None = None,
     cache_limit: float = LIMIT,
@@ -154,7 +154,6 @@ def fit_gains(
 
     Args:
         model: pruned, of any shapes; its weights in memory.
-        groups: its own, which say where heads lie.
         dense: of the model that it was.
         cache: folder where gains that were found stay for the same model and text.
         cache_limit: as in :func:`pyprune.compensation.compensate`.
@@ -163,8 +162,11 @@ def fit_gains(
     kept = SumsCache(cache, cache_limit, lambda: [fingerprint_of_model(model), _key(dense)])
     with scoring_state(model, {}):
         try:
-            fit = _Fit(model, groups, dense, kept)
-            found = Gains(**kept.answer("gains", lambda: fit.run().to_dict()))
+            fit = _Fit(model, dense, kept)
+            known = kept.weights("gains")
+            found = fit.run() if known is None else Gains(**known[0], values=known[1])
+            if known is None:
+                kept.keep_weights("gains", found.figures(), found.values)
         except NotSweepable as reason:
             return Gains(note=f"No gains were fitted: {reason}.")
         if found.kept:
@@ -182,17 +184,15 @@ class _Scaling(InputTaps):
 
     Args:
         parameters: name -> matrix.
-        factors: name -> its gains, float32 [gains].
-        places: name -> which gain each input takes, int64 [inputs].
+        factors: name -> its gains, float32 [inputs].
         rounded: multiply the matrices, as the weights will be in the end, and not what enters them.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], places: Mapping[str, Tensor],
-        rounded: bool,
+        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], rounded: bool
     ) -> None:  # fmt: skip
         super().__init__(parameters)
-        self._factors, self._places, self._rounded = factors, places, rounded
+        self._factors, self._rounded = factors, rounded
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -200,9 +200,10 @@ class _Scaling(InputTaps):
         key = None if found is None else self._find(found[1])[0]
         if found is not None and key is not None and key.name in self._factors:
             x, weight, _, transposed = found
-            by = self._factors[key.name][self._places[key.name]].to(weight.dtype)
+            by = self._factors[key.name]
             if self._rounded:
-                args, kwargs = with_input(args, kwargs, weight, weight * (by[:, None] if transposed else by))
+                rounded = (weight * (by[:, None] if transposed else by)).to(weight.dtype)
+                args, kwargs = with_input(args, kwargs, weight, rounded)
             else:
                 args, kwargs = with_input(args, kwargs, x, x * by.to(x.dtype))
         return func(*args, **kwargs)
@@ -211,7 +212,7 @@ class _Scaling(InputTaps):
 class _Fit:
     """Args: as of :func:`fit_gains`. Raises NotSweepable: no decoder blocks, or none that text passes."""
 
-    def __init__(self, model: nn.Module, groups: Groups, dense: Reference, kept: SumsCache) -> None:
+    def __init__(self, model: nn.Module, dense: Reference, kept: SumsCache) -> None:
         self.dense, self.forward, self.blocks, self.kept = dense, Forward(model), find_blocks(model), kept
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         watched = {n: p for n, p in model.named_parameters() if id(p) in inside and p.dim() == 2}
@@ -220,9 +221,8 @@ class _Fit:
         if not self.dims:
             raise NotSweepable("text passes no matrix of the longest list of blocks")
         self.matrices = {n: watched[n] for n in self.dims}
-        self.places = {n: _places(groups, n, d, watched[n]) for n, d in self.dims.items()}
         self.factors = {
-            n: torch.ones(int(at.max()) + 1, device=at.device).requires_grad_() for n, at in self.places.items()
+            n: torch.ones(p.shape[self.dims[n]], device=p.device).requires_grad_() for n, p in self.matrices.items()
         }
         self.narrow = narrowed(model, dense.words)
         self.rounded = False
@@ -230,7 +230,7 @@ class _Fit:
 
     @contextmanager
     def _around(self) -> Iterator[None]:
-        with self.narrow, _Scaling(self.matrices, self.factors, self.places, self.rounded):
+        with self.narrow, _Scaling(self.matrices, self.factors, self.rounded):
             yield
 
     @torch.no_grad()
@@ -260,7 +260,7 @@ class _Fit:
         self.rounded = False
         if not math.isfinite(after):
             return Gains(before, note="Gains were left out: with them the model gives NaN or infinity.")
-        return Gains(before, after, after < before, {n: f.tolist() for n, f in self.factors.items()})
+        return Gains(before, after, after < before, {n: f.detach() for n, f in self.factors.items()})
 
     @torch.no_grad()
     def _takes_gains_in(self, numbers: Sequence[int]) -> bool:
@@ -289,7 +289,7 @@ class _Fit:
         for factors in self.factors.values():
             factors.fill_(1.0)
         found = self._divergence(numbers)
-        self.set({n: f.tolist() for n, f in kept.items()})
+        self.set(kept)
         return found
 
     def _descend(self, numbers: Sequence[int]) -> None:
@@ -335,30 +335,14 @@ class _Fit:
         return total / tokens
 
     @torch.no_grad()
-    def set(self, values: Mapping[str, list[float]]) -> None:
+    def set(self, values: Mapping[str, Tensor]) -> None:
         """Take these gains."""
         for name, given in values.items():
-            self.factors[name].copy_(torch.tensor(given))
+            self.factors[name].copy_(given)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Multiply the weights by the gains."""
         for name, p in self.matrices.items():
-            by = self.factors[name][self.places[name]].to(p.dtype)
+            by = self.factors[name]
             p.mul_(by[None, :] if self.dims[name] == 1 else by[:, None])
-
-
-def _places(groups: Groups, name: str, dim: int, p: nn.Parameter) -> Tensor:
-    """Which gain each input of a matrix takes: its head's where heads lie along the inputs, else the matrix's only one;
-    int64 [inputs]."""
-    found = np.zeros(p.shape[dim], dtype=np.int64)
-    for role in HEADS:
-        for group in groups:
-            member = next((m for m in group.members if (m.tensor, m.dim) == (name, dim)), None)
-            if group.role == role and member is not None:
-                heads = member.index.positions()
-                heads = heads.reshape(-1, heads.shape[-1])
-                found[heads] = np.arange(len(heads))[:, None]
-        if found.any():
-            break
-    return torch.from_numpy(found).to(p.device)

@@ -15,6 +15,7 @@ from pyprune import progress
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.importance.modes import evaluating
+from pyprune.importance.sources import well_formed
 
 USUAL = 3
 """Prompts that are asked when nobody says how many."""
@@ -113,7 +114,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 32) -> s
     from transformers import GenerationConfig
 
     with evaluating(model):
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = tokenizer(well_formed(prompt), return_tensors="pt").to(model.device)
         known = known_positions(model)
         if known is not None:
             tokens = min(tokens, known - 1)

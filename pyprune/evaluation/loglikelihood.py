@@ -23,6 +23,7 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.logits import can_split, logit_pieces
 from pyprune.evaluation.resume import Store
 from pyprune.importance.modes import evaluating
+from pyprune.importance.sources import well_formed
 from pyprune.progress import bar
 
 DEFAULT_POSITIONS = 2048
@@ -97,7 +98,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], positions: in
     contexts: dict[str, list[int]] = {}
     out = []
     for context, continuation in pairs:
-        before, after = _encode_pair(tokenizer, context, continuation, contexts)
+        before, after = _encode_pair(tokenizer, well_formed(context), well_formed(continuation), contexts)
         if not after:
             raise PyPruneError("tasks", continuation, "is a choice without tokens", "Give every choice some text.")
         if len(after) > positions:

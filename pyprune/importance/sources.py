@@ -137,8 +137,14 @@ def encode(tokenizer: Any, text: str, source: str, option: str = "calibration", 
     """Int64 token ids [tokens] of a text, with or without the tokenizer's special tokens."""
     if tokenizer is None:
         raise PyPruneError(option, source, "is text, and there is no tokenizer", "Give tokenizer=, or token ids.")
+    text = well_formed(text)
     ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64).reshape(-1)
+
+
+def well_formed(text: str) -> str:
+    """``text`` as tokenizers take it: half a surrogate pair, as JSON and bytes that are no UTF-8 give, is replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def text_prefix(tokenizer: Any) -> list[int]:

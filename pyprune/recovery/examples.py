@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pyprune.errors import PyPruneError
-from pyprune.importance.sources import text_prefix
+from pyprune.importance.sources import text_prefix, well_formed
 
 # The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which Alpaca-cleaned and LLM-Pruner keep.
 WITH_INPUT = (
@@ -82,6 +82,10 @@ class Encoder:
             return self._asked(record["prompt"], record["completion"])
         if isinstance(record.get(self.field), str):
             return self._plain(record[self.field])
+        for name in ("instruction", "output", "prompt", "completion", self.field):
+            if name in record and not isinstance(record[name], str):
+                problem = f"has a field {name!r} that is no text"
+                raise PyPruneError(self.option, where, problem, "Give text, or leave the record out.")
         has = ", ".join(map(str, record)) or "none"
         raise self._unknown(where, "has none of the fields that are known", f"It has: {has}.")
 
@@ -90,6 +94,7 @@ class Encoder:
         return PyPruneError(self.option, where, problem, f"{has} {known} (see data_field).")
 
     def _tokens(self, text: str) -> list[int]:
+        text = well_formed(text)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
     def _plain(self, text: str) -> Example:

@@ -159,7 +159,7 @@ class Trainer:
     def _step(self, at: float) -> float | None:
         """One optimizer step; the mean loss of its tokens, or None when it was not finite and nothing was changed."""
         s, step = self.settings, self.history.step
-        torch.manual_seed((s.seed * 1_000_003 + step) * 4099 + self.processes.rank)
+        torch.manual_seed(((s.seed * 1_000_003 + step) * 4099 + self.processes.rank) % 2**63)
         batch = self.rows[step * s.train_batch_size : (step + 1) * s.train_batch_size]
         batch = sorted(batch, key=lambda row: -len(row.ids))  # alike lengths together: less padding
         learned = sum(row.learned for row in batch)

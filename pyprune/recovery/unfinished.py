@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class Unfinished:
 
     def _unwritable(self, error: OSError) -> PyPruneError:
         reason = error.strerror or str(error)
-        return PyPruneError("checkpoint_dir", str(self.folder), f"cannot be written: {reason}", "Free some space.")
+        hint = "Free some space." if error.errno == ENOSPC else "Name another folder."
+        return PyPruneError("checkpoint_dir", str(self.folder), f"cannot be written: {reason}", hint)
 
 
 _PARTS = ("adapter", "optimizer", "best")

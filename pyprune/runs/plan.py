@@ -103,8 +103,9 @@ def _step(stage: RunStage, earlier: Sequence[Step], record: Record, hashes: Hash
         there = [path for path in stage.outputs() if path.exists()]
         if there and not forced:
             problem = "exists already, and no run in this work folder made it"
-            hint = f"Name another output_dir, or replace it with --force {stage.name}."
-            raise PyPruneError("output_dir", str(there[0]), problem, hint)
+            option = "output_dir" if stage.options().get("output") is None else "output"
+            hint = f"Name another {option}, or replace it with --force {stage.name}."
+            raise PyPruneError(option, str(there[0]), problem, hint)
         return Step(stage, RUN, f"--force {stage.name}" if forced else "new", None, forced)
     if forced:
         return Step(stage, RUN, f"--force {stage.name}", entry, forced=True)

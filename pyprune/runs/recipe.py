@@ -8,7 +8,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pyprune.config import EvaluationConfig, ExportingConfig, PruneConfig, Recipe, RecoverConfig, ReportingConfig
+from pyprune.config import (
+    EvaluationConfig,
+    ExportingConfig,
+    PruneConfig,
+    Recipe,
+    RecoverConfig,
+    ReportingConfig,
+    parse_yaml,
+)
 from pyprune.errors import PyPruneError
 from pyprune.stage_options import ModelConfig, Stage
 
@@ -103,12 +111,13 @@ def _read(file: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        data = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise PyPruneError(OPTION, str(file), f"cannot be read: {reason}", "Give a YAML file.") from None
     except yaml.YAMLError as error:
-        raise _wrong(file, f"is not YAML: {error}", "Indent the options of a section by two spaces.") from None
+        hint = "Write each section once, its options indented by two spaces."
+        raise _wrong(file, f"is not YAML: {error}", hint) from None
     if not isinstance(data, dict):
         raise _wrong(file, "holds no sections", f"Write model, output_dir and any of {', '.join(SECTIONS)}.")
     known = ("model", "output_dir", *SECTIONS)

@@ -76,6 +76,16 @@ class RunStage(ABC):
         """Remove what an interrupted execution left to go on from, where it lies outside the outputs."""
         return None
 
+    def _check_model(self) -> None:
+        """The dense model is there, the device too, and the positions of a local one hold evaluation windows."""
+        from pyprune import preflight
+
+        preflight.check_model(self.run.model)
+        opening = self.recipe.model
+        preflight.device(opening.device)
+        if Path(self.run.model).is_dir():
+            preflight.check_windows(self.recipe.evaluation, replace(opening, model_name_or_path=self.run.model))
+
 
 class Prune(RunStage):
     name = "prune"
@@ -97,13 +107,18 @@ class Prune(RunStage):
 
     def check(self) -> None:
         from pyprune import method, preflight
+        from pyprune.streaming import run as streaming
 
-        check_model(self.run.model)
+        self._check_model()
         profile, later = self.recipe.save.profile, [s for s in ("recover", "eval", "export") if s in self.run.sections]
         if profile in ("gguf", "hetero-decilm") and later:
             problem = f"is a form that the stages {', '.join(later)} do not go on from"
             raise PyPruneError("profile", profile, problem, "Put it into section export; prune keeps to its widths.")
-        preflight.check_request(method.for_profile(self._verb()))
+        verb = method.for_profile(self._verb())
+        if verb.streaming.stream:
+            streaming.check(verb)
+        else:
+            preflight.check_request(verb)
 
     def execute(self, resume: bool) -> str:
         from pyprune import pipeline
@@ -150,12 +165,12 @@ class Recover(RunStage):
                 "prompts": _file(self.recipe.page.prompts)}  # fmt: skip
 
     def check(self) -> None:
+        from pyprune import preflight
         from pyprune.recover_preflight import check
 
-        if "prune" not in self.run.sections:
-            check_model(self.run.model)
+        self._check_model()
         if self.recipe.distill.teacher is not None:
-            check_model(self.recipe.distill.teacher, "teacher")
+            preflight.check_model(self.recipe.distill.teacher, "teacher")
         check(self._verb())
 
     def execute(self, resume: bool) -> str:
@@ -195,7 +210,7 @@ class Evaluate(RunStage):
     def check(self) -> None:
         from pyprune import assess
 
-        check_model(self.run.model)
+        self._check_model()
         assess.check(self.recipe)
 
     def execute(self, resume: bool) -> str:
@@ -239,13 +254,15 @@ class Export(RunStage):
         return {} if any(s in self.run.sections for s in self.after) else {"model": self.run.model}
 
     def check(self) -> None:
+        from pyprune import preflight
         from pyprune.checkpoint.load import open_tokenizer
         from pyprune.checkpoint.outline import open_outline
         from pyprune.checkpoint.profiles.writing import check_fits, check_output, get_profile
 
         for model in self.models().values():
-            check_model(model)
+            preflight.check_model(model)
         get_profile(self.recipe.export.profile)
+        self._check_apart()
         if self.recipe.export.output is not None:  # the work folder is made by the run
             check_output(self.outputs()[0], self.recipe.export.profile, overwrite=True)
         folder = Path(self.run.model)
@@ -253,6 +270,19 @@ class Export(RunStage):
             # Cutting changes neither architecture nor tokenizer, so what llama.cpp lacks is known before the cut.
             allowed = self.recipe.model.trust_remote_code
             check_fits("gguf", open_outline(folder, allowed), open_tokenizer(str(folder), allowed, folder))
+
+    def _check_apart(self) -> None:
+        """The output is neither within nor around a model that the run reads, or what another stage makes."""
+        output = self.outputs()[0]
+        paths = [pruned(self.run), recovered(self.run), Path(self.run.model)]
+        for kind in STAGES:
+            if kind.name in self.run.sections and kind is not Export:
+                paths += [*kind(self.run).outputs(), *map(Path, kind(self.run).models().values())]
+        target = output.resolve()
+        for path in (p.resolve() for p in paths):
+            if path.is_relative_to(target) or target.is_relative_to(path):
+                problem = f"overlaps {path}, which this run reads or makes"
+                raise PyPruneError("output", str(output), problem, "Name another place.")
 
     def execute(self, resume: bool) -> str:
         from pyprune.checkpoint.profiles import export
@@ -277,10 +307,17 @@ class WriteReport(RunStage):
         return {"eval": self.recipe.report.eval, "prompts": _file(self.recipe.report.prompts)}
 
     def check(self) -> None:
+        from pyprune import preflight
+        from pyprune.evaluation.generation import sample_prompts
+
+        own = self.recipe.report
         if "prune" not in self.run.sections and "recover" not in self.run.sections:
             hint = "Add a section prune or recover, or leave section report out."
             raise PyPruneError("report", None, "shows a pruned or recovered model, and there is none", hint)
-        for file in self.recipe.report.eval or ():
+        preflight.device(self.recipe.model.device)
+        if own.generations or own.prompts is not None:
+            sample_prompts(own.prompts, own.generations)
+        for file in own.eval or ():
             if not Path(file).is_file():
                 raise PyPruneError("eval", file, "does not exist", "Give a file of `pyprune eval --output`.")
 
@@ -317,25 +354,6 @@ def source(run: RunRecipe, stages: Sequence[str]) -> str:
     places = {"prune": pruned(run), "recover": recovered(run)}
     found = [places[s] for s in stages if s in run.sections]
     return str(found[-1]) if found else run.model
-
-
-def check_model(name: str, option: str = "model_name_or_path") -> None:
-    """A model that is named by a path is a checkpoint there.
-
-    Raises:
-        PyPruneError: it is not.
-    """
-    from pyprune.checkpoint.files import check_folder
-    from pyprune.checkpoint.load import looks_like_a_path
-
-    path = Path(name)
-    if path.is_dir():
-        try:
-            check_folder(path)
-        except PyPruneError as error:
-            raise PyPruneError(option, error.value, error.problem, error.hint) from None
-    elif not path.exists() and looks_like_a_path(name):
-        raise PyPruneError(option, name, "does not exist", "Check the path; it is read from the working directory.")
 
 
 def identity(name: str, hashes: Hashes, otherwise: Any) -> Identity:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,6 @@ from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
-from pyprune.files import PARTIAL
 from pyprune.importance.blocks import NotSweepable, find_blocks
 from pyprune.importance.cache import own_code
 from pyprune.importance.calibration import Calibration, load_calibration
@@ -81,7 +78,7 @@ def prune_from_disk(recipe: PruneConfig, model: Any = None, tokenizer: Any = Non
         PyPruneError: what cannot be streamed is asked for, a shard is missing, weights lie in a pickle only, the disk
             is full, an unfinished run with other settings lies beside the output, and all that ``prune`` refuses.
     """
-    folder = _check(recipe, model)
+    folder = check(recipe, model)
     target = check_target(str(recipe.save.output_dir), recipe.save.overwrite)
     ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
     stages = Stages()
@@ -105,8 +102,6 @@ def prune_from_disk(recipe: PruneConfig, model: Any = None, tokenizer: Any = Non
 
     space = Workspace(target, _settings(recipe, disk, batches, ready), recipe.save.overwrite)
     try:
-        if space.resumed:
-            _remove_orphans(target)
         out = _finish(recipe, disk, groups, batches, ready, asked, trial, space, stages, tokenizer)
     except BaseException as error:
         if disk_full(error) or disk_full(error.__cause__):
@@ -174,7 +169,7 @@ def _finish(
     return Streamed(tokenizer, groups, scores, plan, report)
 
 
-def _check(recipe: PruneConfig, model: Any) -> Path:
+def check(recipe: PruneConfig, model: Any = None) -> Path:
     """What can be refused from the options alone; returns the model's folder."""
     preflight.check_request(recipe)
     if model is not None:
@@ -193,7 +188,7 @@ def _check(recipe: PruneConfig, model: Any) -> Path:
         raise PyPruneError("compensation", how, "does not go with stream", "Leave it out, or leave stream out.")
     given = recipe.to_dict()
     for name, hint in _WITHOUT.items():
-        if given[name] is not None:
+        if given[name]:
             raise PyPruneError(name, given[name], "does not go with stream", hint)
     name = str(recipe.model.model_name_or_path or "")
     folder = Path(name).expanduser()
@@ -245,9 +240,3 @@ def _settings(
         "scores_file": None if ready is None else fingerprint(ready.by_group),
         "versions": {**versions(), "code of pyprune": own_code()},
     }
-
-
-def _remove_orphans(target: Path) -> None:
-    """What a process left that was killed while it saved; the workspace's lock says that it is gone."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.????????{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)

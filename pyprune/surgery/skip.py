@@ -1,8 +1,9 @@
 """Decoder layers without their attention, or without their FFN.
 
-No stock configuration has such a layer, but a layer adds up what its sub-blocks give, so that one which gives zeros is
-one that is not there. The module stays in its place with the numbers that other code reads off it (a window, an index);
-its parameters, buffers and children go, and its class becomes one that gives zeros.
+No stock configuration has such a layer, but most layers add up what their sub-blocks give, so that one which gives
+zeros is one that is not there; :func:`forms` refuses those that carry the residual stream themselves. The module stays
+in its place with the numbers that other code reads off it (a window, an index); its parameters, buffers and children
+go, and its class becomes one that gives zeros.
 
 ``config.pyprune_skipped`` records module -> values that it returns: 0 for a tensor, else the length of the tuple, of
 which all but the first are None.
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import PyPruneError
+from pyprune.importance.blocks import Call, NotSweepable, intercepted, stream_of
+from pyprune.importance.depth import silenced
 
 Spec = dict[str, int]
 
@@ -66,9 +69,10 @@ def forms(model: nn.Module, paths: Sequence[str], run: Any) -> Spec:
 
     Raises:
         PyPruneError: a module is called with, or returns, something else than the residual stream's shape, or is not
-            called at all.
+            called at all; or zeros in its place would erase the residual stream.
     """
     seen: Spec = {}
+    hint = "Remove whole layers, or cut widths."
 
     def look(path: str) -> Any:
         def hook(module: nn.Module, arguments: Any, named: Any, out: Any) -> None:
@@ -89,5 +93,23 @@ def forms(model: nn.Module, paths: Sequence[str], run: Any) -> Spec:
     for path in paths:
         if path not in seen:
             problem = f"{path} does not give back a tensor of the shape that it takes, so that nothing can stand for it"
-            raise PyPruneError("layer_part", None, problem, "Remove whole layers, or cut widths.")
+            raise PyPruneError("layer_part", None, problem, hint)
+    homes: dict[str, list[str]] = {}
+    for path in paths:
+        homes.setdefault(path.rpartition(".")[0], []).append(path)
+    inside = list(homes.values())
+
+    def listen(j: int, given: Tensor, call: Call, rest: list[Any]) -> Any:
+        with silenced([model.get_submodule(path) for path in inside[j]]):
+            deaf = not given.is_meta and torch.equal(stream_of(call(given)), stream_of(call(-given)))
+        if deaf:
+            problem = f"{inside[j][0]} carries the residual stream itself: without it the layer ignores what enters it"
+            raise PyPruneError("layer_part", None, problem, hint)
+        return call(given)
+
+    try:
+        with intercepted([model.get_submodule(home) for home in homes], listen):
+            run()
+    except NotSweepable as reason:
+        raise PyPruneError("layer_part", None, f"cannot be tried on this model: {reason}", hint) from None
     return seen

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pyprune import families
+from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.decoder import text_config
 
 Config = Any
@@ -27,7 +29,12 @@ def refusal(config: Config) -> str | None:
 def stand_in(config: Config) -> tuple[type, Config] | None:
     """Another class and configuration for the same network, where the family has one."""
     family = families.find(text_config(config))
-    return None if family is None or family.stand_in is None else family.stand_in(config)
+    found = None if family is None or family.stand_in is None else family.stand_in(config)
+    if found is not None:
+        for kind in (narrow, resize, skip):
+            if spec := kind.spec_of(config):
+                setattr(found[1], kind.FIELD, copy.deepcopy(spec))
+    return found
 
 
 def can_be_saved(config: Config) -> bool:

@@ -11,6 +11,7 @@ import torch
 from pyprune.chat.speaker import Conversation, Sampling, Speaker
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation
+from pyprune.parsing import MAX_SEED
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -72,6 +73,7 @@ def test_temperature_draws_by_the_seed(speaker) -> None:
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in range(4)}) > 1
+    assert drawn(MAX_SEED)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,7 @@ def test_markup_in_an_answer_is_text(speaker) -> None:
         (("dense", "--web", "--prompt", "x"), "--web: opens a page, where prompts are typed."),
         (("dense", "--device", "gpu", "--prompt", "x"), "--device 'gpu': must be auto, cpu, mps, cuda or cuda:N."),
         (("dense", "--max_new_tokens", "0", "--prompt", "x"), "0 is not in the range x>=1"),
+        (("dense", "--seed", str(2**63), "--prompt", "x"), "is not in the range 0<=x<="),
     ],
 )
 def test_mistakes_end_in_one_line(call, place, options: tuple[str, ...], said: str) -> None:

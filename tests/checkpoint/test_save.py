@@ -99,6 +99,22 @@ def test_narrow_layers_survive_saving(tmp_path, family):
     assert torch.equal(h.logits(load(tmp_path / "out")), h.logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:No .* expresses")
+def test_a_stand_in_has_the_narrow_layers_and_the_gaps_of_the_model(tmp_path):
+    from pyprune.discovery import discover
+    from pyprune.selection.layers import removable, without
+
+    model = h.tiny("llama", num_key_value_heads=8, num_attention_heads=8, head_dim=6)
+    groups = discover(model)
+    model = apply(model, without(groups, removable(groups, 1, None, "ffn", model.config)[0], [1]))
+    cuts = [h.cut(g, {"kv_heads": 7, "vo_dim": 4}[g.role]) for g in discover(model) if g.role in ("kv_heads", "vo_dim")]
+    model = apply(model, Plan(tuple(cuts)))
+    assert model.config.pyprune_narrow and model.config.pyprune_skipped
+    with pytest.warns(UserWarning, match="saved as MistralForCausalLM"):
+        save(model, None, tmp_path / "out")
+    assert torch.equal(h.logits(load(tmp_path / "out")), h.logits(model))
+
+
 def test_widths_that_a_class_without_stand_in_refuses_become_per_layer_ones(tmp_path):
     model = small("llama", hidden_size=40, attention_bias=True)
     assert model.config.is_heterogeneous

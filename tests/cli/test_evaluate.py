@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers_run import tiny_llama
 from helpers_tasks import records, trained_tokenizer, write_task
+from safetensors.torch import load_file, save_file
 
 import pyprune
 from pyprune.evaluation.loglikelihood import loglikelihoods
@@ -143,7 +144,15 @@ def test_bad_tasks_are_refused_before_the_model_is_opened(call, place, task, mon
     assert "--tasks 'test.txt': is not a task file" in refused(call, place, "--tasks", "test.txt")
     assert "is given twice" in refused(call, place, "--tasks", f"{task},{task}")
     line = refused(call, place, "--prompt", "if", "--resume_file", "r.jsonl")
-    assert "--resume_file 'r.jsonl': keeps what tasks need, and there are no tasks" in line
+    assert "--resume_file 'r.jsonl': is for option tasks, which is not given" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "switch"), [("limit", "tasks"), ("task_batch_size", "tasks"), ("speed_rounds", "speed")]
+)
+def test_what_is_for_something_that_is_not_measured_is_refused(call, place, option: str, switch: str) -> None:
+    line = refused(call, place, "--prompt", "if", f"--{option}", "3")
+    assert f"--{option} 3: is for option {switch}, which is not given. Give {switch} too, or leave it out." in line
 
 
 def test_two_files_of_one_name_are_told_apart(call, place, task) -> None:
@@ -204,6 +213,35 @@ def test_a_pruned_model_beside_the_dense_one(call, place, task) -> None:
     assert ratios["perplexity"] == found["perplexity"]["perplexity"] / dense["perplexity"]["perplexity"]
     shown = call("eval", "out", "--compare", "model", *options, "--prompt", "if").out
     assert "Side by side" in shown and "ratio" in shown and "quiz acc_norm (16)" in shown and "after 'if'" in shown
+
+
+def test_a_second_model_that_is_not_there_is_told_before_the_first_is_opened(call, place, monkeypatch) -> None:
+    monkeypatch.setattr("pyprune.assess._open", lambda *a: pytest.fail("a model was opened"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = refused(call, place, "--prompt", "if", "--compare", "nowhere/at/all")
+    assert "--compare 'nowhere/at/all': does not exist" in line
+    line = refused(call, place, "--prompt", "if", "--compare", "nowhere")
+    assert "--compare 'nowhere': is neither a local folder nor a model that the hub gives" in line
+    (place / "model/model.safetensors").rename(place / "away.safetensors")
+    assert "--compare 'model': has no weights" in refused(call, place, "--prompt", "if", "--compare", "model")
+
+
+def test_windows_longer_than_the_second_models_positions_are_told_before_the_first_is_opened(
+    call, place, monkeypatch
+) -> None:
+    monkeypatch.setattr("pyprune.assess._open", lambda *a: pytest.fail("a model was opened"))
+    tiny_llama(max_position_embeddings=32).save_pretrained(place / "short")
+    line = refused(call, place, "--eval_text", "test.txt", "--eval_length", "64", "--compare", "short")
+    assert "--eval_length 64: is more than the 32 positions that the model knows" in line
+
+
+def test_a_second_model_that_cannot_be_opened_is_called_by_its_option(call, place) -> None:
+    tiny_llama().save_pretrained(place / "nan")
+    weights = load_file(place / "nan/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, place / "nan/model.safetensors", metadata={"format": "pt"})
+    line = refused(call, place, "--prompt", "if", "--prompt_tokens", "2", "--compare", "nan")
+    assert "--compare 'nan'" in line and "not finite" in line
 
 
 def test_the_result_file_is_not_replaced_unless_told(call, place) -> None:

@@ -351,12 +351,14 @@ def test_what_one_step_of_a_run_keeps_stays_for_its_others(tmp_path: Path) -> No
 
 
 def test_what_a_killed_run_was_writing_is_removed_once_nobody_writes_it(tmp_path: Path) -> None:
-    old, new = (tmp_path / f".sums-{name}.safetensors.abcdef01.partial" for name in ("old", "new"))
-    for file in (old, new):
+    kinds = ("sums-{}.safetensors", "walk-{}.json", "scores-{}.safetensors", "measured-{}.json")
+    old, new = ([tmp_path / f".{k.format(age)}.abcdef01.partial" for k in kinds] for age in ("old", "new"))
+    for file in (*old, *new):
         file.write_bytes(b"half")
-    os.utime(old, (0, 0))
+    for file in old:
+        os.utime(file, (0, 0))
     SumsCache(tmp_path, 1.0, lambda: 0).keep_weights("dense", {}, {"a": torch.zeros(9)})
-    assert not old.exists() and new.exists()
+    assert not any(f.exists() for f in old) and all(f.exists() for f in new)
 
 
 def test_a_limit_without_a_cache_or_compensation_is_refused(tmp_path: Path) -> None:

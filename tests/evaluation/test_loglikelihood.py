@@ -6,12 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_recovery import chat_tokenizer, small_llama
 from helpers_run import tiny_llama
 from helpers_tasks import records, trained_tokenizer
 
+from pyprune.chat.speaker import Speaker
 from pyprune.errors import PyPruneError
+from pyprune.evaluation import generation
 from pyprune.evaluation import logits as logits_module
 from pyprune.evaluation.loglikelihood import Request, encode_pairs, loglikelihoods, max_positions
+from pyprune.importance.sources import encode
+from pyprune.recovery.examples import Encoder
 
 
 def model_and_tokenizer(bos: bool = False):
@@ -32,6 +37,30 @@ def reference(model, request: Request) -> tuple[float, bool]:
         total += out[t - 1, ids[t]].item()
         greedy = greedy and int(out[t - 1].argmax()) == ids[t]
     return total, greedy
+
+
+HALVES = "a\ud800b \udc00, a pair \ud83d\ude00"  # of surrogate pairs: no encoding of text has them
+WHOLE = "a\ufffdb \ufffd, a pair \U0001f600"
+READERS = {
+    "calibration and evaluation": lambda tokenizer, text: encode(tokenizer, text, "x.jsonl").tolist(),
+    "training": lambda tokenizer, text: Encoder(tokenizer)({"prompt": text, "completion": text}, "here").ids.tolist(),
+    "tasks": lambda tokenizer, text: encode_pairs(tokenizer, [(text, text), ("", text)], 256),
+    "samples": lambda tokenizer, text: generation.continuation(tiny_llama(vocab_size=400), tokenizer, text, 3),
+    "chat": lambda tokenizer, text: Speaker(tiny_llama(), tokenizer, "x")._ids(
+        [{"role": "user", "content": text}], text
+    ).tolist(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(name: str) -> None:
+    tokenizer = trained_tokenizer()
+    assert READERS[name](tokenizer, HALVES) == READERS[name](tokenizer, WHOLE)
+
+
+def test_half_a_surrogate_pair_goes_through_a_chat_template_too() -> None:
+    speaker = Speaker(small_llama(), chat_tokenizer(), "x")
+    assert speaker._ids([], HALVES).tolist() == speaker._ids([], WHOLE).tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])

@@ -40,6 +40,20 @@ def test_the_width_of_a_head_is_written_out(tmp_path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == 128
 
 
+def test_the_width_of_a_head_that_a_class_computes_is_not_written(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    pyprune.export(model, tmp_path / "out", "uniform")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(h.logits(opened), h.logits(model))
+
+
 def refusal(model) -> str:
     with pytest.raises(PyPruneError) as caught:
         uniform.check(of_model(model).outline)

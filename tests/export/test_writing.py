@@ -94,6 +94,29 @@ def test_mistakes_name_the_option_and_the_way_out(options, message) -> None:
 
 
 @pytest.mark.parametrize(("profile", "name"), [("hetero-hf", "out"), ("gguf", "out.gguf")])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_opened(
+    tmp_path, monkeypatch, profile, name
+) -> None:
+    monkeypatch.setattr("pyprune.checkpoint.atomic.os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PyPruneError, match=rf"output '.*{name}': cannot be made: .* is not a folder that can be"):
+        pyprune.export("unused", tmp_path / name, profile)
+
+
+@pytest.mark.parametrize(("profile", "name"), [("hetero-hf", "o" * 240), ("gguf", "o" * 235 + ".gguf")])
+def test_a_name_that_is_too_long_while_it_is_written_is_refused_before_the_model_is_opened(
+    tmp_path, profile, name
+) -> None:
+    with pytest.raises(PyPruneError, match=r"output .*: is too long a name: 18 characters more are needed"):
+        pyprune.export("unused", tmp_path / name, profile)
+
+
+def test_the_part_of_a_gguf_file_that_a_killed_process_left_goes(folder, tmp_path) -> None:
+    (tmp_path / ".out.gguf.0123abcd.partial").mkdir()
+    pyprune.export(folder, tmp_path / "out.gguf", "gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.gguf"]
+
+
+@pytest.mark.parametrize(("profile", "name"), [("hetero-hf", "out"), ("gguf", "out.gguf")])
 def test_an_existing_output_stays_unless_overwrite(folder, tmp_path, profile, name) -> None:
     pyprune.export(folder, tmp_path / name, profile)
     before = everything(tmp_path)
@@ -106,7 +129,12 @@ def test_an_existing_output_stays_unless_overwrite(folder, tmp_path, profile, na
 
 @pytest.mark.parametrize(("profile", "name"), [("hetero-hf", "out"), ("gguf", "out.gguf")])
 @pytest.mark.parametrize(
-    ("error", "raised"), [(OSError(errno.ENOSPC, "No space left on device"), PyPruneError), (KeyboardInterrupt(),) * 2]
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), PyPruneError),
+        (OSError("20480 requested and 64 written"), PyPruneError),  # NumPy's tofile
+        (KeyboardInterrupt(),) * 2,
+    ],
 )
 def test_a_failing_write_leaves_what_was_there(folder, tmp_path, monkeypatch, profile, name, error, raised) -> None:
     pyprune.export(folder, tmp_path / name, profile)

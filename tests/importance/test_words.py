@@ -130,8 +130,6 @@ def test_what_treats_all_tokens_alike_behind_the_head_leaves_a_part() -> None:
 def test_gains_of_a_part_of_the_vocabulary_bring_the_whole_nearer(tmp_path: Any) -> None:
     import copy
 
-    import pyprune
-
     dense = tiny_llama()
     model = copy.deepcopy(dense)
     with torch.no_grad():
@@ -147,5 +145,5 @@ def test_gains_of_a_part_of_the_vocabulary_bring_the_whole_nearer(tmp_path: Any)
     assert says.words is not None and len(says.words) == 40
     again = gains.reference(dense, text, tmp_path)
     assert again.words is not None and torch.equal(again.words, says.words)
-    found = gains.fit_gains(model, pyprune.discover(model), again)
+    found = gains.fit_gains(model, again)
     assert found.kept and off() < 0.3 * before

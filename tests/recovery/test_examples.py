@@ -111,6 +111,12 @@ def test_a_record_without_known_fields_names_file_line_and_fields(tmp_path: Path
     assert "data.jsonl (line 3)" in message and "It has: question, answer." in message and "instruction" in message
 
 
+@pytest.mark.parametrize("record", [{"text": 5}, {"question": "a", "text": None}, {"instruction": "a", "output": 5}])
+def test_a_known_field_that_is_no_text_is_named(record: dict) -> None:
+    with pytest.raises(PyPruneError, match=rf"data 'here': has a field '{list(record)[-1]}' that is no text\."):
+        Encoder(byte_tokenizer())(record, "here")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

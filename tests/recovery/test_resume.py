@@ -125,6 +125,18 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch) -> None:
     assert finished(tmp_path, True)[0].losses == finished(None, False)[0].losses
 
 
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.ENOSPC, "Free some space."), (errno.EROFS, "Name another folder.")]
+)
+def test_a_folder_that_cannot_be_written_is_told_with_what_helps(tmp_path, monkeypatch, number: int, hint: str) -> None:
+    def failing(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", failing)
+    with pytest.raises(PyPruneError, match=rf"checkpoint_dir.*cannot be written: {os.strerror(number)}. {hint}"):
+        place(tmp_path / "new").log({})
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on_with_resume_to_the_same_curve_and_weights(tmp_path, monkeypatch, capsys) -> None:
     write_model(tmp_path / "model", hidden_size=32, intermediate_size=48, num_hidden_layers=2)

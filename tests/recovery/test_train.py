@@ -10,6 +10,7 @@ import torch
 from helpers_recovery import LORA, other_rows, rows, small_llama, trainer
 
 from pyprune.errors import PyPruneError
+from pyprune.parsing import MAX_SEED
 from pyprune.recovery import adapter, train
 from pyprune.recovery.adapter import Lora, adapted
 from pyprune.recovery.schedule import Pace, rate
@@ -31,6 +32,10 @@ def test_training_lowers_the_validation_loss_and_the_result_is_the_best_moment()
     assert nll == pytest.approx(min(found), abs=1e-6) == history.best_nll
     assert [v["step"] for v in history.validations] == [0, 5, 10]
     assert len(history.losses) == len(history.rates) == history.step == 10
+
+
+def test_the_greatest_seed_that_is_allowed_trains() -> None:
+    assert len(trained(seed=MAX_SEED)[0].losses) == 10
 
 
 def test_the_first_loss_is_that_of_the_untrained_model_over_all_learned_tokens() -> None:

@@ -271,6 +271,7 @@ def test_markup_in_a_generation_is_shown_as_text(smaller: Path) -> None:
         (("smaller", "--output", "empty"), "--output 'empty': is a folder"),
         (("smaller", "--output", "a/b.html"), "--output 'a/b.html': cannot be made in"),
         (("smaller", "--generations", "9"), "--generations 9: there are 5 prompts"),
+        (("smaller", "--generations", "4", "--dense", "a/b/c"), "--dense 'a/b/c': does not exist"),
     ],
 )
 def test_mistakes_end_in_one_line_that_names_the_option(smaller: Path, call, monkeypatch, arguments, message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -55,8 +56,6 @@ def test_quiet_leaves_the_table_alone(call, finished) -> None:
 
 
 def test_model_and_work_folder_may_be_given(call, place) -> None:
-    import shutil
-
     shutil.move(place / "model", place / "elsewhere")
     ended = call("run", "run.yaml", "--model", "elsewhere", "--output_dir", "there", "--until", "prune", "--json")
     assert ended.status == 0, ended.err
@@ -83,6 +82,16 @@ def test_model_and_work_folder_may_be_given(call, place) -> None:
         ("eval", {"tasks": "absent.jsonl"}, "absent.jsonl"),
         ("export", {"profile": "gguf", "output": "x.bin"}, "--output"),
         ("report", {"eval": "absent.json"}, "--eval 'absent.json': does not exist."),
+        ("report", {"prompts": "absent.txt"}, "--prompts 'absent.txt': cannot be read"),
+        ("recover", {"prompts": "absent.txt"}, "--prompts 'absent.txt': cannot be read"),
+        ("recover", {"checkpoint_dir": "test.txt"}, "test.txt': cannot be made: there is a file in its place."),
+        ("prune", {"device": "cuda:77"}, "--device 'cuda:77'"),
+        ("recover", {"device": "cuda:77"}, "--device 'cuda:77'"),
+        ("eval", {"device": "cuda:77"}, "--device 'cuda:77'"),
+        ("report", {"device": "cuda:77"}, "--device 'cuda:77'"),
+        ("eval", {"eval_length": 256}, "--eval_length 256: is more than the 128 positions that the model knows."),
+        ("recover", {"eval_text": "test.txt", "eval_length": 256}, "--eval_length 256: is more than the 128 posit"),
+        ("prune", {"stream": True, "prompt": "Once"}, "--prompt 'Once': does not go with stream."),
         ("eval", {"eval_windows": "many"}, "--eval_windows 'many': must be a whole number, at least 1."),
     ],
 )
@@ -179,6 +188,36 @@ def test_a_damaged_record_is_an_error_and_not_a_guess(call, finished) -> None:
     (finished / "work/run.json").write_text("{")
     ended = call("run", "run.yaml")
     assert ended.status == 2 and "is no record of a run that can be read. Remove it" in ended.err
+
+
+@pytest.mark.parametrize(
+    "output", ["work/pruned", "work/recovered/export", "work", "work/eval", "work/report.html", ".", "model", "link"]
+)
+def test_an_export_into_what_the_run_reads_or_makes_is_refused_with_or_without_force(call, place, output: str) -> None:
+    (place / "link").symlink_to("model")
+    for file in (place / "model").iterdir():
+        shutil.copy(file, place.root)  # a model's folder, which an export may replace
+    place.recipe["export"]["output"] = output
+    place.write()
+    for force in ((), ("--force", "export")):
+        ended = call("run", "run.yaml", *force)
+        assert ended.status == 2 and "error: --output " in ended.err
+        assert not (place / "work").exists()
+    assert ", which this run reads or makes. Name another place. (Stage export of run.yaml.)" in ended.err
+
+
+def test_an_export_may_lie_in_the_work_folder_under_a_name_of_its_own(place) -> None:
+    place.recipe["export"]["output"] = "work/mine"
+    assert "export" in place.would()
+
+
+def test_an_export_over_something_else_is_refused_by_its_own_option(call, place) -> None:
+    shutil.copytree(place / "model", place / "mine")
+    place.recipe["export"]["output"] = "mine"
+    place.write()
+    ended = call("run", "run.yaml")
+    assert ended.status == 2 and "error: --output " in ended.err
+    assert "Name another output, or replace it with --force export." in ended.err
 
 
 def test_several_processes_are_refused(call, place, monkeypatch) -> None:

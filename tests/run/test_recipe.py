@@ -106,6 +106,8 @@ def test_mistakes_name_the_section_the_key_and_the_way_out(tmp_path, change: dic
     [
         ("- prune\n", "holds no sections"),
         ("", "holds no sections"),
+        ("model: m\noutput_dir: o\nprune: {ratio: 0.1}\nprune: {ratio: 0.2}\n", "'prune' stands twice"),
+        ("model: m\noutput_dir: o\nprune: {ratio: 0.1, ratio: 0.2}\n", "'ratio' stands twice"),
         ("prune: [0.2\n", "is not YAML"),
         ("model: m\noutput_dir: o\n", "has no stage. Sections: prune, recover, eval, export, report."),
     ],

@@ -120,6 +120,12 @@ def test_what_needs_the_model_in_memory_is_refused_by_name(sharded, tmp_path, op
     assert not list(tmp_path.iterdir())
 
 
+def test_no_samples_go_with_stream(sharded, tmp_path) -> None:
+    out = tmp_path / "out"
+    pyprune.prune(str(sharded), ratio=0.3, criterion="l2", stream=True, generations=0, output_dir=str(out))
+    assert (out / "model.safetensors.index.json").exists() or (out / "model.safetensors").exists()
+
+
 def test_a_model_object_and_a_name_on_the_hub_are_refused(tmp_path) -> None:
     options = {"ratio": 0.3, "criterion": "l2", "stream": True, "output_dir": str(tmp_path / "out")}
     with pytest.raises(PyPruneError, match="in memory"):

@@ -15,7 +15,6 @@ import pyprune
 from pyprune.errors import PyPruneError
 from pyprune.streaming import shards, workspace
 from pyprune.streaming.disk import DiskModel
-from pyprune.streaming.run import _remove_orphans
 from pyprune.streaming.workspace import Workspace, workspace_path
 
 KILLED = """
@@ -192,11 +191,3 @@ def test_a_process_that_begins_while_another_ends_has_a_workspace_of_its_own(tmp
     assert second[0].load("sums/x")["t"].tolist() == [0, 0]
     second[0].remove()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_only_what_a_save_to_the_same_folder_left_is_cleared_away(tmp_path) -> None:
-    for name in (".x[1].abcdef01.partial", ".x1.abcdef01.partial", ".other.abcdef01.partial"):
-        (tmp_path / name).mkdir()
-    for name in ("x[1]", "o*"):
-        _remove_orphans(tmp_path / name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.abcdef01.partial", ".x1.abcdef01.partial"]

@@ -45,8 +45,10 @@ def check(outline: Any) -> None:
 def write(work: Path, outline: Any) -> None:
     """Writes the width of a head out, which readers would else take for hidden size / heads."""
     check(outline)
-    width = getattr(outline.config, "head_dim", None)
-    if isinstance(width, int):
+    config = outline.config
+    width = getattr(config, "head_dim", None)
+    computed = isinstance(getattr(type(config), "head_dim", None), property)  # Falcon's, which cannot be set
+    if isinstance(width, int) and not computed:
         edit_config(work, {"head_dim": width})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -188,12 +189,15 @@ def check_output(output: str | Path, profile: str, overwrite: bool) -> Path:
     if path.suffix != ".gguf":
         hint = f"Name it {path.name}.gguf."
         raise PyPruneError("output", str(output), "is no name for a GGUF file, which ends in .gguf", hint)
+    atomic.check_name("output", output, path)
     if path.is_dir():
         raise PyPruneError("output", str(output), "is a folder", "Name a file.")
     if path.exists() and not overwrite:
         raise PyPruneError("output", str(output), "exists already", "Set overwrite, or name another file.")
     if not path.parent.is_dir():
         raise PyPruneError("output", str(output), f"cannot be made: {path.parent} is not there", "Make that folder.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PyPruneError("output", str(output), f"cannot be made: {path.parent} is not a folder that can be written")
     return path
 
 
@@ -225,11 +229,10 @@ def _copy_other_files(folder: Path, work: Path) -> None:
 @contextmanager
 def _partial(file: Path) -> Iterator[Path]:
     """A file beside ``file`` that takes its name when the block ends, and is removed when it fails."""
-    with _renamed(), TemporaryDirectory(prefix=f".{file.name}.", suffix=".partial", dir=file.parent) as folder:
-        work = Path(folder) / file.name
-        with atomic.full_disk_reported(file):
-            yield work
-            atomic.sync(Path(folder))
+    with _renamed(), atomic.full_disk_reported(file), atomic.partial_folder(file) as folder:
+        work = folder / file.name
+        yield work
+        atomic.sync(folder)
         work.replace(file)
 
 
