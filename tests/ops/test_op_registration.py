@@ -81,7 +81,7 @@ CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_graph_without_breaks_can_hold_the_ops(name: str) -> None:
+def test_compiled_code_holds_the_ops_in_one_graph(name: str) -> None:
     w, g = torch.randn(6, 5), torch.randn(6, 5)
     found = torch.compile(CALLS[name], backend="aot_eager", fullgraph=True)(w, g)
     for got, expected in zip(tree_leaves(found), tree_leaves(CALLS[name](w, g)), strict=True):
