@@ -27,9 +27,10 @@ from pyprune.evaluation.stages import Stages
 from pyprune.evaluation.stock import STOCK, check_installed, stock_accuracies
 from pyprune.evaluation.tasks import Accuracy, Task, accuracy, is_task_file, read_task, requests_of
 from pyprune.files import write_text
-from pyprune.pipeline import _Dense, _measure, _open
+from pyprune.opening import Opened, measure, open_or_take
 from pyprune.report.data import versions
 from pyprune.stage_options import ModelConfig, ResultConfig, SpeedConfig, TaskConfig
+from pyprune.texts import evaluation_windows
 
 FOOTPRINT = ("cache_bytes_per_token", "state_bytes", "macs_per_token", "attention_macs_per_position", "peak_memory")
 
@@ -75,9 +76,9 @@ class _Subject:
     tokenizer: Any
     option: str = "model_name_or_path"
 
-    def open(self, stages: Stages) -> _Dense:
+    def open(self, stages: Stages) -> Opened:
         with preflight.renamed(model_name_or_path=self.option):
-            return _open(self.source, stages, self.given, self.tokenizer)
+            return open_or_take(self.source, stages, self.given, self.tokenizer)
 
 
 def run(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None, compare: Any = None) -> dict[str, Any]:
@@ -153,12 +154,12 @@ def check(recipe: EvaluationConfig) -> list[Task | str]:
     if asked.eval_text is None and asked.prompt is None and recipe.tasks.tasks is None and not recipe.speed.speed:
         hint = "Give eval_text, tasks, speed, or a prompt."
         raise PyPruneError("eval_text", None, "there is nothing to measure on", hint)
-    preflight.check_source("eval_text", asked.eval_text)
+    preflight.check_evaluation(asked)
+    if asked.prompt is None:
+        preflight.check_effect(asked, "prompt", ["prompt_tokens"])
     for part, switch in ((recipe.tasks, "tasks"), (recipe.speed, "speed")):
-        for name, value in vars(part).items():
-            if not getattr(part, switch) and value != getattr(type(part)(), name):
-                problem = f"is for option {switch}, which is not given"
-                raise PyPruneError(name, value, problem, f"Give {switch} too, or leave it out.")
+        if not getattr(part, switch):
+            preflight.check_effect(part, switch, list(vars(part)))
     if recipe.tasks.resume_file is not None:
         check_file(Path(recipe.tasks.resume_file))
     if recipe.result.output is not None:
@@ -203,13 +204,13 @@ def _read_tasks(config: TaskConfig) -> list[Task | str]:
     return out
 
 
-def _figures(recipe: EvaluationConfig, one: _Dense, tasks: Sequence[Task | str], stages: Stages) -> dict[str, Any]:
+def _figures(recipe: EvaluationConfig, one: Opened, tasks: Sequence[Task | str], stages: Stages) -> dict[str, Any]:
     with stages("read text"):
-        windows, text = preflight.windows(recipe.evaluation, one.model, one.tokenizer)
+        windows, text = evaluation_windows(recipe.evaluation, one.model, one.tokenizer)
     speed = recipe.speed
     if speed.speed:
         _check_prompt(speed, one.model)
-    measured = _measure(one.model, one, recipe.evaluation, windows, text, stages, "")
+    measured = measure(one.model, one.tokenizer, recipe.evaluation, windows, text, stages)
     said = measured["continuation"]
     accuracies = None if not tasks else _accuracies(recipe.tasks, one, tasks, stages)
     size = None
@@ -231,7 +232,7 @@ def _figures(recipe: EvaluationConfig, one: _Dense, tasks: Sequence[Task | str],
     }
 
 
-def _pruned_with(one: _Dense) -> str | None:
+def _pruned_with(one: Opened) -> str | None:
     """The calibration text in the recipe that lies in a pruned model's folder; None where there is none."""
     try:
         given = read_yaml(Path(one.name) / RECIPE).get("calibration")
@@ -249,7 +250,7 @@ def _check_prompt(config: SpeedConfig, model: Any) -> None:
         raise PyPruneError("speed_prompt", config.speed_prompt, problem, "Use smaller ones.") from None
 
 
-def _accuracies(config: TaskConfig, one: _Dense, tasks: Sequence[Task | str], stages: Stages) -> list[dict[str, Any]]:
+def _accuracies(config: TaskConfig, one: Opened, tasks: Sequence[Task | str], stages: Stages) -> list[dict[str, Any]]:
     """Accuracy.to_dict() of each task, in order."""
     if one.tokenizer is None:
         raise PyPruneError("tasks", None, f"{one.name} has no tokenizer to read them with", "Give tokenizer=.")
@@ -274,7 +275,7 @@ def _accuracies(config: TaskConfig, one: _Dense, tasks: Sequence[Task | str], st
 
 
 def _add_speed(
-    recipe: EvaluationConfig, subjects: Sequence[_Subject], opened: Sequence[_Dense], found: Sequence[dict[str, Any]],
+    recipe: EvaluationConfig, subjects: Sequence[_Subject], opened: Sequence[Opened], found: Sequence[dict[str, Any]],
     stages: Sequence[Stages],
 ) -> None:  # fmt: skip
     config = recipe.speed

@@ -48,10 +48,12 @@ from pyprune.stage_options import (
 R = TypeVar("R", bound="Recipe")
 # Ways to say the same thing: a flag for one overrides a file's other.
 SYNONYMS = (("ratio", "target_params"), ("protocol", "eval_length"))
-# Who says one of these says how to prune, and gets nothing else of the method ``best`` with it.
-HOW = (
-    "criterion", "route", "aggregation", "scores_file", "allocation", "allocation_criterion", "widths",
-    "iterative_steps", "compensation", "compensation_target", "remove_layers", "stream",
+# Who says one of these says how to prune, and gets nothing else of the method ``best`` with it; of the second kind,
+# who says anything but what holds anyway.
+HOW = ("criterion", "allocation", "compensation")
+HOW_ELSE = (
+    "route", "aggregation", "scores_file", "allocation_criterion", "widths", "iterative_steps", "compensation_target",
+    "remove_layers", "stream",
 )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ class Recipe:
         merged = {**from_file, **given}
         sized = bool(merged.get("ratio") or merged.get("target_params"))
         if "method" in known and "method" not in merged and sized:
-            merged["method"] = "plain" if any(merged.get(name) for name in HOW) else "best"
+            merged["method"] = "plain" if cls._says_how(merged) else "best"
         for option, sets in (("recipe", PRESETS), ("method", METHODS)):
             if option in known:
                 merged = {**sets.get(str(merged.get(option)), {}), **merged}
@@ -107,6 +109,14 @@ class Recipe:
                 hint = f"{error.hint} (It stands in {config}.)"
                 raise PyPruneError(error.option, error.value, error.problem, hint) from None
             raise
+
+    @classmethod
+    def _says_how(cls, given: Mapping[str, Any]) -> bool:
+        """Whether options say how to prune."""
+        usual = {f.name: f.default for _, f in cls.options()}
+        return any(given.get(name) for name in HOW) or any(
+            given.get(name) and given[name] != usual[name] for name in HOW_ELSE
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Option name -> plain value, as YAML and JSON hold it; :meth:`build` makes an equal recipe of it."""

@@ -19,11 +19,12 @@ from pyprune.discovery.groups import Group, Groups
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.input_scores import unread
 from pyprune.importance.registry import get_criterion
+from pyprune.schedule import equal_scores
 from pyprune.search.plan import LEAST_SAMPLES
 from pyprune.selection.scope import roles_to_share
 from pyprune.selection.searched import ON_MODEL
-from pyprune.selection.select import ALLOCATIONS
-from pyprune.stage_options import AUTO
+from pyprune.selection.select import ALLOCATIONS, select
+from pyprune.stage_options import AUTO, SelectConfig
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,7 @@ def ways(recipe: PruneConfig, groups: Groups, samples: int) -> list[PruneConfig]
 
 def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: bool) -> PruneConfig:
     asked = recipe.select
-    total = groups.num_parameters(asked.count_embeddings)
-    goes = asked.ratio if asked.ratio is not None else 1 - (asked.target_params or total) / total
+    goes = _share_that_goes(asked, groups)
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
     roles = tuple(r for r in CHANNELS if groups.prunable([r]))
     heavy = goes > LIGHT_UP_TO
@@ -72,7 +72,7 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
         roles = ("query_heads", *roles) if alone else ()
     if sized and asked.roles is None and roles:
         recipe = replace(recipe, select=replace(recipe.select, roles=roles))
-    cut = groups.prunable(roles_to_share(groups, recipe.select.roles, ()))
+    cut = groups.prunable(_roles(recipe.select, groups))
     how = recipe.compensate
     if how.compensation == "none" or not all(g.exact and g.role in INSIDE for g in cut):
         how = replace(how, compensation="none", compensation_criterion="none", compensation_gains=False)
@@ -98,6 +98,23 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     return recipe
 
 
+def _roles(asked: SelectConfig, groups: Groups) -> list[str]:
+    """What is cut: the roles that a size is shared out over, and those whose widths are given."""
+    sized = (asked.ratio or asked.target_params) is not None
+    fixed = asked.widths or {}
+    return [*(roles_to_share(groups, asked.roles, fixed) if sized else ()), *fixed]
+
+
+def _share_that_goes(asked: SelectConfig, groups: Groups) -> float:
+    """Of what is counted."""
+    if asked.ratio is not None:
+        return asked.ratio
+    if asked.target_params is not None:
+        return 1 - asked.target_params / groups.num_parameters(asked.count_embeddings)
+    achieved = select(groups, equal_scores(groups), widths=asked.widths, layers=asked.layers).details["achieved"]
+    return float(achieved["with_embeddings" if asked.count_embeddings else "without_embeddings"]["ratio"])
+
+
 def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibration | None) -> PruneConfig:
     """Expected loss in place of what linear layers read and of refits, where something is cut that none reads as inputs
     (an expert in a batched product)."""
@@ -105,7 +122,7 @@ def for_model(recipe: PruneConfig, model: Any, groups: Groups, batches: Calibrat
     asked = (recipe.score.criterion, chosen.allocation_criterion, how.compensation_criterion)
     if chosen.method != "best" or batches is None or not any(map(_by_readers, asked)):
         return recipe
-    missed = unread(model, groups.prunable(roles_to_share(groups, recipe.select.roles, ())), batches)
+    missed = unread(model, groups.prunable(_roles(chosen, groups)), batches)
     if not missed:
         return recipe
     log.warning("no linear layer reads the units of %s: scored by %s, without a refit", missed[0].name, LOSS)
@@ -143,6 +160,11 @@ def tell(asked: PruneConfig, settled: PruneConfig) -> None:
         value, now = getattr(before, option), getattr(after, option)
         if value not in (AUTO, now):
             log.warning("%s %s does not go with what is cut: %s in its place", option, value, now)
+    if before.compensation_scope != after.compensation_scope and after.compensation in REFITS:
+        log.warning(
+            "compensation_scope %s does not go with compensation_target %s: %s in its place",
+            before.compensation_scope, after.compensation_target, after.compensation_scope,
+        )  # fmt: skip
     if before.compensation_gains and not after.compensation_gains and after.compensation != "none":
         log.warning("compensation_gains is left out: there are not two samples to decide with")
 

@@ -1,4 +1,4 @@
-"""The whole line: discover, score, select, compensate, apply, measure, save. The only file that sees every stage.
+"""The whole line: open, prepare, measure, cut, measure again, report, save.
 
 Everything that can be refused is refused before scoring begins: options, names, texts and their length, the output
 folder, the disk's room, and whether the size asked for can be reached at all.
@@ -6,7 +6,6 @@ folder, the disk's room, and whether the size asked for can be reached at all.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,43 +13,34 @@ from typing import Any
 from torch import Tensor
 
 from pyprune import layer_removal, method, preflight
-from pyprune.basis import Rebased, change_basis
-from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
 from pyprune.checkpoint.save import save
-from pyprune.compensation.cache import LIMIT, Folder
 from pyprune.compensation.checks import check_plan, check_samples, judged_roles
-from pyprune.compensation.gains import fit_gains, reference
-from pyprune.compensation.stage import Compensation, compensate
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
-from pyprune.discovery.discover import discover
+from pyprune.cutting import Job, cut_down, judge_of, scored
 from pyprune.discovery.groups import Groups
-from pyprune.errors import PyPruneError
-from pyprune.evaluation.generation import continuation, paired_samples
-from pyprune.evaluation.loglikelihood import known_positions
+from pyprune.evaluation.generation import paired_samples
 from pyprune.evaluation.overlap import overlap_notes
-from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.stages import Stages
-from pyprune.importance.cache import cached
-from pyprune.importance.calibration import SCORE_LENGTH, Calibration, check_vocabulary, first_tokens, load_calibration
+from pyprune.importance.calibration import Calibration
 from pyprune.importance.scores import Scores
-from pyprune.importance.scoring import score
+from pyprune.opening import Opened, calibration_for, groups_of, measure, named, open_or_take, tensor_bytes
 from pyprune.report.data import Report, versions
 from pyprune.report_pipeline import add_page, ask
-from pyprune.schedule import search_options
-from pyprune.search.plan import check_roles, search_plan
+from pyprune.schedule import forget_search
+from pyprune.score_files import check_file, read_scores, write_scores
+from pyprune.search.plan import check_roles
 from pyprune.search.plan import check_samples as check_search_samples
-from pyprune.selection.compose import compose
 from pyprune.selection.plan import Plan
 from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.searched import ON_MODEL
-from pyprune.selection.select import goal_of, select
-from pyprune.stage_options import AUTO, CalibrationConfig, EvalConfig, ModelConfig, ScoreConfig
+from pyprune.selection.select import goal_of
+from pyprune.stage_options import AUTO
 from pyprune.streaming.run import prune_from_disk
-from pyprune.surgery.apply import apply
 from pyprune.surgery.skeleton import is_stock
+from pyprune.texts import evaluation_windows, page_prompts
 from pyprune.trial import first_that_fits
 
 
@@ -76,17 +66,6 @@ class PruneResult:
     plan: Plan
     report: Report
     recipe: PruneConfig
-
-
-@dataclass
-class _Dense:
-    """The model to start from. ``mine`` when it was opened here, so that nobody else holds it."""
-
-    model: Any
-    tokenizer: Any
-    name: str
-    weights_bytes: int
-    mine: bool
 
 
 def prune(
@@ -115,9 +94,9 @@ def prune(
         PyPruneError: an option that does not exist or cannot be met, or an input that cannot be used. Nothing is left
             behind.
     """
-    named = isinstance(model, (str, Path))
-    recipe = PruneConfig.build({**options, "model_name_or_path": model} if named else options, config)
-    return run(recipe, None if named else model, tokenizer, copy)
+    by_name = isinstance(model, (str, Path))
+    recipe = PruneConfig.build({**options, "model_name_or_path": model} if by_name else options, config)
+    return run(recipe, None if by_name else model, tokenizer, copy)
 
 
 def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
@@ -129,232 +108,144 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             add_page(str(recipe.save.output_dir), streamed.groups, streamed.scores, streamed.plan)
         return streamed
     preflight.check_request(recipe)
-    by_depth = recipe.depth.remove_layers is not None
     stages = Stages()
-    dense = _open(recipe.model, stages, model, tokenizer)
-    ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
+    dense = open_or_take(recipe.model, stages, model, tokenizer)
+    job, texts = _prepare(recipe, dense, stages)
+    recipe = job.recipe
+    before = _figures(dense.model, dense.tokenizer, recipe, texts, stages, " before")
+    texts.prompts = texts.prompts[: len(before["samples"])]
+    cut = cut_down(job, dense, stages, copy)
+    notes = _complete(cut.plan, recipe)
+    after = _figures(cut.model, dense.tokenizer, recipe, texts, stages, " after")
+    report = Report(
+        model=dense.name,
+        model_class=type(cut.model).__name__,
+        parameters=cut.plan.details["achieved"],
+        weights_bytes={"before": dense.weights_bytes, "after": tensor_bytes(cut.model)},
+        perplexity=_paired(before, after, "perplexity"),
+        continuation=_paired(before, after, "continuation", prompt=recipe.evaluation.prompt),
+        samples=paired_samples(texts.prompts, before["samples"], after["samples"]),
+        stages=stages.to_list(),
+        plan=cut.plan.details,
+        scores={"criterion": cut.scores.criterion, **cut.scores.details},
+        depth=cut.depth,
+        basis=None if cut.basis is None else cut.basis.to_dict(),
+        compensation=[c.to_dict() for c in cut.compensations] or None,
+        recipe=recipe.to_dict(),
+        versions=versions(),
+        warnings=[
+            *job.groups.warnings,
+            *overlap_notes(recipe.calibration.calibration, job.batches, recipe.evaluation.eval_text, texts.windows),
+            *notes,
+            *cut.notes,
+            *_how_to_open(cut.model, recipe.save.profile),
+        ],
+    )
+    if recipe.save.output_dir is not None:
+        _save(cut.model, dense.tokenizer, cut.plan, report, recipe, stages)
+        if recipe.page.report:
+            add_page(recipe.save.output_dir, job.groups, cut.scores, cut.plan)
+        if recipe.select.allocation == "search":
+            forget_search(recipe)
+    return PruneResult(cut.model, dense.tokenizer, job.groups, cut.scores, cut.plan, report, recipe)
+
+
+@dataclass
+class _Texts:
+    """What the dense and the smaller model are measured on: windows [windows, length] or None, the name of their text,
+    and prompts."""
+
+    windows: Tensor | None
+    name: str
+    prompts: list[str]
+
+
+def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _Texts]:
+    """What is to be done, once nothing that can be known before scoring stands against it.
+
+    Raises:
+        PyPruneError: something does.
+    """
+    ready = None if recipe.select.scores_file is None else read_scores(recipe.select.scores_file)
     with stages("read text"):
         batches = None
         if _reads_batches(recipe, scored=ready is None):
-            batches = _calibration(recipe.calibration, dense)
-        windows, text = preflight.windows(recipe.evaluation, dense.model, dense.tokenizer)
+            batches = calibration_for(dense, recipe.calibration)
+        windows, name = evaluation_windows(recipe.evaluation, dense.model, dense.tokenizer)
     with stages("discover"):
-        groups = _groups(dense.model)
+        groups = groups_of(dense.model)
         ways = method.ways(recipe, groups, 0 if batches is None else batches.samples)
-        settled, asked, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
+        settled, requests, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
         method.tell(recipe, settled)
         recipe = settled
-        if batches is not None and recipe.select.allocation in ON_MODEL:
-            check_roles([r for r in trial.details["roles"] if r not in ("layers", "sublayers")])
-            check_search_samples(batches)
-        if batches is not None and recipe.compensate.compensation != "none":
-            check_plan(layer_removal.inside(trial) if by_depth else trial, recipe.compensate.compensation)
-            check_samples(batches, recipe.compensate.compensation, recipe.compensate.compensation_gains)
+        roles, layers = trial.details["roles"], trial.details["layers"]
+        if batches is not None:
+            _check_batches(recipe, trial, batches)
         recipe = method.for_saving(recipe, smallest)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
-    prompts = preflight.prompts(recipe, dense.tokenizer)
-    roles, layers = trial.details["roles"], trial.details["layers"]
-    chooses = recipe.compensate.compensation == "obs"
-    said = recipe.compensate.compensation_criterion
-    judge = _second(recipe, said) if chooses and said != "none" else None
+    texts = _Texts(windows, name, page_prompts(recipe, dense.tokenizer))
+    judge = judge_of(recipe)
     if judge is not None:
-        judged_roles(roles, said)
-    before = _measure(dense.model, dense, recipe.evaluation, windows, text, stages, " before")
-    before["samples"] = ask(dense.model, dense.tokenizer, prompts, recipe, stages, " before")
-    prompts = prompts[: len(before["samples"])]
+        judged_roles(roles, judge.criterion)
+    return Job(recipe, groups, batches, ready, requests, roles, layers), texts
 
-    sums = None if recipe.score.cache is None else Folder(Path(recipe.score.cache))
-    dense_says = None
-    if batches is not None and recipe.compensate.compensation_gains:
-        with stages("ask the dense model", bar=False):
-            dense_says = reference(dense.model, batches, sums, _limit(recipe))
 
-    first: Scores | None = None
-    depth: dict[str, Any] | None = None
-    costs = _second(recipe, recipe.select.allocation_criterion)
-    plan, smaller, now = Plan(), dense.model, groups
-    made: list[Compensation] = []
-    if dense.mine:
-        dense.model = None
-    if by_depth:
-        with stages("choose layers", bar=False):
-            plan, first = layer_removal.choose(smaller, groups, batches, recipe)
-        removed = {k: plan.details[k] for k in ("layer_part", "removed_layers")}
-        depth = layer_removal.summary(recipe.depth, plan)
-        with stages("remove layers"):
-            smaller = apply(smaller, plan, copy=copy)
-            if dense.mine:
-                _leave_file(smaller)
-            now = _groups(smaller)
-            asked, roles, layers = layer_removal.requests_after(recipe.select, groups, plan, now)
-    fresh = not by_depth  # whether `smaller` is still the dense model
-    rebased: Rebased | None = None
-    if recipe.basis.value_basis == "principal" and batches is not None:
-        with stages("change basis", bar=False):
-            if copy and fresh:
-                smaller, copy = deepcopy(smaller), False
-            chosen = now.prunable(roles, layers)
-            rebased = change_basis(smaller, chosen, batches, token_weighting=recipe.score.token_weights)
-    for number, request in enumerate(asked, start=1):
-        step = f" {number} of {len(asked)}" if len(asked) > 1 else ""
-        if number > 1:
-            with stages("discover" + step):
-                now = _groups(smaller)
-        with stages("score" + step, bar=False):
-            scores = ready if ready is not None else _score(smaller, now, batches, recipe, roles, layers)
-        shares = None
-        if costs is not None:
-            with stages("score for allocation" + step, bar=False):
-                shares = _score(smaller, now, batches, recipe, roles, layers, costs)
-        worth = None
-        if judge is not None:
-            with stages("score for choice" + step, bar=False):
-                heard = judged_roles(roles, said)
-                worth = shares if judge == costs else None
-                worth = worth or _score(smaller, now, batches, recipe, heard, layers, judge)
-                worth = worth.among(g.name for g in now.prunable(heard, layers))
-        # Which units stand for a width before compensation chooses them anew.
-        order = scores
-        if worth is not None:
-            order, shares = scores.weighed(worth), scores if shares is None else shares
-        if recipe.select.allocation in ON_MODEL:
-            with stages("search" if recipe.select.allocation == "search" else "measure widths", bar=False):
-                file = preflight.search_file(recipe) if recipe.select.allocation == "search" else None
-                cut = search_plan(
-                    smaller,
-                    now,
-                    order,
-                    batches,
-                    **search_options(recipe, request),
-                    allocation_scores=shares,
-                    file=file,
-                )
-        else:
-            with stages("select" + step):
-                cut = select(now, order, **request, allocation_scores=shares)
-        if batches is not None and recipe.compensate.compensation != "none" and cut.cuts:
-            with stages("compensate" + step, bar=False):
-                if copy and number == 1 and fresh:
-                    smaller = deepcopy(smaller)
-                made.append(_compensate(smaller, cut, batches, recipe, worth, sums))
-                cut = made[-1].plan
-        with stages("prune" + step):
-            smaller = apply(smaller, cut, copy=copy and number == 1 and fresh and not made)
-            plan = cut if number == 1 and fresh else compose(groups, plan, cut)
-            if dense.mine and number == 1 and fresh:
-                _leave_file(smaller)
-        first = scores if number == 1 else first
-    if dense_says is not None and made:
-        with stages("fit gains", bar=False):
-            made[-1].gains = found = fit_gains(smaller, dense_says, sums, _limit(recipe))
-            made[-1].notes += [] if found.note is None else [found.note]
-    assert first is not None
-    wanted = recipe.to_dict()
+def _check_batches(recipe: PruneConfig, trial: Plan, batches: Calibration) -> None:
+    """Raises PyPruneError: the text, or what goes, is not one that widths can be measured on or a cut made up for."""
+    if recipe.select.allocation in ON_MODEL:
+        check_roles([r for r in trial.details["roles"] if r not in ("layers", "sublayers")])
+        check_search_samples(batches)
+    how = recipe.compensate
+    if how.compensation != "none":
+        whole = recipe.depth.remove_layers is None
+        check_plan(trial if whole else layer_removal.inside(trial), how.compensation)
+        check_samples(batches, how.compensation, how.compensation_gains)
+
+
+def _figures(
+    model: Any, tokenizer: Any, recipe: PruneConfig, texts: _Texts, stages: Stages, when: str
+) -> dict[str, Any]:
+    """Perplexity, continuation and samples of one model."""
+    found = measure(model, tokenizer, recipe.evaluation, texts.windows, texts.name, stages, when)
+    return {**found, "samples": ask(model, tokenizer, texts.prompts, recipe, stages, when)}
+
+
+def _complete(plan: Plan, recipe: PruneConfig) -> list[str]:
+    """Adds what was asked to a plan; what it has to say to the user."""
+    wanted, size = recipe.to_dict(), recipe.select
     plan.details["asked"] = {k: wanted[k] for k in ("ratio", "target_params", "widths", "iterative_steps")}
-    if by_depth:
-        plan.details |= removed
-    if "steps" in plan.details and (recipe.select.ratio or recipe.select.target_params) is not None:
-        found = plan.details["achieved"]["with_embeddings" if recipe.select.count_embeddings else "without_embeddings"]
-        goal = goal_of(recipe.select.ratio, recipe.select.target_params, found["before"])
+    if "steps" in plan.details and (size.ratio or size.target_params) is not None:
+        found = plan.details["achieved"]["with_embeddings" if size.count_embeddings else "without_embeddings"]
+        goal = goal_of(size.ratio, size.target_params, found["before"])
         plan.details["notes"] += goal.missed_by(found["after"])
-
-    after = _measure(smaller, dense, recipe.evaluation, windows, text, stages, " after")
-    after["samples"] = ask(smaller, dense.tokenizer, prompts, recipe, stages, " after")
-    report = Report(
-        model=dense.name,
-        model_class=type(smaller).__name__,
-        parameters=plan.details["achieved"],
-        weights_bytes={"before": dense.weights_bytes, "after": _tensor_bytes(smaller)},
-        perplexity=_paired(before, after, "perplexity"),
-        continuation=_paired(before, after, "continuation", prompt=recipe.evaluation.prompt),
-        samples=paired_samples(prompts, before["samples"], after["samples"]),
-        stages=stages.to_list(),
-        plan=plan.details,
-        scores={"criterion": first.criterion, **first.details},
-        depth=depth,
-        basis=None if rebased is None else rebased.to_dict(),
-        compensation=[c.to_dict() for c in made] or None,
-        recipe=recipe.to_dict(),
-        versions=versions(),
-        warnings=[
-            *groups.warnings,
-            *overlap_notes(recipe.calibration.calibration, batches, recipe.evaluation.eval_text, windows),
-            *plan.details["notes"],
-            *([] if rebased is None else rebased.notes),
-            *(n for c in made for n in c.notes),
-            *_how_to_open(smaller, recipe.save.profile),
-        ],
-    )
-    if recipe.save.output_dir is not None:
-        _save(smaller, dense.tokenizer, plan, report, recipe, stages)
-        if recipe.page.report:
-            add_page(recipe.save.output_dir, groups, first, plan)
-        if recipe.select.allocation == "search":
-            preflight.forget_search(recipe)
-    return PruneResult(smaller, dense.tokenizer, groups, first, plan, report, recipe)
+    return plan.details["notes"]
 
 
 def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
     """Class name and groups of a model; only its configuration is read."""
-    model = open_outline(_name(recipe.model.model_name_or_path), recipe.model.trust_remote_code)
-    return type(model).__name__, _groups(model)
+    model = open_outline(named(recipe.model.model_name_or_path), recipe.model.trust_remote_code)
+    return type(model).__name__, groups_of(model)
 
 
-def score_model(recipe: ScoringConfig, model: Any = None, tokenizer: Any = None) -> tuple[Groups, Scores]:
+def score_model(recipe: ScoringConfig, model: Any = None) -> tuple[Groups, Scores]:
     """Groups and scores of a model; the scores are saved too when ``output_file`` is given."""
     preflight.check_scoring(recipe.score, recipe.calibration.calibration)
-    preflight.check_file(recipe.save)
+    check_file(recipe.save)
     stages = Stages()
-    dense = _open(recipe.model, stages, model, tokenizer)
+    dense = open_or_take(recipe.model, stages, model)
     with stages("read text"):
-        batches = _calibration(recipe.calibration, dense) if preflight.needs_batches(recipe.score) else None
+        batches = calibration_for(dense, recipe.calibration) if preflight.needs_batches(recipe.score) else None
     with stages("discover"):
-        groups = _groups(dense.model)
+        groups = groups_of(dense.model)
         roles = roles_to_share(groups, recipe.scope.roles, ())
         layers = None if recipe.scope.layers is None else parse_layers(recipe.scope.layers, layer_count(groups))
     with stages("score", bar=False):
-        scores = _score(dense.model, groups, batches, recipe, roles, layers)
+        scores = scored(dense.model, groups, batches, recipe.score, roles, layers, recipe.calibration.seed)
     if recipe.save.output_file is not None:
-        preflight.write_scores(scores, recipe.save.output_file)
+        write_scores(scores, recipe.save.output_file)
     return groups, scores
-
-
-def _groups(model: Any) -> Groups:
-    """The model's groups. Surgery carries position-dependent slopes (ALiBi) over to the heads that stay."""
-    return discover(model).thaw(("kv_heads", "query_heads"))
-
-
-def _name(model_name_or_path: str | None) -> str:
-    if model_name_or_path is None:
-        raise PyPruneError("model_name_or_path", None, "no model is given", "Name a folder or a model on the hub.")
-    return model_name_or_path
-
-
-def _open(config: ModelConfig, stages: Stages, model: Any, tokenizer: Any) -> _Dense:
-    if model is None:
-        name = _name(config.model_name_or_path)
-        device = preflight.device(config.device)
-        with stages("load"):
-            model, own = open_model(name, config.dtype, None if device == "cpu" else device, config.trust_remote_code)
-        found = sum(f.stat().st_size for f in Path(name).glob("*.safetensors"))
-        return _Dense(model, own if tokenizer is None else tokenizer, name, found or _tensor_bytes(model), mine=True)
-    preflight.check_object(model, config)
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    check_finite(model, name)
-    return _Dense(model, tokenizer, name, _tensor_bytes(model), mine=False)
-
-
-def _calibration(calibration: CalibrationConfig, dense: _Dense) -> Calibration:
-    found = load_calibration(
-        calibration.calibration, dense.tokenizer, samples=calibration.samples, length=calibration.length,
-        batch_size=calibration.batch_size, seed=calibration.seed, field=calibration.text_field,
-        longest=known_positions(dense.model), bos=calibration.bos,
-    )  # fmt: skip
-    preflight.check_length("length", found.length, dense.model)
-    check_vocabulary(found, dense.model)
-    return found
 
 
 def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
@@ -368,67 +259,6 @@ def _reads_batches(recipe: PruneConfig, scored: bool) -> bool:
     if recipe.basis.value_basis == "principal":
         return True
     return recipe.select.allocation in ON_MODEL or any(preflight.needs_batches(c) for c in asked)
-
-
-def _score(
-    model: Any, groups: Groups, batches: Calibration | None, recipe: Any, roles: list[str], layers: list[int] | None,
-    config: ScoreConfig | None = None,
-) -> Scores:  # fmt: skip
-    config = config or recipe.score
-    options: dict[str, Any] = {
-        "criterion": config.criterion, "aggregation": config.aggregation, "route": config.route,
-        "seed": recipe.calibration.seed, "activation_memory": config.activation_memory,
-        "token_weights": config.token_weights,
-    }  # fmt: skip
-    read = batches if preflight.needs_batches(config) else None
-    if read is not None and config.score_tokens is not None:
-        read = first_tokens(read, config.score_tokens, SCORE_LENGTH)
-    asked = {**options, "groups": [g.to_dict() for g in groups.prunable(roles, layers)]}
-    return cached(
-        config.cache, model, read, asked, lambda: score(model, groups, read, roles=roles, layers=layers, **options)
-    )
-
-
-def _second(recipe: PruneConfig, criterion: str | None) -> ScoreConfig | None:
-    """How units are scored by a criterion beside the first; None without one."""
-    if criterion is None:
-        return None
-    tokens = recipe.select.allocation_tokens or recipe.score.score_tokens
-    return replace(recipe.score, criterion=criterion, route=None, score_tokens=tokens)
-
-
-def _compensate(
-    model: Any, plan: Plan, batches: Calibration, recipe: PruneConfig, worth: Scores | None, sums: Folder | None
-) -> Compensation:
-    config, scoring = recipe.compensate, recipe.score
-    return compensate(
-        model, plan, batches, config.compensation, token_weighting=scoring.token_weights,
-        target=config.compensation_target, scope=config.compensation_scope, worth=worth, cache=sums,
-        cache_limit=_limit(recipe),
-    )  # fmt: skip
-
-
-def _limit(recipe: PruneConfig) -> float:
-    """GiB of sums in a cache folder."""
-    return LIMIT if recipe.compensate.cache_limit is None else recipe.compensate.cache_limit
-
-
-def _measure(
-    model: Any, dense: _Dense, config: EvalConfig, windows: Tensor | None, text: str, stages: Stages, when: str
-) -> dict[str, Any]:
-    """{"perplexity": ..., "continuation": ...}, each None when it was not asked for."""
-    out: dict[str, Any] = {"perplexity": None, "continuation": None}
-    if windows is not None:
-        with stages("perplexity" + when, bar=False):
-            found = perplexity(
-                model, windows, text=text, batch_size=config.eval_batch_size, label="perplexity" + when,
-                protocol=config.protocol, prefix=preflight.window_prefix(config, dense.tokenizer),
-            )  # fmt: skip
-        out["perplexity"] = found.to_dict()
-    if config.prompt is not None:
-        with stages("generate" + when):
-            out["continuation"] = continuation(model, dense.tokenizer, config.prompt, config.prompt_tokens)
-    return out
 
 
 def _paired(before: dict[str, Any], after: dict[str, Any], key: str, **more: Any) -> dict[str, Any] | None:
@@ -457,16 +287,3 @@ def _how_to_open(model: Any, profile: str | None) -> list[str]:
     if is_stock(model.config) or profile is not None:
         return []
     return ["Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."]
-
-
-def _leave_file(model: Any) -> None:
-    """Copy tensors on the CPU, one at a time. Those that were not cut still lie in the checkpoint file's mapping,
-    which would keep the whole dense model resident."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-
-
-def _tensor_bytes(model: Any) -> int:
-    """Bytes of the parameters; tied ones count once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,23 +13,19 @@ from typing import TYPE_CHECKING, Any
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.evaluation.loglikelihood import known_positions
-from pyprune.evaluation.protocols import PROTOCOLS
-from pyprune.files import whole_file
 from pyprune.stage_options import (
     AUTO,
     EvalConfig,
     ModelConfig,
     SaveConfig,
     ScoreConfig,
-    ScoreFileConfig,
     SelectConfig,
     SourceConfig,
+    Stage,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
+    pass
 
 
 @contextmanager
@@ -83,7 +78,17 @@ def check_request(recipe: PruneConfig) -> None:
     if recipe.save.profile is not None:
         hold_to_profile(asked, recipe.save.profile)
     if recipe.save.output_dir is not None:
-        check_apart(recipe)
+        check_apart(
+            recipe.save.output_dir,
+            read={
+                "model_name_or_path": recipe.model.model_name_or_path,
+                "calibration": recipe.calibration.calibration,
+                "eval_text": recipe.evaluation.eval_text,
+                "scores_file": asked.scores_file,
+                "prompts": recipe.page.prompts,
+            },
+            kept={"cache": recipe.score.cache, "search_file": recipe.search.search_file},
+        )
         with renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
     if asked.scores_file is None and sized:
@@ -137,24 +142,47 @@ def check_request(recipe: PruneConfig) -> None:
             if missing:
                 problem = f"bounds what compensation keeps in a cache folder, and there is no {name}"
                 raise PyPruneError("cache_limit", limit, problem, f"Give {name} too, or leave it out.")
-    check_source("eval_text", recipe.evaluation.eval_text)
+    check_evaluation(recipe.evaluation)
+    if recipe.calibration.calibration is None:
+        ways = [n for n in vars(recipe.calibration) if n not in ("calibration", "seed")]
+        check_effect(recipe.calibration, "calibration", ways)
 
 
-def check_apart(recipe: PruneConfig) -> None:
-    """Nothing that is read or kept lies in the output folder, which is made whole in the end, and replaced whole."""
-    target = Path(str(recipe.save.output_dir)).expanduser().resolve()
-    for option, value in (
-        ("model_name_or_path", recipe.model.model_name_or_path), ("calibration", recipe.calibration.calibration),
-        ("eval_text", recipe.evaluation.eval_text), ("cache", recipe.score.cache),
-        ("search_file", recipe.search.search_file),
-    ):  # fmt: skip
-        if not isinstance(value, str | Path):
-            continue
-        path = Path(value).expanduser().resolve()
-        kept = option in ("cache", "search_file")
-        if (kept and path.is_relative_to(target)) or (path.exists() and target in path.parents):
-            hint = "Name another place for one of them."
-            raise PyPruneError(option, str(value), f"lies in the output folder, {recipe.save.output_dir}", hint)
+def check_evaluation(config: EvalConfig) -> None:
+    """The text is there, and nothing is said of one that is not given."""
+    check_source("eval_text", config.eval_text)
+    if config.eval_text is None:
+        check_effect(config, "eval_text", [n for n in vars(config) if n.startswith("eval_") or n == "protocol"])
+
+
+def check_effect(config: Stage, missing: str, options: Sequence[str]) -> None:
+    """Raises PyPruneError: one of ``options`` says how something is done with ``missing``, which is not given."""
+    for name in options:
+        value = getattr(config, name)
+        if value != getattr(type(config)(), name):
+            problem = f"is for option {missing}, which is not given"
+            raise PyPruneError(name, value, problem, f"Give {missing} too, or leave it out.")
+
+
+def check_apart(output_dir: str | Path, read: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    """Nothing that is read or kept lies in the output folder, which is made whole in the end, and replaced whole.
+
+    Args:
+        read: option -> its value, or a list of values; those that name nothing on the disk do not matter.
+        kept: option -> a file or folder that is written on the way, or None.
+
+    Raises:
+        PyPruneError: something does.
+    """
+    target = Path(output_dir).expanduser().resolve()
+    for option, value in (*read.items(), *kept.items()):
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(one, str | Path):
+                continue
+            path = Path(one).expanduser().resolve()
+            if path.is_relative_to(target) if option in kept else (path.exists() and target in path.parents):
+                hint = "Name another place for one of them."
+                raise PyPruneError(option, str(one), f"lies in the output folder, {output_dir}", hint)
 
 
 def check_budget(recipe: PruneConfig) -> None:
@@ -198,6 +226,7 @@ def check_basis(recipe: PruneConfig) -> None:
 def check_search(recipe: PruneConfig) -> None:
     """An allocation on the model has text to measure on and goes with the other options; those of the search are for no
     other allocation."""
+    from pyprune import schedule
     from pyprune.selection.searched import ON_MODEL
 
     options, name = recipe.search, recipe.select.allocation
@@ -218,27 +247,9 @@ def check_search(recipe: PruneConfig) -> None:
         problem = f"is missing, and allocation {name} measures on text"
         raise PyPruneError("calibration", None, problem, "Give a text, or use another allocation.")
     check_source("calibration", recipe.calibration.calibration)
-    file = search_file(recipe) if name == "search" else None
+    file = schedule.search_file(recipe) if name == "search" else None
     if file is not None and (file.is_dir() or not os.access(_existing_parent(file), os.W_OK)):
         raise PyPruneError("search_file", str(file), "cannot be written", "Name a file in a folder that is there.")
-
-
-def search_file(recipe: PruneConfig) -> Path | None:
-    """Where a search keeps its state: as asked, else beside the output, else nowhere."""
-    if recipe.search.search_file is not None:
-        return Path(recipe.search.search_file)
-    if recipe.save.output_dir is None:
-        return None
-    target = Path(recipe.save.output_dir).expanduser().absolute()
-    return target.parent / f".{target.name}.search.json"
-
-
-def forget_search(recipe: PruneConfig) -> None:
-    """Remove the state of a search that lies beside an output which is complete now."""
-    file = search_file(recipe)
-    if file is not None and recipe.search.search_file is None:
-        for path in file.parent.glob(f"{glob.escape(file.name)}*"):
-            path.unlink(missing_ok=True)
 
 
 def _existing_parent(file: Path) -> Path:
@@ -372,30 +383,6 @@ def check_length(option: str, length: int, model: Any) -> None:
         raise PyPruneError(option, length, f"is more than the {known} positions that the model knows", f"Use {known}.")
 
 
-def windows(config: EvalConfig, model: Any, tokenizer: Any) -> tuple[Tensor | None, str]:
-    """Windows of the evaluation text, without what each is begun with, and its name; None without one."""
-    from pyprune.evaluation.perplexity import read_windows
-    from pyprune.importance.sources import behind_prefix
-
-    if config.prompt is not None and tokenizer is None:
-        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
-    if config.eval_text is None:
-        return None, ""
-    check_length("eval_length", config.eval_length, model)
-    length = behind_prefix(window_prefix(config, tokenizer), config.eval_length, "eval_length")
-    return read_windows(
-        config.eval_text, tokenizer, length=length, windows=config.eval_windows, field=config.eval_text_field,
-        special_tokens=config.protocol is not None and PROTOCOLS[config.protocol].special_tokens,
-    )  # fmt: skip
-
-
-def window_prefix(config: EvalConfig, tokenizer: Any) -> list[int]:
-    """Token ids that every evaluation window begins with."""
-    from pyprune.importance.sources import asked_prefix
-
-    return asked_prefix(tokenizer, "eval_bos") if config.eval_bos else []
-
-
 def device(name: str) -> str:
     """The device that an option's value means on this machine.
 
@@ -417,75 +404,10 @@ def device(name: str) -> str:
 
 def check_space(config: SaveConfig, parameters: int, model: Any) -> None:
     """The disk has room for a model of ``parameters`` parameters in the type that ``model`` has."""
+    from pyprune.checkpoint.atomic import OTHER_FILES
     from pyprune.checkpoint.atomic import check_space as check
 
     if config.output_dir is not None:
         width = next(model.parameters()).element_size()
         with renamed(folder="output_dir"):
             check(Path(config.output_dir).absolute(), parameters * width + OTHER_FILES)
-
-
-def check_file(config: ScoreFileConfig) -> None:
-    """The output file may be written."""
-    if config.output_file is None:
-        return
-    path = Path(config.output_file)
-    if path.is_dir():
-        raise PyPruneError("output_file", str(path), "is a folder", "Name a file, such as scores.safetensors.")
-    if path.exists() and not config.overwrite:
-        raise PyPruneError("output_file", str(path), "exists already", "Set overwrite, or name another file.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PyPruneError("output_file", str(path), f"cannot be made in {path.parent}", "Name a folder that is there.")
-
-
-def read_scores(file: str) -> Any:
-    """Scores from a file of ``pyprune score``.
-
-    Raises:
-        PyPruneError: there is no such file, or it is not one of scores.
-    """
-    from safetensors import SafetensorError
-
-    from pyprune.importance.scores import Scores
-
-    hint = "Make one with `pyprune score --output_file`."
-    try:
-        return Scores.load(file)
-    except FileNotFoundError:
-        raise PyPruneError("scores_file", file, "is not there", hint) from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        raise PyPruneError("scores_file", file, "is not a file of scores", hint) from None
-
-
-def write_scores(scores: Any, file: str) -> None:
-    """Save scores; the file appears complete or not at all."""
-    try:
-        with whole_file(Path(file)) as work:
-            scores.save(work)
-    except OSError as error:
-        raise PyPruneError("output_file", file, f"cannot be written: {error.strerror}", "Free some space.") from error
-
-
-def prompts(recipe: Any, tokenizer: Any, stored: Sequence[Mapping[str, str]] = ()) -> list[str]:
-    """What the models are asked for the page: as told, else what ``stored`` samples asked, else a few where models run
-    on text anyway; nothing unless there is a page to show it.
-
-    Args:
-        recipe: of prune or recover.
-        stored: {"prompt", ...} that are in the report already.
-
-    Raises:
-        PyPruneError: prompts cannot be read, or there are fewer than asked for, or no tokenizer to read them with.
-    """
-    from pyprune.evaluation.generation import sample_prompts
-
-    page, measured = recipe.page, recipe.evaluation
-    if page.generations is None and page.prompts is None:
-        if not page.report or recipe.save.output_dir is None or tokenizer is None:
-            return []
-        runs = measured.eval_text is not None or measured.prompt is not None
-        return [one["prompt"] for one in stored] or (sample_prompts(None, None) if runs else [])
-    found = sample_prompts(page.prompts, page.generations)
-    if found and tokenizer is None:
-        raise PyPruneError("generations", len(found), "there is no tokenizer to read prompts with", "Give tokenizer=.")
-    return found

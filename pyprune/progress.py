@@ -114,11 +114,9 @@ def bar(label: str, total: int | None = None) -> Iterator[Bar]:
             display.stop()
 
 
-def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``items`` under a bar; ``total`` is taken from ``len`` where there is one."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with bar(label, total) as line:
+def track(items: Iterable[T], label: str) -> Iterator[T]:
+    """Iterate over ``items`` under a bar, of their number where that is known."""
+    with bar(label, len(items) if isinstance(items, Sized) else None) as line:
         for item in items:
             yield item
             line.advance()

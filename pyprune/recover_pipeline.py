@@ -22,9 +22,9 @@ from pyprune.checkpoint.load import BUILD
 from pyprune.checkpoint.profiles import writing
 from pyprune.checkpoint.save import IMPORTANCE, save
 from pyprune.config import RecoverConfig
-from pyprune.evaluation.generation import continuation, paired_samples
-from pyprune.evaluation.perplexity import perplexity
+from pyprune.evaluation.generation import paired_samples
 from pyprune.evaluation.stages import Stages
+from pyprune.opening import measure
 from pyprune.recover_preflight import Ready, Start, check, check_room, open_start, prepare, work_folder
 from pyprune.recovery import adapter
 from pyprune.recovery.processes import Processes
@@ -32,6 +32,7 @@ from pyprune.recovery.train import Trainer
 from pyprune.recovery.unfinished import History
 from pyprune.report.data import versions
 from pyprune.report_pipeline import RECOVERY_RECIPE, add_page, ask
+from pyprune.texts import evaluation_windows, page_prompts
 
 ADAPTER = "adapter"
 
@@ -93,11 +94,11 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     start = open_start(recipe, stages, processes, wanted, model, tokenizer)
     check_room(recipe, start)
     has_code = model is None and _has_modelling_file(start.name)
-    windows, text_name = preflight.windows(recipe.evaluation, start.model, start.tokenizer)
-    prompts = preflight.prompts(recipe, start.tokenizer, start.report.get("samples") or ())
+    windows, text_name = evaluation_windows(recipe.evaluation, start.model, start.tokenizer)
+    prompts = page_prompts(recipe, start.tokenizer, start.report.get("samples") or ())
     merging = recipe.adapter.adapter is not None
-    ready = None if merging else prepare(recipe, start, stages, processes)
-    figures = [_measure(start, recipe, windows, text_name, stages, " before")]
+    ready = None if merging else prepare(recipe, start, stages)
+    figures = [measure(start.model, start.tokenizer, recipe.evaluation, windows, text_name, stages, " before")]
     said = [ask(start.model, start.tokenizer, prompts, recipe, stages, " before")]
     prompts = prompts[: len(said[0])]
     facts: dict[str, Any] = {}
@@ -109,7 +110,7 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
         facts["what"] = f"A LoRA adapter was merged: `{Path(str(recipe.adapter.adapter)).name}`."
     else:
         history, facts, kept = _train(recipe, start, ready, stages, processes)
-    figures.append(_measure(start, recipe, windows, text_name, stages, " after"))
+    figures.append(measure(start.model, start.tokenizer, recipe.evaluation, windows, text_name, stages, " after"))
     said.append(ask(start.model, start.tokenizer, prompts, recipe, stages, " after"))
     report = {
         **facts,
@@ -205,23 +206,8 @@ def _figure(nll: float) -> dict[str, float]:
     return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
 
 
-def _measure(start: Start, recipe: RecoverConfig, windows: Any, text: str, stages: Stages, when: str) -> dict[str, Any]:
-    config, out = recipe.evaluation, dict[str, Any]()
-    if windows is not None:
-        with stages("perplexity" + when, bar=False):
-            found = perplexity(
-                start.model, windows, text=text, batch_size=config.eval_batch_size, protocol=config.protocol,
-                prefix=preflight.window_prefix(config, start.tokenizer),
-            )  # fmt: skip
-        out["perplexity"] = found.to_dict()
-    if config.prompt is not None:
-        with stages("generate" + when):
-            out["continuation"] = continuation(start.model, start.tokenizer, config.prompt, config.prompt_tokens)
-    return out
-
-
 def _paired(figures: list[dict[str, Any]], key: str) -> dict[str, Any] | None:
-    return {"before": figures[0][key], "after": figures[1][key]} if key in figures[0] else None
+    return None if figures[0][key] is None else {"before": figures[0][key], "after": figures[1][key]}
 
 
 def _has_modelling_file(name: str) -> bool:

@@ -13,13 +13,15 @@ import torch
 import yaml
 
 from pyprune import preflight
-from pyprune.checkpoint.atomic import check_space, check_target, complete_folder
+from pyprune.checkpoint.atomic import OTHER_FILES, check_space, check_target, complete_folder
 from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
 from pyprune.config import RecoverConfig
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import sample_prompts
+from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
+from pyprune.ops.product import fast_bf16
 from pyprune.recovery import adapter
 from pyprune.recovery.examples import Encoder
 from pyprune.recovery.mixture import Reading, Text, read_text
@@ -27,7 +29,7 @@ from pyprune.recovery.packing import isolates
 from pyprune.recovery.processes import Processes
 from pyprune.recovery.records import check_source
 from pyprune.recovery.teacher import Teacher, check_vocabulary
-from pyprune.recovery.train import Training, autocast, fast_bf16
+from pyprune.recovery.train import Training, autocast
 from pyprune.recovery.unfinished import Unfinished
 from pyprune.selection.plan import Plan
 from pyprune.stage_options import DistillConfig
@@ -95,9 +97,21 @@ def check(recipe: RecoverConfig) -> None:
         problem = "cannot be made: there is a file in its place"
         raise PyPruneError("checkpoint_dir", str(work), problem, "Name another folder.")
     if recipe.save.output_dir is not None:
+        preflight.check_apart(
+            recipe.save.output_dir,
+            read={
+                "model_name_or_path": recipe.model.model_name_or_path,
+                "teacher": recipe.distill.teacher,
+                "adapter": merging,
+                **{o: [source for source, _ in getattr(given, o) or ()] for o in ("data", "val_data")},
+                "eval_text": recipe.evaluation.eval_text,
+                "prompts": recipe.page.prompts,
+            },
+            kept={"checkpoint_dir": recipe.run.checkpoint_dir, "distill_cache": recipe.distill.distill_cache},
+        )
         with preflight.renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
-    preflight.check_source("eval_text", recipe.evaluation.eval_text)
+    preflight.check_evaluation(recipe.evaluation)
     if recipe.page.generations is not None or recipe.page.prompts is not None:
         sample_prompts(recipe.page.prompts, recipe.page.generations)
 
@@ -140,8 +154,8 @@ def cutoff_of(recipe: RecoverConfig, model: Any) -> int:
     if recipe.data.cutoff is not None:
         preflight.check_length("cutoff", recipe.data.cutoff, model)
         return recipe.data.cutoff
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(CUTOFF, known) if isinstance(known, int) and known > 0 else CUTOFF
+    known = known_positions(model)
+    return CUTOFF if known is None else min(CUTOFF, known)
 
 
 def usual_rate(model: Any) -> float:
@@ -153,7 +167,7 @@ def check_room(recipe: RecoverConfig, start: Start) -> None:
     if recipe.save.output_dir is not None:
         size = sum(p.numel() * p.element_size() for p in start.model.parameters())
         with preflight.renamed(folder="output_dir"):
-            check_space(Path(recipe.save.output_dir).absolute(), size + preflight.OTHER_FILES)
+            check_space(Path(recipe.save.output_dir).absolute(), size + OTHER_FILES)
 
 
 def work_folder(recipe: RecoverConfig) -> Path | None:
@@ -165,7 +179,7 @@ def work_folder(recipe: RecoverConfig) -> Path | None:
     return path.with_name(f"{path.name}.unfinished")
 
 
-def prepare(recipe: RecoverConfig, start: Start, stages: Stages, processes: Processes) -> Ready:
+def prepare(recipe: RecoverConfig, start: Start, stages: Stages) -> Ready:
     options, notes, cutoff = recipe.data, [], cutoff_of(recipe, start.model)
     positions = isolates(start.model)
     packing = options.packing and positions

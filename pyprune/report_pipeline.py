@@ -71,7 +71,7 @@ def write_report(
     asked = [] if not generations and prompts is None else sample_prompts(prompts, generations)
     columns = _Columns(home, after, None if dense is None else str(dense))
     sources = columns.sources()
-    sources.evaluations = [*_beside(home, columns), *_given(evaluations, columns)]
+    sources.evaluations = [*_beside(columns), *_given(evaluations, columns)]
     sources.columns.update(columns.others)
     sources.commands = [*sources.commands, *_evaluation_commands(one for _, one in sources.evaluations)]
     if asked:
@@ -252,7 +252,7 @@ def _target(home: _Home, output: str | Path | None, overwrite: bool) -> Path:
     return path
 
 
-def _beside(home: _Home, columns: _Columns) -> list[tuple[str, Mapping[str, Any]]]:
+def _beside(columns: _Columns) -> list[tuple[str, Mapping[str, Any]]]:
     """Evaluations that lie in the folders; a name that nobody goes by is then the folder's former one."""
     out = []
     for key, one in columns.homes.items():

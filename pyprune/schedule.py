@@ -1,9 +1,12 @@
-"""Iterative pruning: what each step asks of ``select``, so that the last one lands exactly on what the user asked."""
+"""What is asked of ``select`` and of a search: in several steps so that the last one lands exactly on what the user
+asked."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +103,24 @@ def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str,
         "cache": recipe.score.cache,
         "overwrite": recipe.save.overwrite,
     }
+
+
+def search_file(recipe: PruneConfig) -> Path | None:
+    """Where a search keeps its state: as asked, else beside the output, else nowhere."""
+    if recipe.search.search_file is not None:
+        return Path(recipe.search.search_file)
+    if recipe.save.output_dir is None:
+        return None
+    target = Path(recipe.save.output_dir).expanduser().absolute()
+    return target.parent / f".{target.name}.search.json"
+
+
+def forget_search(recipe: PruneConfig) -> None:
+    """Remove the state of a search that lies beside an output which is complete now."""
+    file = search_file(recipe)
+    if file is not None and recipe.search.search_file is None:
+        for path in file.parent.glob(f"{glob.escape(file.name)}*"):
+            path.unlink(missing_ok=True)
 
 
 def _in_units(option: str, amount: Any, groups: Groups) -> Any:

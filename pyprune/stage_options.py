@@ -16,10 +16,13 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.protocols import DEFAULT_LENGTH, PROTOCOLS
 
 PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
-SEED_HELP = "Seed of whatever is drawn: crops, the criterion random, order of training data, adapters."
+SEED_HELP = (
+    "Seed of whatever is drawn: crops, the criterion random, labels of token_fisher, moves of a search, order of "
+    "training data, adapters."
+)
 OUTPUT_HELP = (
-    "Where it goes: a folder for export (a .gguf file with profile gguf), a JSON file for eval, an HTML file for "
-    "report (else report.html in the folder)."
+    "What to write: a JSON file for eval, a folder for export (a .gguf file with profile gguf), an HTML file for "
+    "report (left out: report.html in the folder)."
 )
 GENERATIONS_HELP = (
     "Prompts that the models continue for the report, at most. Left out: 3 where eval_text or prompt has them run "
@@ -102,7 +105,9 @@ class CalibrationConfig(Stage):
     bos: bool = option(
         False, parsing.flag(), "Begin every sample of a text as the tokenizer begins texts, with a BOS token."
     )
-    batch_size: int = option(1, parsing.integer(1), "Calibration sequences in one forward and backward pass.")
+    batch_size: int = option(
+        1, parsing.integer(1), "Sequences that stay together in a pass; short ones are joined to some 1,024 tokens."
+    )
     seed: int = option(0, parsing.integer(0, parsing.MAX_SEED), SEED_HELP)
 
 
@@ -125,13 +130,17 @@ class ScoreConfig(Stage):
         "sum", parsing.text(), "How the parameters of a unit combine: sum, mean, max, prod, first, last."
     )
     activation_memory: float | None = option(
-        None, parsing.number(0.0), "MiB of activations kept in place of being recomputed; more is faster."
+        None,
+        parsing.number(0.0),
+        "MiB of activations kept in place of being recomputed; more is faster. Left out: as much as the weights take, "
+        "at most a quarter of the free memory.",
     )
     token_weights: str = option(
         "inverse",
         parsing.choice("inverse", "sink", "equal"),
-        "What a token counts in wanda, flap, obs and compensation: inverse (to its residual stream's power), sink (as "
-        "inverse, but the first of a sample, which the others attend to, as an eighth of them), or equal.",
+        "How much a token counts in wanda, flap, obs and refits. inverse: the less, the more power its residual stream "
+        "has. sink: the same, but the first token of a sample counts as an eighth of the sample, since all others "
+        "attend to it. equal: all alike.",
     )
     score_tokens: int | None = option(
         None,
@@ -190,7 +199,10 @@ class ScopeConfig(Stage):
     """Where units may go."""
 
     roles: tuple[str, ...] | None = option(
-        None, parsing.roles(), "Roles, as ffn,kv_heads. Left out: of kv_heads, ffn, expert_ffn those that there are."
+        None,
+        parsing.roles(),
+        "Roles, as ffn,kv_heads. Left out: of kv_heads, ffn, expert_ffn those that there are (prune's method best "
+        "up to 35 %: FFN channels).",
     )
     layers: Any = option(None, parsing.layers(), "Decoder layers: 4-27 (27 too), 4:28, 0,2,5-9. Left out: all.")
 
@@ -223,8 +235,8 @@ class BasisConfig(Stage):
     value_basis: str = option(
         "own",
         parsing.choice("own", "principal"),
-        "Of the role vo_dim: own, or principal: every head's values are first written in coordinates of which few "
-        "carry most, found on the calibration; the model computes what it did.",
+        "For role vo_dim. own: cut the values' dimensions as they are. principal: first turn each head's values, so "
+        "that few dimensions carry most of them; what the model computes stays the same.",
     )
 
 
@@ -247,7 +259,9 @@ class SelectConfig(ScopeConfig):
         None,
         parsing.choice(*METHODS),
         "best: the combination that measured best at this size, for whatever of it no other option says. plain: the "
-        "defaults of criterion, allocation, compensation. Left out: best, or plain where an option says how to prune.",
+        "defaults of criterion, allocation, compensation. Left out: best, or plain where criterion, allocation or "
+        "compensation is given, or route, aggregation, scores_file, allocation_criterion, widths, iterative_steps, "
+        "compensation_target, remove_layers or stream with another value than usual.",
     )
     target_params: int | None = option(None, parsing.count(), "Parameters left afterwards, as in 5.4B or 110M.")
     widths: dict[str, int | float] | None = option(
@@ -299,7 +313,8 @@ class SearchConfig(Stage):
     search_file: str | None = option(
         None,
         parsing.path(),
-        "JSON file with the state: a killed search goes on from it. Left out: beside output_dir until that is written.",
+        "Where the search keeps its state (JSON), so that a killed one goes on. Left out: beside output_dir, and "
+        "removed in the end.",
     )
 
 

@@ -45,13 +45,34 @@ def test_a_ratio_alone_gets_the_best_method() -> None:
 @pytest.mark.parametrize(
     "option",
     [{"criterion": "param_first"}, {"allocation": "uniform"}, {"compensation": "none"}, {"widths": {"ffn": 0.5}},
-     {"iterative_steps": 1}, {"remove_layers": 1}, {"stream": True}, {"method": "plain"}],
+     {"iterative_steps": 2}, {"remove_layers": 1}, {"stream": True}, {"method": "plain"}],
     ids=lambda option: next(iter(option)),
 )  # fmt: skip
 def test_who_says_how_to_prune_gets_no_more_than_that(option: dict[str, Any]) -> None:
     recipe = PruneConfig.build({"ratio": 0.2, **option})
     assert recipe.select.method == "plain"
     assert said(method.ways(method.for_profile(recipe), discover(tiny_llama()), 128)[0]) == PLAIN
+
+
+def test_who_says_what_holds_anyway_says_nothing() -> None:
+    usual = {"iterative_steps": 1, "aggregation": "sum", "compensation_target": "own", "stream": False}
+    assert PruneConfig.build({"ratio": 0.2, **usual}).select.method == "best"
+
+
+def test_widths_say_what_is_cut_and_how_much_of_it() -> None:
+    assert settled(tiny_llama(), widths={"hidden": 0.5}).compensate.compensation == "none"
+    for widths, scored in (({"ffn": 0.9}, UNMEASURED), ({"ffn": 0.25, "kv_heads": 1}, HEAVY)):
+        assert said(settled(tiny_llama(), 2, widths=widths)) == scored
+    both = settled(tiny_llama(), ratio=0.1, widths={"hidden": 0.9}, roles=["ffn"])
+    assert both.compensate.compensation == "none"  # for hidden channels no refit makes up
+    out = pyprune.prune(tiny_llama(), method="best", widths={"hidden": 0.5}, calibration=ids())
+    assert out.model.config.hidden_size == tiny_llama().config.hidden_size // 2
+
+
+def test_a_scope_that_does_not_go_with_the_target_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    asked = PruneConfig.build({"calibration": "t.txt", "method": "best", "ratio": 0.1, "compensation_target": "stream"})
+    method.tell(asked, method.ways(asked, discover(tiny_llama()), 128)[0])
+    assert "compensation_scope ffn does not go with compensation_target stream: outputs in its place" in caplog.text
 
 
 def test_what_feeds_projections_is_refitted_where_those_are() -> None:

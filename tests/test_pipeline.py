@@ -11,7 +11,7 @@ import torch
 from helpers_run import byte_tokenizer, tiny_llama, write_model, write_text
 
 import pyprune
-from pyprune import assess, pipeline
+from pyprune import assess, cutting, pipeline
 from pyprune.config import EvaluationConfig, InspectConfig, PruneConfig, ScoringConfig
 from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
@@ -105,13 +105,13 @@ def test_a_size_that_is_missed_is_told_as_it_was_asked(more: dict, ratio: float,
 
 def test_every_step_scores_the_model_that_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = pipeline.score
+    real = cutting.score
 
     def watched(model, groups, *rest, **more):
         seen.append(sum(g.units for g in groups.prunable(["ffn"])))
         return real(model, groups, *rest, **more)
 
-    monkeypatch.setattr(pipeline, "score", watched)
+    monkeypatch.setattr(cutting, "score", watched)
     out = pyprune.prune(tiny_llama(), ratio=0.4, calibration=tokens(), iterative_steps=2, roles="ffn")
     assert len(seen) == 2
     assert seen[0] == 4 * 192 > seen[1] > 4 * out.plan.details["widths"]["ffn"]
@@ -174,7 +174,7 @@ def test_one_step_asks_for_exactly_what_the_user_did() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_before_scoring(options: dict, line: str, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "score", lambda *a, **k: pytest.fail("scoring has begun"))
+    monkeypatch.setattr(cutting, "score", lambda *a, **k: pytest.fail("scoring has begun"))
     model = tiny_llama()
     with pytest.raises(PyPruneError) as caught:
         pyprune.prune(model, **{"criterion": "l2", **options})

@@ -17,6 +17,7 @@ from pyprune import preflight, progress
 from pyprune.checkpoint.load import open_model
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import generating_by
+from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.importance.sources import well_formed
 
 Message = dict[str, str]
@@ -117,9 +118,7 @@ class Speaker:
 
     def _fit(self, history: list[Message], prompt: str, wanted: int) -> tuple[torch.Tensor, int, int]:
         """(ids int64 [1, tokens], messages left out, tokens that may follow): the oldest messages go first."""
-        config = self.model.config.get_text_config()
-        known = getattr(config, "max_position_embeddings", None)
-        limit = known if isinstance(known, int) and known > 0 else None
+        limit = known_positions(self.model)
         forgotten = 0
         while True:
             ids = self._ids(history[forgotten:], prompt)

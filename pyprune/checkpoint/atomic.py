@@ -15,6 +15,7 @@ from pathlib import Path
 from pyprune.errors import PyPruneError
 from pyprune.files import PARTIAL, lock, sync_file
 
+OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _ASIDE = ".old"
 _ADDED = len(f"..{uuid.uuid4().hex[:8]}{PARTIAL}")  # to a name, while it is written

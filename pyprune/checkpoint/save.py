@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pyprune.checkpoint.atomic import check_space, check_target, complete_folder
+from pyprune.checkpoint.atomic import OTHER_FILES, check_space, check_target, complete_folder
 from pyprune.checkpoint.card import model_card
 from pyprune.checkpoint.files import SINGLE
 from pyprune.checkpoint.load import check_finite
@@ -28,7 +28,6 @@ REPORT = "pyprune_report.json"
 RECIPE = "pyprune_recipe.yaml"
 IMPORTANCE = "pyprune_importance.json"
 
-OTHER_FILES = 32_000_000
 """Bytes left for tokenizer, plan and report when disk space is checked."""
 
 

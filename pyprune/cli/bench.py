@@ -27,7 +27,7 @@ Examples:
 
 SHAPES = ("llama-7b", "llama-3-8b", "smollm2", "tiny")
 WHAT = ("salience", "many", "slice", "moments", "activations", "scoring")
-DTYPES = ("float32", "bfloat16", "float16")
+TYPES = ("float32", "bfloat16", "float16")
 
 
 def register(cli: click.Group) -> None:
@@ -41,7 +41,7 @@ def register(cli: click.Group) -> None:
             help="The model whose sizes are taken.",
         ),
         click.Option(
-            ["--dtype"], type=click.Choice(DTYPES), default=None,
+            ["--dtype"], type=click.Choice(TYPES), default=None,
             help="Of weights and activations [float32 on cpu, bfloat16 on cuda].",
         ),
         click.Option(

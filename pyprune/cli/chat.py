@@ -11,7 +11,7 @@ import click
 from pyprune.cli.options import CONTEXT, Verb
 from pyprune.cli.output import emit, reporting
 from pyprune.errors import PyPruneError
-from pyprune.parsing import MAX_SEED
+from pyprune.parsing import DTYPES, MAX_SEED
 
 HELP = """Talk to MODEL, or to two models side by side.
 
@@ -30,8 +30,6 @@ Examples:
   pyprune chat smaller --temperature 0.7 --seed 3 < prompts.txt
   pyprune chat --compare DENSE smaller --web
 """
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def register(cli: click.Group) -> None:

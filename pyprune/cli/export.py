@@ -20,7 +20,7 @@ cannot hold them says why, and names the nearest ones that fit. `pyprune prune -
 uniform        the same widths in every layer       plain transformers, vLLM, TensorRT-LLM
 hetero-hf      any widths                           plain transformers, with the modelling file in the folder
 hetero-decilm  FFN in multiples of 256, all heads   vLLM, TensorRT-LLM (DeciLMForCausalLM)
-gguf           Llama and Mistral, any widths        llama.cpp and what is built on it
+gguf           Llama and Mistral, one head width    llama.cpp and what is built on it
 """
 
 EXAMPLES = """

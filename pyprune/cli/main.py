@@ -54,7 +54,7 @@ def cli() -> None:
     pyprune export MODEL --profile gguf ...  write it for other programs
     pyprune report PRUNED                    one page that shows it all
     pyprune chat PRUNED --compare DENSE      ask both the same
-    pyprune run RECIPE                       all of it from one file, what has changed
+    pyprune run RECIPE                       the whole path from one file; again, only what has changed
     """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pyprune.config import Recipe
+from pyprune.stage_options import METHODS
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -83,13 +84,20 @@ def _options(recipe: type[Recipe]) -> list[click.Parameter]:
     titles = {name: f"{name.capitalize()}: {(cls.__doc__ or '').strip(' .')}" for name, cls in recipe.stages().items()}
     for stage, f in recipe.options():
         parse = f.metadata["parse"]
-        shown = "" if f.default is None else f" [{str(f.default).lower() if parse.flag else f.default}]"
+        usual = [_plain(f.default)] if f.default is not None else []
+        if f.name in METHODS["best"] and "method" in {g.name for _, g in recipe.options()}:
+            usual.append(f"method best: {_plain(METHODS['best'][f.name])}")
+        shown = f" [{'; '.join(usual)}]" if usual else ""
         names = [f"--{f.name}/--no_{f.name}"] if parse.flag else [f"--{f.name}"]
         kind: dict[str, Any] = {} if parse.flag else {"type": str, "metavar": parse.metavar}
         param = StageOption([*names, f.name], default=None, help=f.metadata["help"] + shown, **kind)
         param.stage = titles[stage]
         params.append(param)
     return params
+
+
+def _plain(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _run() -> list[click.Parameter]:

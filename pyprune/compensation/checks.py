@@ -71,7 +71,7 @@ def check_worth(worth: Mapping[str, Any] | None, mode: str, plan: Plan) -> None:
 def judged_roles(roles: Iterable[str], criterion: str) -> list[str]:
     """Those of ``roles`` in whose choice a second criterion has a say: all but heads.
 
-    A say in heads was measured to cost much (docs/results.md).
+    A say in heads was measured to cost much (docs/experiments.md, "What units are worth").
 
     Raises:
         PyPruneError: there are none.

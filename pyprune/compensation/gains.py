@@ -252,8 +252,9 @@ class _Fit:
         before = self._divergence(held)
         if not math.isfinite(before):
             return Gains(note="No gains were fitted: the pruned model gives NaN or infinity.")
-        if not self._takes_gains_in(held[:1]):
-            return Gains(before, note="Gains were left out: the weights are used by more than matrix products.")
+        refused = self._refused(held[:1])
+        if refused is not None:
+            return Gains(before, note=f"Gains were left out: {refused}.")
         self._descend(fit)
         self.rounded = True
         after = self._divergence(held)
@@ -263,34 +264,41 @@ class _Fit:
         return Gains(before, after, after < before, {n: f.detach() for n, f in self.factors.items()})
 
     @torch.no_grad()
-    def _takes_gains_in(self, numbers: Sequence[int]) -> bool:
-        """Whether the model computes with multiplied weights what it does with multiplied inputs of them.
+    def _refused(self, numbers: Sequence[int]) -> str | None:
+        """Why the model does not compute with multiplied weights what it does with multiplied inputs of them, or None.
 
-        Tried with gains of 2, half of the matrices at a time, that no weight is rounded by.
+        Tried with gains of 2, half of the matrices at a time, that no weight is rounded by. A matrix whose doubled
+        weights its type does not hold (float16 ends at 65,504) stays as it is.
         """
+        double = [float(p.abs().max()) <= torch.finfo(p.dtype).max / 2 for p in self.matrices.values()]
         for turn in (0, 1):
             for i, factors in enumerate(self.factors.values()):
-                factors.fill_(1.0 + (i % 2 == turn))
+                factors.fill_(1.0 + (double[i] and i % 2 == turn))
             wanted = self._divergence(numbers)
             self.fold()
-            given = self._folded(numbers)
-            for factors in self.factors.values():
-                factors.reciprocal_()
-            self.fold()
-            for factors in self.factors.values():
-                factors.fill_(1.0)
+            try:
+                given = self._folded(numbers)
+            finally:
+                for factors in self.factors.values():
+                    factors.reciprocal_()
+                self.fold()
+                for factors in self.factors.values():
+                    factors.fill_(1.0)
+            if not (math.isfinite(given) and math.isfinite(wanted)):
+                return "with weights twice as large, on trial, the model gives NaN or infinity"
             if not abs(given - wanted) <= 1e-3 * wanted + 1e-6:
-                return False
-        return True
+                return "the weights are used by more than matrix products"
+        return None
 
     def _folded(self, numbers: Sequence[int]) -> float:
         """The divergence without gains, which the weights have taken in."""
         kept = {n: f.clone() for n, f in self.factors.items()}
         for factors in self.factors.values():
             factors.fill_(1.0)
-        found = self._divergence(numbers)
-        self.set(kept)
-        return found
+        try:
+            return self._divergence(numbers)
+        finally:
+            self.set(kept)
 
     def _descend(self, numbers: Sequence[int]) -> None:
         counts = [len(self.dense.said[j][0]) for j in numbers]

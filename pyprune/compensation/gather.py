@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.compensation.refit import Sums
-from pyprune.importance.calibration import Calibration, batch_rows, take
+from pyprune.importance.calibration import Calibration, evenly, single_rows
 from pyprune.importance.inputs import Use
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.taps import Key
@@ -40,9 +40,8 @@ class Gathered:
 
 def split_rows(calibration: Calibration) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Samples that fit, and those that are held out: one in :data:`HELD_OUT`, evenly over the calibration."""
-    rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
-    count = max(1, len(rows) // HELD_OUT)
-    chosen = {len(rows) * (2 * k + 1) // (2 * count) for k in range(count)}
+    rows = single_rows(calibration)
+    chosen = evenly(max(1, len(rows) // HELD_OUT), len(rows))
     return [r for k, r in enumerate(rows) if k not in chosen], [r for k, r in enumerate(rows) if k in chosen]
 
 
@@ -50,7 +49,7 @@ def split_steps(calibration: Calibration, device: torch.device, mode: str) -> tu
     """Steps, and which of them are held out: none of them in mode ``bias``."""
     fit, out = split_rows(calibration)
     if mode == "bias":
-        fit, out = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))], []
+        fit, out = single_rows(calibration), []
     steps = [make_steps(part, device, tokens=STEP_TOKENS) if part else [] for part in (fit, out)]
     return [*steps[0], *steps[1]], [False] * len(steps[0]) + [True] * len(steps[1])
 

@@ -22,9 +22,11 @@ from pyprune.compensation.course import Course
 from pyprune.compensation.feeders import FeederTaps, Given, Program, Rows
 from pyprune.compensation.reconstruction import Feeder, reconstruct
 from pyprune.compensation.refit import Refit, Sums, fits, refit
+from pyprune.importance.calibration import evenly
 from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
 from pyprune.importance.walk import token_weights
+from pyprune.ops.product import fast_bf16
 
 BYTES = 512 * 2**20  # of the inputs and outputs of the tokens that a reconstruction sees, at most
 CLOSE = 1e-3  # how far what a program gives may be from what the block gave, as a fraction
@@ -250,7 +252,7 @@ class InnerRefit:
         fit = [n for n, h in enumerate(self.held) if not h]
         tokens = sum(self.steps[n].targets.numel() for n in fit)
         count = max(1, round(len(fit) * min(BYTES // each, tokens) / tokens))
-        return sorted({fit[len(fit) * (2 * k + 1) // (2 * count)] for k in range(count)})
+        return [fit[k] for k in sorted(evenly(count, len(fit)))]
 
     def _refit(self, i: int, projection: Projection, targets: Sequence[Tensor], bias: Tensor | None) -> Refit | None:
         """The projection's refit towards the outputs that the whole gave, with a ridge towards what it is now."""
@@ -273,10 +275,7 @@ class InnerRefit:
 
 def product_dtype(matrix: Tensor) -> torch.dtype:
     """What products of a reconstruction are made in: bfloat16 where the processor multiplies it faster."""
-    if matrix.device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if fast_bf16(matrix.device) else torch.float32
 
 
 def _outputs(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -66,7 +66,7 @@ def reconstruct(
     tokens = len(targets)
     size = min(TOKENS, max(1, tokens * EPOCHS // STEPS), tokens)
     each = tokens // size  # what is left over of an epoch comes in another one's
-    problem = _Problem(activation, feeders, reader, offset)
+    problem = _Problem(activation, feeders, offset)
     values = [v.float().clone() for v in (*(f.matrix for f in feeders.values()), reader)]
     groups = [{"params": [v], "lr": rate * float(v.square().mean().sqrt())} for v in values]
     adam = torch.optim.Adam(groups, betas=DECAYS, eps=1e-12)
@@ -91,9 +91,7 @@ def share_of_step(done: float) -> float:
 
 
 class _Problem:
-    def __init__(
-        self, activation: Activation, feeders: Mapping[str, Feeder], reader: Tensor, offset: Tensor | None
-    ) -> None:
+    def __init__(self, activation: Activation, feeders: Mapping[str, Feeder], offset: Tensor | None) -> None:
         self.activation, self.feeders, self.offset = activation, feeders, offset
         self.dtype = next(iter(feeders.values())).x.dtype
 

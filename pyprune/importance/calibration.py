@@ -384,6 +384,16 @@ def in_pieces(batch: Mapping[str, Any], length: int, prefix: int = 0) -> list[di
     return out
 
 
+def single_rows(calibration: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A batch of each sequence, in order."""
+    return [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
+
+
+def evenly(count: int, of: int) -> set[int]:
+    """``count`` of the numbers below ``of``, as far apart as they can be; fewer where there are no more."""
+    return {of * (2 * k + 1) // (2 * count) for k in range(count)}
+
+
 def take(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     """These sequences of a batch: every tensor whose first dimension counts them is cut, the rest is shared."""
     count = batch_rows(batch)

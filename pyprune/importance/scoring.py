@@ -142,7 +142,7 @@ def score(
                 details |= {"calibration": calibration.to_dict(), "token_weights": token_weights}
                 _check_weights(parameters)
                 if spec.tokens:
-                    wide = score_tokens(model, spec, chosen, parameters, calibration, aggregation, seed, details)
+                    wide = score_tokens(model, chosen, parameters, calibration, aggregation, seed, details)
                 elif spec.experts:
                     wide = score_experts(model, chosen, parameters, calibration, spec.name, details)
                     aggregation = "sum"  # one number an expert

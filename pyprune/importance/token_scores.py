@@ -18,11 +18,10 @@ from pyprune.discovery.groups import Group
 from pyprune.errors import PyPruneError
 from pyprune.importance.aggregation import AGGREGATIONS, scored_members
 from pyprune.importance.blocks import NotSweepable, find_blocks
-from pyprune.importance.calibration import Calibration, batch_rows, take
+from pyprune.importance.calibration import Calibration, single_rows
 from pyprune.importance.divergence import pieces, real_tokens, scored
 from pyprune.importance.inputs import InputTaps, read_product, with_input
 from pyprune.importance.recomputing import recomputed
-from pyprune.importance.registry import Criterion
 from pyprune.importance.steps import Forward, make_steps
 from pyprune.importance.taps import GradientTap, Key
 from pyprune.importance.walk import walking
@@ -33,7 +32,7 @@ Sink = Callable[[Key, int, Tensor, Tensor], None]
 
 
 def score_tokens(
-    model: nn.Module, criterion: Criterion, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter],
+    model: nn.Module, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter],
     calibration: Calibration, aggregation: str, seed: int, details: dict[str, Any],
 ) -> dict[str, Tensor]:  # fmt: skip
     """Group name -> float64 scores [outer, units], nats^2; the formula is that of ``criteria/token_fisher.py``.
@@ -46,7 +45,7 @@ def score_tokens(
     """
     matrices = {n: p for n, p in parameters.items() if p.dim() in (2, 3)}
     device = next(model.parameters()).device
-    rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
+    rows = single_rows(calibration)
     steps = make_steps(rows, device, tokens=_step_tokens(model))
     random = torch.Generator().manual_seed(seed)
     sums = _Sums(groups, matrices)

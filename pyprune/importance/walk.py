@@ -208,10 +208,10 @@ def weights_for(x: Tensor, weights: Tensor, tokens: Tensor | None = None) -> Ten
     Args:
         x: [rows, inputs].
         weights: of the step's tokens, 0 for padding.
-        tokens: int64 [rows], which tokens the rows are, where that is known: then padding counts nothing here either.
+        tokens: int64 [rows], which tokens the rows are, where that is known: then they count what those do.
     """
     if tokens is not None:
-        return (weights[tokens] != 0).to(weights.dtype)
+        return weights[tokens]
     if x.shape[0] == weights.shape[0]:
         return weights
     if not bool((weights != 0).all()):

@@ -37,6 +37,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return linear(a, b)
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
 class fast_products(TorchFunctionMode):
     """Within it, linear layers that record no gradient multiply as :func:`product` does. Enter it before other modes
     that watch linear layers: the mode that is entered last sees a call first."""

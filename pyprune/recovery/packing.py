@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyprune.importance.losses import IGNORED
 from pyprune.importance.modes import evaluating
 from pyprune.recovery.examples import Example
 
-IGNORED = -100  # label of a token that is not predicted, as in transformers
 OPEN_ROWS = 64  # rows that a document may still go into
 
 

@@ -22,7 +22,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.losses import OVERFLOW
 from pyprune.importance.modes import evaluating
 from pyprune.recovery import adapter
-from pyprune.recovery.loss import teacher_loss, text_loss
+from pyprune.recovery.loss import training_loss
 from pyprune.recovery.packing import Row, collate
 from pyprune.recovery.processes import Processes
 from pyprune.recovery.schedule import Pace, rate
@@ -151,7 +151,7 @@ class Trainer:
                 labels = inputs.pop("labels")
                 with self.autocast():
                     logits = self.model(**inputs, use_cache=False).logits
-                sums[0] += text_loss(logits, labels).double()
+                sums[0] += training_loss(logits, labels).double()
                 sums[1] += sum(row.learned for row in batch)
         total = self.processes.total(sums)
         return float(total[0] / total[1])
@@ -166,7 +166,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for part in _batches(self._mine(batch), s.micro_batch_size):
-            loss = self._loss(part) / learned
+            loss = self._loss(part, 1 / learned)
             loss.backward()
             total += loss.detach().double()
         mean = float(self.processes.total(total))
@@ -187,19 +187,17 @@ class Trainer:
         self._log({"step": self.history.step, "loss": mean, "rate": now, "seconds": round(self.pace.seconds(), 2)})
         return mean
 
-    def _loss(self, rows: Sequence[Row]) -> Tensor:
-        """Summed over the learned tokens of ``rows``."""
+    def _loss(self, rows: Sequence[Row], factor: float) -> Tensor:
+        """``factor`` times the sum over the learned tokens of ``rows``."""
         s = self.settings
         inputs = collate(rows, self.positions, self.device)
         labels = inputs.pop("labels")
         with self.autocast():
             logits = self.model(**inputs, use_cache=False).logits
         if self.teacher is None or s.distill_weight == 0:
-            return text_loss(logits, labels)
-        taught = teacher_loss(logits, labels, self.teacher(rows, self.device), s.distill_temperature)
-        if s.distill_weight == 1:
-            return taught
-        return (1 - s.distill_weight) * text_loss(logits, labels) + s.distill_weight * taught
+            return training_loss(logits, labels, factor=factor)
+        answers = self.teacher(rows, self.device)
+        return training_loss(logits, labels, answers, s.distill_weight, s.distill_temperature, factor)
 
     def _add_up_gradients(self) -> None:
         if self.processes.count == 1:
@@ -318,16 +316,6 @@ class Trainer:
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     """Matrix products in bfloat16, or everything in the weights' own type."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
 
 
 def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

@@ -61,14 +61,12 @@ class RunRecipe:
         model: the dense model: a folder or a name on the hub.
         output_dir: the work folder, absolute.
         sections: stage -> its recipe, in the order of a run; only those that the file has.
-        remote_code: whether modelling code of the checkpoint may run.
     """
 
     file: Path
     model: str
     output_dir: Path
     sections: dict[str, Recipe] = field(default_factory=dict)
-    remote_code: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every default filled in, as YAML and JSON hold it."""
@@ -103,7 +101,6 @@ def read_recipe(file: str | Path, model: str | None = None, output_dir: str | Pa
     return RunRecipe(
         file=Path(file), model=str(Path(name).expanduser()) if name.startswith("~") else name,
         output_dir=Path(target).expanduser().absolute(), sections=sections,
-        remote_code=bool(shared.get("trust_remote_code")),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.errors import PyPruneError
+from pyprune.report.units import perplexity
 from pyprune.runs.identity import Hashes, Identity, of_name
 from pyprune.runs.recipe import RunRecipe, options_of
 from pyprune.runs.record import write_json
@@ -366,7 +367,7 @@ def evaluation_line(figures: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Perplexities and mean accuracies of the models, in their order."""
     parts = []
     if figures[0][1]["perplexity"] is not None:
-        found = ", ".join(f"{name} {f['perplexity']['perplexity']:.2f}" for name, f in figures)
+        found = ", ".join(f"{name} {perplexity(f['perplexity']['perplexity'])}" for name, f in figures)
         parts.append(f"perplexity: {found}")
     if figures[0][1]["tasks"]:
         means = ((name, [t["acc"] for t in f["tasks"]]) for name, f in figures)
@@ -386,4 +387,4 @@ def _perplexities(found: Any) -> str:
     if not found:
         return ""
     before, after = (found[k]["perplexity"] for k in ("before", "after"))
-    return f"; perplexity {before:.2f} -> {after:.2f}"
+    return f"; perplexity {perplexity(before)} -> {perplexity(after)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pyprune.importance.inputs import _READ, InputTaps
+from pyprune.importance.inputs import InputTaps, read_product
 from pyprune.importance.taps import Key
 from pyprune.ops.product import is_faster, product
 
@@ -52,8 +52,7 @@ class Masking(InputTaps):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = _READ.get(func)
-        found = None if read is None else read(*args, **kwargs)
+        found = read_product(func, args, kwargs)
         if found is None:
             return func(*args, **kwargs)
         x, weight, bias, transposed = found

@@ -21,13 +21,13 @@ from pyprune.discovery.groups import Group, Groups
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.importance.calibration import (
     Calibration,
-    batch_rows,
     batch_tokens,
     check_vocabulary,
+    evenly,
     load_calibration,
-    take,
+    single_rows,
 )
-from pyprune.importance.modes import in_memory
+from pyprune.importance.modes import as_written, evaluating, in_memory
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.walk import TOKEN_WEIGHTS, Walk, walking
 from pyprune.search.curves import BROKEN, allocate_by_curves, measure_curves
@@ -110,8 +110,8 @@ def search_plan(
         allocation_scores: what the score-driven first candidates read in place of ``scores``.
         allocation: ``"search"``, or ``"divergence"`` or ``"descent"``, which take no ``steps``, ``minutes`` and
             ``file``.
-        compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``bias`` or
-            ``none``.
+        compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``obs``
+            (measured as least squares), ``bias`` or ``none``.
         token_weighting: of the refits, as in :func:`pyprune.compensation.compensate`.
         steps: generations; of 8 children each. None: no limit but ``minutes``, and 40 without any.
         minutes: time, of all runs of the same search together.
@@ -283,8 +283,9 @@ class _Searcher:
     ) -> Iterator[tuple[Fitness, Refits, Masking, Sites, list[Step]]]:
         """The dense model, ready to be run with any widths of ``groups``; the steps that refits are made on."""
         fit, held = split(self.calibration, next(self.model.parameters()).device)
-        walk = Walk(self.model, fit[:1])
-        sites = find_sites(self.model, walk.blocks, groups, orders, [*held, *fit])
+        with evaluating(self.model), as_written():
+            walk = Walk(self.model, fit[:1])
+            sites = find_sites(self.model, walk.blocks, groups, orders, [*held, *fit])
         parameters = dict(self.model.named_parameters())
         masking = Masking({n: parameters[n] for n in {**sites.read, **sites.made}})
         refits = Refits(self.model, sites, self.mode)
@@ -351,10 +352,10 @@ def split(calibration: Calibration, device: torch.device) -> tuple[list[Step], l
     """Steps to fit on, and steps to measure on: evenly over the calibration, one sample in :data:`HELD_OUT` as long
     as these have no more than :data:`HELD_TOKENS` tokens together, at least two samples; the rest, up to
     :data:`FIT_TOKENS`, to fit on."""
-    rows = [take(b, slice(r, r + 1)) for b in calibration for r in range(batch_rows(b))]
+    rows = single_rows(calibration)
     longest = max(batch_tokens(r) for r in rows)
     count = max(2, min(len(rows) // HELD_OUT, HELD_TOKENS // longest))
-    chosen = {len(rows) * (2 * k + 1) // (2 * count) for k in range(count)}
+    chosen = evenly(count, len(rows))
     fit = [r for k, r in enumerate(rows) if k not in chosen][: max(1, FIT_TOKENS // longest)]
     held = [r for k, r in enumerate(rows) if k in chosen]
     return make_steps(fit, device, tokens=8 * STEP_TOKENS), make_steps(held, device, tokens=STEP_TOKENS)

@@ -40,7 +40,7 @@ class Refits:
     Args:
         model: the dense model.
         sites: where units are masked.
-        mode: ``least-squares``, ``bias`` or ``none``, as in :func:`pyprune.compensation.compensate`.
+        mode: ``least-squares`` (also for ``obs``), ``bias`` or ``none``, as in :func:`pyprune.compensation.compensate`.
         cache_bytes: of refitted matrices that are kept, those used last; None: 1.2 times what all of them take.
 
     Attributes:

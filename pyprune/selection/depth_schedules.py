@@ -12,14 +12,14 @@ from math import ceil, floor, log
 import numpy as np
 
 from pyprune.discovery.groups import Group
+from pyprune.discovery.roles import HEADS
 from pyprune.selection.allocation import Budget, last_at_least, nearest, register
 from pyprune.selection.global_ranking import FLOORS
 
 GRID = 100_000  # steps of the common factor
 FIRST = 0.25  # what the first layer loses, as a fraction of what the last one loses
-HEADS = 2 / 3  # what heads lose, as a fraction of what the other units lose on average
+LESS = 2 / 3  # what heads lose, as a fraction of what the other units lose on average
 SPARED_FIRST, SPARED_LAST = 0.25, 0.06  # of the layers, in which no head goes
-WHOLE = ("kv_heads", "query_heads")
 
 
 @register("log_depth", min_keep=FLOORS, scored=False)
@@ -52,10 +52,10 @@ def _scheduled(groups: Sequence[Group], budget: Budget, rise: Callable[[int, int
     def lost(g: Group, n: int) -> float:
         """Fraction that goes; the largest ``n`` leaves nothing of any layer but for its limits."""
         i = count - 1 if g.layer is None else g.layer
-        if g.role not in WHOLE or finest in WHOLE:
+        if g.role not in HEADS or finest in HEADS:
             return min(1.0, n / GRID * shares[i] / FIRST)
         if first <= i < last:
-            return min(1.0, HEADS * n / GRID * mean / FIRST)
+            return min(1.0, LESS * n / GRID * mean / FIRST)
         return max(0.0, 10 * n / GRID - 9)  # once everything else has gone as far as it may
 
     def coarse(n: int) -> dict[str, int]:

@@ -24,7 +24,7 @@ def knapsack(groups: Sequence[Group], scores: Mapping[str, np.ndarray], budget: 
 
     A score is what a unit costs when it goes alone. The errors of units that go together from one layer add up to
     more, because their outputs are not independent: were they all alike, n of them would cost n^2 times one, were they
-    orthogonal, n times. The power between the two is an empirical one (docs/results.md).
+    orthogonal, n times. The power between the two is an empirical one.
 
     A group's cost is a convex function of its width, so that removing units by rising cost per parameter solves the
     relaxed problem exactly (Dantzig 1957): there is one price per parameter below which every unit goes.

@@ -132,9 +132,8 @@ def parse_amounts(option: str, amounts: Any) -> dict[str, Amount]:
         PyPruneError: not such a mapping.
     """
     if not isinstance(amounts, Mapping) or not amounts:
-        raise PyPruneError(
-            option, amounts, "is not a mapping from role to width", 'Give it as {"kv_heads": 0.5, "ffn": 5504}.'
-        )
+        problem = "is empty" if isinstance(amounts, Mapping) else "is not a mapping from role to width"
+        raise PyPruneError(option, amounts, problem, 'Give it as {"kv_heads": 0.5, "ffn": 5504}, or leave it out.')
     parse_roles(option, list(amounts))
     return {role: parse_amount(option, amount, f" for {role}") for role, amount in amounts.items()}
 

@@ -15,6 +15,7 @@ from pyprune.checkpoint.files import OPTION, check_folder, weight_files
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.quiet import quiet
 from pyprune.errors import PyPruneError
+from pyprune.surgery.buffers import computed
 from pyprune.surgery.names import Tensors
 
 IN_MEMORY = "Prune it in memory, without stream."
@@ -211,30 +212,20 @@ def _refuse_mixed(model: Any, dtype: torch.dtype, folder: Path) -> None:
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
     """Values for the buffers that no checkpoint holds, from the class's own initialisation, as when it is opened."""
-    saved = model.state_dict().keys()
-    fresh: list[tuple[str, nn.Module, str]] = []
+    saved, found = model.state_dict().keys(), computed(model)
     for path, module in model.named_modules():
-        for last, buffer in module._buffers.items():
-            name = f"{path}.{last}" if path else last
-            if buffer is not None and buffer.is_meta and name not in saved:
-                empty = torch.empty_like(buffer, device="cpu")
-                module._buffers[last] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
-                fresh.append((name, module, last))
         for last, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 problem = f"{path}.{last} is a tensor that is neither parameter nor buffer"
                 raise PyPruneError("stream", type(model).__name__, problem, IN_MEMORY)
-    if fresh:
-        state = torch.get_rng_state()
-        model.initialize_weights()  # parameters are on the meta device, where this does nothing
-        torch.set_rng_state(state)
-    for name, module, last in fresh:
-        buffer = module._buffers[last]
-        assert buffer is not None
-        if buffer.is_floating_point() and bool(buffer.isnan().any()):
-            problem = f"{name} is in no checkpoint, and its class does not say how it is filled"
-            raise PyPruneError("stream", type(model).__name__, problem, IN_MEMORY)
-        module._buffers[last] = buffer.to(device)
+        for last, buffer in module._buffers.items():
+            name = f"{path}.{last}" if path else last
+            if buffer is None or not buffer.is_meta or name in saved:
+                continue
+            if name not in found:
+                problem = f"{name} is in no checkpoint, and its class does not say how it is filled"
+                raise PyPruneError("stream", type(model).__name__, problem, IN_MEMORY)
+            module._buffers[last] = found[name].to(device)
 
 
 def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str, bool]]]:

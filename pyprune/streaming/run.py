@@ -6,15 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from pyprune import preflight
-from pyprune.checkpoint.atomic import check_space, check_target, disk_full
+from pyprune.checkpoint.atomic import OTHER_FILES, check_space, check_target, disk_full
 from pyprune.checkpoint.load import open_tokenizer
 from pyprune.checkpoint.profiles import finish, own_profile
 from pyprune.checkpoint.save import save
 from pyprune.config import PruneConfig
-from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.loglikelihood import known_positions
@@ -25,8 +22,10 @@ from pyprune.importance.calibration import Calibration, load_calibration
 from pyprune.importance.fingerprint import fingerprint
 from pyprune.importance.registry import get_criterion
 from pyprune.importance.scores import Scores
+from pyprune.opening import groups_of
 from pyprune.report.data import Report, versions
-from pyprune.schedule import requests
+from pyprune.schedule import equal_scores, requests, without_scores
+from pyprune.score_files import read_scores
 from pyprune.selection.plan import Plan
 from pyprune.selection.select import select
 from pyprune.streaming.disk import DiskModel
@@ -80,7 +79,7 @@ def prune_from_disk(recipe: PruneConfig, model: Any = None, tokenizer: Any = Non
     """
     folder = check(recipe, model)
     target = check_target(str(recipe.save.output_dir), recipe.save.overwrite)
-    ready = None if recipe.select.scores_file is None else preflight.read_scores(recipe.select.scores_file)
+    ready = None if recipe.select.scores_file is None else read_scores(recipe.select.scores_file)
     stages = Stages()
     with stages("open"):
         options = recipe.model
@@ -89,14 +88,16 @@ def prune_from_disk(recipe: PruneConfig, model: Any = None, tokenizer: Any = Non
     with stages("read text"):
         batches = None if ready is not None else _calibration(recipe, tokenizer, disk.model)
     with stages("discover"):
-        groups = discover(disk.model).thaw(("kv_heads", "query_heads"))
+        groups = groups_of(disk.model)
         (asked,) = requests(recipe.select, groups)
-        equal = {g.name: torch.zeros(g.outer, g.units) for g in groups.prunable()}
-        trial = select(groups, equal if ready is None else ready, **asked)
+        if ready is None:
+            trial = select(groups, equal_scores(groups), **without_scores(asked))
+        else:
+            trial = select(groups, ready, **asked)
         Slicer(disk, trial)  # for its errors: the class must be able to have such widths
         if not workspace_path(target).exists():
             after = trial.details["achieved"]["with_embeddings"]["after"]
-            needed = after * disk.model.dtype.itemsize + _stream_bytes(disk, batches) + preflight.OTHER_FILES
+            needed = after * disk.model.dtype.itemsize + _stream_bytes(disk, batches) + OTHER_FILES
             with preflight.renamed(folder="output_dir"):
                 check_space(target, needed)
 

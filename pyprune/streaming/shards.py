@@ -72,9 +72,7 @@ def _tie(model: nn.Module, tensors: Tensors, old_name: Callable[[str], str]) -> 
                 module._parameters[last] = held.setdefault(first, parameter)
 
 
-def write_shards(
-    slicer: Slicer, written: Any, work: Path, space: Workspace, max_shard_size: int | str, bar_label: str = "writing"
-) -> None:
+def write_shards(slicer: Slicer, written: Any, work: Path, space: Workspace, max_shard_size: int | str) -> None:
     """The weight files of ``written`` in the folder ``work``, as its ``save_pretrained`` splits and names them.
 
     Shards are made in ``space``, one tensor in memory at a time; those that an earlier run finished are taken as they
@@ -97,7 +95,7 @@ def write_shards(
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     folder = space.path / "shards"
     folder.mkdir(exist_ok=True)
-    with bars.bar(bar_label, len(shapes)) as bar:
+    with bars.bar("writing", len(shapes)) as bar:
         for file, names in split.filename_to_tensors.items():
             if not (folder / file).is_file():
                 _write(folder / file, {name: shapes[name] for name in names}, slicer.read, bar)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from pyprune.discovery.roles import HEADS
 from pyprune.discovery.run import trace
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut
@@ -23,7 +24,6 @@ from pyprune.surgery.solve import ratios
 
 Config = Any
 
-HEADS = ("kv_heads", "query_heads")
 STEPS = (HEADS, ("ffn", "expert_ffn"))
 """Roles whose cuts are made this way, in this order. A width inside heads changes what a head is: narrow layers."""
 

@@ -200,3 +200,15 @@ def test_a_model_without_tokenizer_is_refused(speaker, place) -> None:
         file.unlink()
     with pytest.raises(PyPruneError, match="compare 'dense': has no tokenizer to read prompts with"):
         speaker("dense", option="compare")
+
+
+def test_positions_count_by_whatever_name(speaker) -> None:
+    import transformers as t
+
+    history = [{"role": "user", "content": "word " * 12}, {"role": "assistant", "content": "word"}]
+    one = speaker("dense")
+    whole, forgotten, _ = one._fit(history, "word", 8)
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 97, "max_seq_len": whole.shape[1]}
+    short = Speaker(t.MptForCausalLM(t.MptConfig(**sizes)), one.tokenizer, "short")
+    ids, left_out, room = short._fit(history, "word", 8)
+    assert (forgotten, left_out) == (0, 2) and ids.shape[1] + room <= whole.shape[1]

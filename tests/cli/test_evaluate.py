@@ -130,7 +130,7 @@ def test_limit_and_resume_file(call, place, task) -> None:
 
 
 def test_bad_tasks_are_refused_before_the_model_is_opened(call, place, task, monkeypatch) -> None:
-    monkeypatch.setattr("pyprune.assess._open", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr("pyprune.assess.open_or_take", lambda *a: pytest.fail("the model was opened"))
     bad = records()[:3]
     bad[2]["label"] = 9
     write_task(place / "bad.jsonl", bad)
@@ -216,7 +216,7 @@ def test_a_pruned_model_beside_the_dense_one(call, place, task) -> None:
 
 
 def test_a_second_model_that_is_not_there_is_told_before_the_first_is_opened(call, place, monkeypatch) -> None:
-    monkeypatch.setattr("pyprune.assess._open", lambda *a: pytest.fail("a model was opened"))
+    monkeypatch.setattr("pyprune.assess.open_or_take", lambda *a: pytest.fail("a model was opened"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = refused(call, place, "--prompt", "if", "--compare", "nowhere/at/all")
     assert "--compare 'nowhere/at/all': does not exist" in line
@@ -229,7 +229,7 @@ def test_a_second_model_that_is_not_there_is_told_before_the_first_is_opened(cal
 def test_windows_longer_than_the_second_models_positions_are_told_before_the_first_is_opened(
     call, place, monkeypatch
 ) -> None:
-    monkeypatch.setattr("pyprune.assess._open", lambda *a: pytest.fail("a model was opened"))
+    monkeypatch.setattr("pyprune.assess.open_or_take", lambda *a: pytest.fail("a model was opened"))
     tiny_llama(max_position_embeddings=32).save_pretrained(place / "short")
     line = refused(call, place, "--eval_text", "test.txt", "--eval_length", "64", "--compare", "short")
     assert "--eval_length 64: is more than the 32 positions that the model knows" in line

@@ -37,7 +37,7 @@ def test_nothing_says_how_much(call, place) -> None:
 
 
 def test_a_ratio_that_the_roles_cannot_reach_is_refused_before_scoring(call, place, monkeypatch) -> None:
-    monkeypatch.setattr("pyprune.pipeline.score", lambda *a, **k: pytest.fail("scoring has begun"))
+    monkeypatch.setattr("pyprune.cutting.score", lambda *a, **k: pytest.fail("scoring has begun"))
     line = refused(call, place, *PRUNE, "--ratio", "0.9", "--roles", "ffn", "--layers", "0")
     assert "--ratio 0.9: ffn can reach at most" in line and "more layers" in line
 
@@ -150,7 +150,7 @@ def test_an_output_folder_that_cannot_be_made(call, place) -> None:
 
 
 def test_a_disk_without_room_is_noticed_before_scoring(call, place, monkeypatch) -> None:
-    monkeypatch.setattr("pyprune.pipeline.score", lambda *a, **k: pytest.fail("scoring has begun"))
+    monkeypatch.setattr("pyprune.cutting.score", lambda *a, **k: pytest.fail("scoring has begun"))
     full = shutil.disk_usage(place.root)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     line = refused(call, place, *PRUNE, "--ratio", "0.2")
@@ -277,6 +277,25 @@ def test_the_status_of_the_process_is_2(place) -> None:
 def test_what_is_kept_in_the_output_folder(call, place, option: str, more: tuple[str, ...]) -> None:
     line = refused(call, place, *PRUNE, "--ratio", "0.2", "--criterion", "wanda", *more, f"--{option}", "out/kept")
     assert f"--{option} 'out/kept': lies in the output folder, out" in line
+
+
+@pytest.mark.parametrize("option", ["scores_file", "prompts", "eval_text"])
+def test_what_is_read_from_the_output_folder(call, place, option: str) -> None:
+    shutil.copytree(place / "model", place / "out")
+    (place / "out/kept").write_text("text\n")
+    calibration = () if option == "scores_file" else ("--criterion", "wanda")
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", *calibration, f"--{option}", "out/kept", "--overwrite")
+    assert f"--{option} 'out/kept': lies in the output folder, out" in line and (place / "out/kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [(("--eval_windows", "3"), "eval_text"), (("--protocol", "1024"), "eval_text"), (("--eval_bos",), "eval_text"),
+     (("--samples", "3"), "calibration"), (("--bos",), "calibration")],
+)  # fmt: skip
+def test_what_is_said_of_something_that_is_not_given(call, place, options: tuple[str, ...], missing: str) -> None:
+    ended = call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "--output_dir", "out", *options)
+    assert ended.status == 2 and f"is for option {missing}, which is not given. Give {missing} too" in ended.err
 
 
 def test_a_model_in_the_output_folder(call, place) -> None:

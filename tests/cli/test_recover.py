@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_nothing_to_learn_from(call, place) -> None:
 def test_a_missing_file_before_the_model_is_opened(call, place) -> None:
     line = refused(call, place, "recover", "nowhere", "--data", "absent.jsonl")
     assert "--data 'absent.jsonl': does not exist." in line
+
+
+@pytest.mark.parametrize("option", ["checkpoint_dir", "distill_cache", "val_data", "eval_text"])
+def test_what_is_kept_or_read_in_the_output_folder(call, place, option: str) -> None:
+    shutil.copytree(place / "model", place / "out")
+    kept = "out/inner" if option in ("checkpoint_dir", "distill_cache") else "out/inner.txt"
+    if kept.endswith(".txt"):
+        (place / kept).write_text("text\n")
+    teacher = ("--teacher", "model") if option == "distill_cache" else ()
+    line = refused(call, place, *TRAIN, *teacher, f"--{option}", kept, "--output_dir", "out", "--overwrite")
+    assert f"--{option} '{kept}': lies in the output folder, out" in line and (place / "out/config.json").exists()
 
 
 def test_records_without_the_fields_name_file_line_and_fields(call, place) -> None:

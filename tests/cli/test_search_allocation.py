@@ -11,7 +11,7 @@ from helpers_run import refused, tiny_llama, write_model, write_text
 import pyprune
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError
-from pyprune.preflight import forget_search
+from pyprune.schedule import forget_search
 from pyprune.search.fitness import Fitness
 
 SEARCH = ("prune", "model", "--calibration", "train.txt", "--samples", "8", "--length", "32", "--ratio", "0.2",
@@ -73,7 +73,7 @@ def test_a_state_file_that_was_named_stays(place) -> None:
     ids=lambda v: v[0].strip("-") if isinstance(v, tuple) else "",
 )
 def test_what_does_not_go_is_refused_before_scoring(call, place, monkeypatch, more, words: str) -> None:
-    monkeypatch.setattr("pyprune.pipeline.score", lambda *a, **k: pytest.fail("scoring has begun"))
+    monkeypatch.setattr("pyprune.cutting.score", lambda *a, **k: pytest.fail("scoring has begun"))
     assert words in refused(call, place, *SEARCH, *more)
 
 

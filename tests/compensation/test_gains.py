@@ -177,6 +177,38 @@ def test_weights_that_something_else_reads_too_keep_their_values() -> None:
     assert same(model, before)
 
 
+def test_weights_near_the_end_of_their_type_come_back_from_the_trial() -> None:
+    dense = tiny_llama().to(torch.float16)
+    with torch.no_grad():  # a channel that hardly speaks, read by a weight that no float16 has twice
+        dense.model.layers[0].mlp.up_proj.weight[5] *= 1e-5
+        dense.model.layers[0].mlp.down_proj.weight[3, 5] = 40000.0
+    model = weakened(dense)[0]
+    found = fitted(model, dense, ids(20, 16))
+    assert found.note is None and all(p.isfinite().all() for p in model.parameters())
+    unread = set(dict(model.named_parameters())) - set(found.values)
+    assert found.kept or same(model, weakened(dense)[0])
+    assert all(torch.equal(model.get_parameter(n), weakened(dense)[0].get_parameter(n)) for n in unread)
+
+
+def test_an_interrupted_trial_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_llama()
+    model = weakened(dense)[0]
+    before = copy.deepcopy(model)
+    says = reference(dense, load_calibration(ids(20, 16)))
+    real, calls = module._Fit._divergence, []
+
+    def stopped(self: Any, numbers: Any) -> float:
+        calls.append(numbers)
+        if len(calls) == 3:  # with the weights doubled
+            raise KeyboardInterrupt
+        return real(self, numbers)
+
+    monkeypatch.setattr(module._Fit, "_divergence", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit_gains(model, says)
+    assert same(model, before)
+
+
 def test_what_is_reported_is_what_the_rounded_weights_give(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_llama().to(torch.bfloat16)
     model = weakened(dense)[0]

@@ -59,7 +59,7 @@ def test_its_gradients_are_those_of_the_weighted_error(bias: bool) -> None:
     z = {n: f.x @ w.t() + (0 if f.bias is None else f.bias) for (n, f), w in zip(feeders.items(), values, strict=False)}
     outputs = gated(z) @ values[-1].t() + (0 if offset is None else offset)
     wanted = torch.autograd.grad((outputs - targets).square().mul(weights[:, None]).sum() / 2, values)
-    made = reconstruction._Problem(gated, feeders, reader, offset)
+    made = reconstruction._Problem(gated, feeders, offset)
     plain = [v.detach() for v in values]
     found = made.gradients(torch.arange(40), targets, weights[:, None], plain)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True))

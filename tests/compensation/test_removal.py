@@ -165,7 +165,7 @@ def test_widths_are_settled_with_units_in_the_order_of_the_first_choice(monkeypa
         asked.update(order=scores, shares=allocation_scores)
         return pyprune.select(groups, scores, *args, allocation_scores=allocation_scores, **more)
 
-    monkeypatch.setattr("pyprune.pipeline.select", select)
+    monkeypatch.setattr("pyprune.cutting.select", select)
     options = {"ratio": 0.2, "calibration": ids(40), "criterion": "wanda", "compensation": "obs", "roles": ["ffn"]}
     out = pyprune.prune(tiny_llama(), compensation_criterion="token_fisher", **options)
     worth = pyprune.score(tiny_llama(), out.groups, ids(40), "token_fisher", roles=["ffn"])
@@ -186,8 +186,8 @@ def test_which_heads_go_is_left_to_their_output(monkeypatch: pytest.MonkeyPatch)
         asked.update(order=scores)
         return pyprune.select(groups, scores, *args, **more)
 
-    monkeypatch.setattr("pyprune.pipeline.compensate", watched)
-    monkeypatch.setattr("pyprune.pipeline.select", select)
+    monkeypatch.setattr("pyprune.cutting.compensate", watched)
+    monkeypatch.setattr("pyprune.cutting.select", select)
     options = {"ratio": 0.2, "calibration": ids(40), "criterion": "wanda", "compensation": "obs"}
     for more in ({}, {"allocation": "knapsack", "allocation_criterion": "token_fisher"}):
         out = pyprune.prune(

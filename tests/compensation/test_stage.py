@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pyprune
-from pyprune import apply, discover, pipeline, score, select
+from pyprune import apply, cutting, discover, score, select
 from pyprune.compensation import compensate
 from pyprune.compensation.refit import PENALTIES, Sums, refit
 from pyprune.errors import PyPruneError
@@ -275,13 +275,13 @@ def test_a_criterion_of_its_own_decides_how_much_each_layer_loses() -> None:
 
 
 def test_what_it_reads_may_be_bounded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, real = {}, pipeline.score
+    read, real = {}, cutting.score
 
     def watched(model, groups, batches, **options):
         read[options["criterion"]] = batches.tokens
         return real(model, groups, batches, **options)
 
-    monkeypatch.setattr(pipeline, "score", watched)
+    monkeypatch.setattr(cutting, "score", watched)
     options = {
         "widths": {"ffn": 0.5}, "calibration": ids(20), "criterion": "wanda", "allocation": "knapsack",
         "allocation_criterion": "group_fisher",

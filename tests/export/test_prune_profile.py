@@ -88,9 +88,9 @@ def test_requests_that_contradict_the_profile_are_refused_before_anything_is_ope
 
 
 def test_a_model_that_the_profile_cannot_hold_is_refused_before_scoring(tmp_path, monkeypatch) -> None:
-    from pyprune import pipeline
+    from pyprune import cutting
 
-    monkeypatch.setattr(pipeline, "score", lambda *a, **k: pytest.fail("scored"))
+    monkeypatch.setattr(cutting, "score", lambda *a, **k: pytest.fail("scored"))
     with pytest.raises(PyPruneError, match=r"holds FFN widths that are multiples of 256, and layer 0 has 320"):
         pyprune.prune(
             wide(intermediate_size=320), widths={"layers": 3}, criterion="l2", profile="hetero-decilm",
@@ -101,9 +101,9 @@ def test_a_model_that_the_profile_cannot_hold_is_refused_before_scoring(tmp_path
 
 def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_before_scoring(tmp_path, monkeypatch) -> None:
     pytest.importorskip("gguf")
-    from pyprune import pipeline
+    from pyprune import cutting
 
-    monkeypatch.setattr(pipeline, "score", lambda *a, **k: pytest.fail("scored"))
+    monkeypatch.setattr(cutting, "score", lambda *a, **k: pytest.fail("scored"))
     with pytest.raises(PyPruneError, match=r"tokenizer 'BPE': has no counterpart in llama.cpp: it has no merges"):
         pyprune.prune(
             tiny_llama(), tokenizer=byte_tokenizer(), ratio=0.2, criterion="l2", profile="gguf",

@@ -145,3 +145,35 @@ def test_experts_that_are_routed_in_groups_have_a_score_each() -> None:
     for group in (g for g in groups if g.role == "experts" and not g.frozen):
         assert found[group.name].shape == (group.outer, group.units)
         assert bool((found[group.name] > 0).any()) and torch.equal(found[group.name], plain[group.name])
+
+
+@torch.no_grad()
+def test_the_rows_of_an_expert_count_what_their_tokens_count() -> None:
+    """``wanda`` of an expert's channel: the output that goes with it, every token weighed by 1 / mean(h^2)."""
+    model = mixture("mixtral")
+    seen: list[tuple] = []
+    block = model.model.layers[1]
+    handles = [
+        block.mlp.experts.register_forward_pre_hook(lambda m, a: seen.append(a)),
+        block.register_forward_hook(lambda m, a, out: seen.append((out if isinstance(out, Tensor) else out[0],))),
+    ]
+    model(ids(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    (x, chosen, *_), (stream,) = seen
+    x, stream = x.reshape(-1, x.shape[-1]).double(), stream.reshape(-1, stream.shape[-1]).double()
+    experts = block.mlp.experts
+    found = {
+        how: score(model, discover(model), ids(), "wanda", roles=["expert_ffn"], token_weights=how)
+        for how in ("inverse", "equal")
+    }
+    name = next(n for n in found["equal"] if ".layers.1." in n)
+    for how, weights in (("inverse", 1 / stream.square().mean(1)), ("equal", torch.ones(len(x)).double())):
+        want = []
+        for e in range(experts.down_proj.shape[0]):
+            rows = (chosen.reshape(len(x), -1) == e).any(1)
+            gate, up = (x[rows] @ experts.gate_up_proj[e].double().T).chunk(2, 1)
+            power = (weights[rows, None] * (experts.act_fn(gate) * up).square()).sum(0)
+            want.append(power * experts.down_proj[e].double().square().sum(0) / rows.sum())
+        got = found[how][name][0].double()  # a channel goes from all experts alike
+        torch.testing.assert_close(got, torch.stack(want).sum(0), rtol=1e-3, atol=0)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyprune.recovery.examples import Encoder, Example
-from pyprune.recovery.loss import text_loss
+from pyprune.recovery.loss import training_loss
 from pyprune.recovery.packing import IGNORED, collate, isolates, pieces, rows_of
 
 
@@ -65,7 +65,7 @@ def test_padding_is_a_document_of_its_own_without_loss() -> None:
 def losses(model, given) -> tuple[torch.Tensor, int]:
     batch = collate(given, positions=True)
     labels = batch.pop("labels")
-    return text_loss(model(**batch, use_cache=False).logits, labels), sum(r.learned for r in given)
+    return training_loss(model(**batch, use_cache=False).logits, labels), sum(r.learned for r in given)
 
 
 def test_the_loss_of_packed_documents_is_that_of_each_alone() -> None:

@@ -306,3 +306,14 @@ def test_saved_files_hold_no_pickle(pruned, tmp_path) -> None:
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {
         ".json", ".yaml", ".md", ".safetensors", ".jinja", ".html", ".py",
     }  # fmt: skip
+
+
+def test_a_sequence_has_as_many_tokens_as_the_model_has_positions_by_whatever_name() -> None:
+    import transformers as t
+
+    from pyprune.config import RecoverConfig
+    from pyprune.recover_preflight import cutoff_of
+
+    model = t.MptForCausalLM(t.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=97, max_seq_len=32))
+    assert cutoff_of(RecoverConfig.build({"data": "d.txt"}), model) == 32
+    assert cutoff_of(RecoverConfig.build({"data": "d.txt"}), tiny_llama()) == 256

@@ -99,7 +99,7 @@ def test_half_weight_is_half_of_each_loss(tmp_path) -> None:
         with adapted(small_llama(), LORA, 0) as wrapped:
             run = trainer(wrapped, teacher=teacher(tmp_path), distill_weight=weight)
             with torch.no_grad():
-                found.append(float(run._loss(rows()[:3])))
+                found.append(float(run._loss(rows()[:3], 1.0)))
     assert found[1] == pytest.approx((found[0] + found[2]) / 2, rel=1e-5)
     assert found[0] != found[2]
 

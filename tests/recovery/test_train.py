@@ -40,13 +40,13 @@ def test_the_greatest_seed_that_is_allowed_trains() -> None:
 
 def test_the_first_loss_is_that_of_the_untrained_model_over_all_learned_tokens() -> None:
     history, _, _ = trained(train_batch_size=40, micro_batch_size=3)
-    from pyprune.recovery.loss import text_loss
+    from pyprune.recovery.loss import training_loss
     from pyprune.recovery.packing import collate
 
     batch = collate(rows(), positions=True)
     labels = batch.pop("labels")
     with torch.no_grad():
-        wanted = text_loss(small_llama()(**batch, use_cache=False).logits, labels) / (labels[:, 1:] != -100).sum()
+        wanted = training_loss(small_llama()(**batch, use_cache=False).logits, labels) / (labels[:, 1:] != -100).sum()
     assert history.losses[0] == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -58,13 +58,15 @@ def test_training_that_ruins_the_model_gives_the_model_back_as_it_came() -> None
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_a_note_and_the_best_so_far(monkeypatch) -> None:
-    real, calls = train.text_loss, []
+    real, calls = train.training_loss, []
 
-    def broken(logits, labels):
+    def broken(logits, labels, *more, **options):
         calls.append(torch.is_grad_enabled())
-        return real(logits, labels) * (math.nan if sum(calls) > 12 and torch.is_grad_enabled() else 1.0)
+        return real(logits, labels, *more, **options) * (
+            math.nan if sum(calls) > 12 and torch.is_grad_enabled() else 1.0
+        )
 
-    monkeypatch.setattr(train, "text_loss", broken)
+    monkeypatch.setattr(train, "training_loss", broken)
     history, nll, _ = trained()
     assert history.step == 6 and "not finite at step 6" in history.notes[0]
     assert nll == pytest.approx(min(v["nll"] for v in history.validations), abs=1e-6)

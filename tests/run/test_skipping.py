@@ -209,3 +209,17 @@ def test_a_file_of_the_last_moment_is_not_remembered(tmp_path) -> None:
     file.write_text("two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert hashes.file(file) != one and hashes.read == 2
+
+
+def test_a_perplexity_that_overflows_is_told_as_such() -> None:
+    from pyprune.runs.stages import _perplexities, evaluation_line
+
+    none = {"tasks": None, "speed": None}
+    figures = [
+        ("dense", {"perplexity": {"perplexity": 7.5}, **none}),
+        ("pruned", {"perplexity": {"perplexity": None}, **none}),
+    ]
+    assert evaluation_line(figures) == "perplexity: dense 7.50, pruned overflow"
+    assert (
+        _perplexities({"before": {"perplexity": 7.5}, "after": {"perplexity": None}}) == "; perplexity 7.50 -> overflow"
+    )

@@ -12,6 +12,7 @@ from helpers_llama import tiny_llama
 from helpers_mixtures import mixture
 from helpers_search import ids, make
 
+import pyprune
 from pyprune import apply, select
 from pyprune.compensation import compensate
 from pyprune.errors import PyPruneError
@@ -233,3 +234,16 @@ def test_unknown_names(case) -> None:
 def test_tokens_of_another_vocabulary(case) -> None:
     with pytest.raises(PyPruneError, match="token id"):
         case.search(batches=ids(8) + 1000)
+
+
+def test_a_model_in_training_mode_is_measured_as_in_use_and_no_random_number_is_drawn() -> None:
+    import transformers as t
+
+    torch.manual_seed(0)
+    model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=97, n_embd=24, n_layer=2, n_head=4, n_positions=64)).train()
+    tokens = torch.randint(0, 97, (12, 24), generator=torch.Generator().manual_seed(0))
+    groups = pyprune.discover(model)
+    scores = pyprune.score(model, groups, tokens, "l2", roles=["ffn"])
+    before = torch.get_rng_state()
+    pyprune.search_plan(model, groups, scores, tokens, 0.1, roles=["ffn"], allocation="divergence")
+    assert torch.equal(before, torch.get_rng_state()) and all(m.training for m in model.modules())

@@ -209,3 +209,18 @@ def test_a_full_disk_is_said_in_one_line_and_finished_work_is_kept(sharded, tmp_
     monkeypatch.setattr(Workspace, "save", before)
     pyprune.prune(str(sharded), **options)
     assert out.is_dir() and not workspace_path(out).exists()
+
+
+def test_layers_that_will_differ_are_tried_as_layers_that_differ(sharded, text, tmp_path, monkeypatch) -> None:
+    seen = []
+
+    def stop(disk, trial):
+        seen.append({c.width for c in trial.cuts if c.group.role == "ffn"})
+        raise PyPruneError("plan", None, "enough")
+
+    monkeypatch.setattr(run, "Slicer", stop)
+    options = {"ratio": 0.3, "criterion": "param_first", "calibration": str(text), "samples": 4, "length": 32}
+    for allocation, alike in (("knapsack", False), ("uniform", True)):
+        with pytest.raises(PyPruneError, match="enough"):
+            pyprune.prune(str(sharded), output_dir=str(tmp_path / "o"), stream=True, allocation=allocation, **options)
+        assert (len(seen[-1]) == 1) is alike

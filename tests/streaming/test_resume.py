@@ -116,7 +116,7 @@ def test_an_interrupt_behind_any_file_and_a_rerun_give_the_same_bytes(sharded, t
 
 
 def test_finished_layers_are_not_read_again(sharded, text, tmp_path, monkeypatch) -> None:
-    given = options(sharded, text, tmp_path / "out", criterion="l2", calibration=None)
+    given = options(sharded, text, tmp_path / "out", criterion="l2", calibration=None, samples=None, length=None)
     stopped(given, 20, monkeypatch)
     done = {f.stem for f in (workspace_path(tmp_path / "out") / "sums").glob("*.safetensors")}
     assert len(done) == 19  # the first file is the settings
@@ -131,7 +131,9 @@ def test_finished_layers_are_not_read_again(sharded, text, tmp_path, monkeypatch
     pyprune.prune(**given)
     everything = len(reads)
     reads.clear()
-    pyprune.prune(**options(sharded, text, tmp_path / "other", criterion="l2", calibration=None))
+    pyprune.prune(
+        **options(sharded, text, tmp_path / "other", criterion="l2", calibration=None, samples=None, length=None)
+    )
     assert len(reads) - everything == 19
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pyprune.checkpoint import atomic
+from pyprune.checkpoint.atomic import OTHER_FILES
 from pyprune.checkpoint.card import model_card, set_opening
 from pyprune.checkpoint.files import weight_files
 from pyprune.checkpoint.load import has_tokenizer
@@ -23,7 +24,7 @@ from pyprune.checkpoint.profiles.configuration import forget_build
 from pyprune.checkpoint.profiles.source import Source, of_model, open_source
 from pyprune.checkpoint.profiles.weights import cast_folder, copy_weights
 from pyprune.checkpoint.quiet import quiet
-from pyprune.checkpoint.save import OTHER_FILES, save, write_records
+from pyprune.checkpoint.save import save, write_records
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.selection.plan import Plan
 from pyprune.surgery.skeleton import is_stock

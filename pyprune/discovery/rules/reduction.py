@@ -55,19 +55,19 @@ def softmax(call: Call) -> Info:
     return Info(info.axes, (False,) * len(info.axes), active=info.active, attention=bool(info.scores))
 
 
-def _affine(call: Call, info: Info, first: int, weight: str = "weight", bias: str = "bias") -> Info:
+def _affine(call: Call, info: Info, first: int) -> Info:
     """The result of a normalisation over dimensions ``first:`` with elementwise weight and bias over them."""
     zero = list(info.zero)
     for d in range(first, len(info.axes)):
         ax.mark(info.axes[d], "size")
         zero[d] = zero[d] and "rms" in call.name
-    for name in (weight, bias):
+    for name in ("weight", "bias"):
         if call.get(name) is not None:
             param = call.info(name)
             for d, axis in enumerate(param.axes):
                 call.unify(info.axes[first + d], axis)
-                zero[first + d] = (zero[first + d] or name == weight) and param.zero[d]
-    if call.get(bias) is not None:
+                zero[first + d] = (zero[first + d] or name == "weight") and param.zero[d]
+    if call.get("bias") is not None:
         zero[:first] = [False] * first
     return Info(info.axes, tuple(zero), active=info.active)
 

@@ -16,7 +16,7 @@ def done(report: Record) -> list[tuple[str, str]]:
     plan, recipe = report.get("plan") or {}, report.get("recipe") or {}
     rows: list[tuple[str, str | None]] = [
         ("model", f"{report.get('model', '')} ({report.get('model_class', 'of unknown class')})"),
-        ("asked", _asked(plan, recipe)),
+        ("asked", _asked(plan)),
         ("reached", _reached(report.get("parameters") or {})),
         ("criterion", _criterion(report.get("scores") or {}, plan)),
         ("calibration", _calibration(report.get("scores") or {})),
@@ -64,7 +64,7 @@ def stages(*reports: tuple[str, Sequence[Record] | None]) -> list[dict[str, Any]
     ]  # fmt: skip
 
 
-def _asked(plan: Record, recipe: Record) -> str | None:
+def _asked(plan: Record) -> str | None:
     asked = plan.get("asked") or {}
     parts = list(_amounts(asked, (plan.get("budget") or {}).get("unit", "parameters")))
     if asked.get("iterative_steps", 1) > 1:

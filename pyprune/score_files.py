@@ -1,0 +1,50 @@
+"""Files of scores: written by ``pyprune score``, read by ``pyprune prune``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pyprune.errors import PyPruneError
+from pyprune.files import whole_file
+from pyprune.importance.scores import Scores
+from pyprune.stage_options import ScoreFileConfig
+
+
+def check_file(config: ScoreFileConfig) -> None:
+    """The output file may be written."""
+    if config.output_file is None:
+        return
+    path = Path(config.output_file)
+    if path.is_dir():
+        raise PyPruneError("output_file", str(path), "is a folder", "Name a file, such as scores.safetensors.")
+    if path.exists() and not config.overwrite:
+        raise PyPruneError("output_file", str(path), "exists already", "Set overwrite, or name another file.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PyPruneError("output_file", str(path), f"cannot be made in {path.parent}", "Name a folder that is there.")
+
+
+def read_scores(file: str) -> Scores:
+    """Scores from a file of ``pyprune score``.
+
+    Raises:
+        PyPruneError: there is no such file, or it is not one of scores.
+    """
+    hint = "Make one with `pyprune score --output_file`."
+    try:
+        return Scores.load(file)
+    except FileNotFoundError:
+        raise PyPruneError("scores_file", file, "is not there", hint) from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        raise PyPruneError("scores_file", file, "is not a file of scores", hint) from None
+
+
+def write_scores(scores: Scores, file: str) -> None:
+    """Save scores; the file appears complete or not at all."""
+    try:
+        with whole_file(Path(file)) as work:
+            scores.save(work)
+    except OSError as error:
+        raise PyPruneError("output_file", file, f"cannot be written: {error.strerror}", "Free some space.") from error
