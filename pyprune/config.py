@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pyprune.errors import PyPruneError
-from pyprune.stage_options import (
-    METHODS,
+from pyprune.recovery_options import (
     PRESETS,
     AdapterConfig,
+    DataConfig,
+    DistillConfig,
+    ResumeConfig,
+    TrainConfig,
+)
+from pyprune.stage_options import (
+    METHODS,
     BasisConfig,
     CalibrationConfig,
     CompensateConfig,
-    DataConfig,
     DepthConfig,
-    DistillConfig,
     EvalConfig,
     ExportConfig,
     FolderConfig,
@@ -30,7 +34,6 @@ from pyprune.stage_options import (
     PageConfig,
     ReportConfig,
     ResultConfig,
-    ResumeConfig,
     SaveConfig,
     ScopeConfig,
     ScoreConfig,
@@ -42,7 +45,6 @@ from pyprune.stage_options import (
     Stage,
     StreamConfig,
     TaskConfig,
-    TrainConfig,
 )
 
 R = TypeVar("R", bound="Recipe")

@@ -31,8 +31,8 @@ from pyprune.recovery.records import check_source
 from pyprune.recovery.teacher import Teacher, check_vocabulary
 from pyprune.recovery.train import Training, autocast
 from pyprune.recovery.unfinished import Unfinished
+from pyprune.recovery_options import DistillConfig
 from pyprune.selection.plan import Plan
-from pyprune.stage_options import DistillConfig
 
 PACKAGES = ("peft", "accelerate")
 HIGHEST_RATE = 2e-3

@@ -19,7 +19,7 @@ LAYERS = [
     {"opening", "trial"},
     {"recover_preflight", "schedule", "preflight", "layer_removal", "method", "texts", "score_files"},
     {"repeat"},
-    {"config", "stage_options", "parsing"},
+    {"config", "stage_options", "recovery_options", "parsing"},
     {"recovery", "evaluation", "checkpoint", "report"},
     {"search"},
     {"compensation"},
