@@ -65,7 +65,8 @@ class Cut:
     Attributes:
         model: smaller.
         plan: over the dense model's groups, also when it was made in several steps.
-        scores: the first that were made: of whole layers, where those go, else of units.
+        scores: the first ones of units (of what ``remove_layers`` leaves, where layers go); of whole layers where
+            nothing else goes.
         depth: what the report says of whole layers, or None where none were asked to go.
         basis: what was written in another basis, or None.
         compensations: one for each step that had any.
@@ -87,7 +88,7 @@ class Cut:
 def cut_down(job: Job, dense: Opened, stages: Stages, copy: bool = False) -> Cut:
     """The smaller model. ``dense`` loses its weights, unless ``copy`` is on."""
     work = _Cutting(job, dense, stages, copy)
-    work.ask()
+    work.ask_dense()
     work.remove_layers()
     work.change_basis()
     for number, request in enumerate(work.requests, start=1):
@@ -118,8 +119,8 @@ class _Cutting:
         self.basis: Rebased | None = None
         self.made: list[Compensation] = []
 
-    def ask(self) -> None:
-        """What gains will be fitted to."""
+    def ask_dense(self) -> None:
+        """Keep what the dense model says, to which gains are fitted in the end."""
         if self.batches is not None and self.recipe.compensate.compensation_gains:
             with self.stages("ask the dense model", bar=False):
                 self.dense_says = reference(self.model, self.batches, self.sums, _limit(self.recipe))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError, unknown_name
@@ -23,9 +23,6 @@ from pyprune.stage_options import (
     SourceConfig,
     Stage,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
