@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
+OLDEST := .venv-oldest
 MODEL  := .demo/SmolLM2-135M-Instruct
 PRUNED := .demo/SmolLM2-135M-Instruct-pruned-20
 RATIO  ?= 0.2
@@ -10,7 +11,7 @@ RATIO  ?= 0.2
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow sanitize lint format clean
+.PHONY: demo test test-slow test-oldest sanitize lint format clean
 
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +43,20 @@ test: $(MODEL)/config.json
 test-slow: $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow tests
 
+# The line from a model to a checkpoint with the oldest transformers that pyproject.toml allows, all else as in .venv/.
+test-oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" -p no:cacheprovider \
+		tests/surgery tests/checkpoint tests/families tests/discovery/test_experts.py tests/discovery/test_oracle.py \
+		tests/test_pipeline.py tests/test_method.py tests/recovery/test_recover.py
+
+$(OLDEST)/.ready: $(VENV)/.ready
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*"
+	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))" > \
+		$$($(OLDEST)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/the_rest.pth
+	touch $@
+
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: $(VENV)/.ready
 	PYTHON=$(BIN)/python .ci/sanitize
@@ -58,4 +73,4 @@ format: $(VENV)/.ready
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info pyprune/*.so
+	rm -rf $(VENV) $(OLDEST) .demo build dist *.egg-info pyprune/*.so

@@ -42,7 +42,10 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
+        ask = getattr(torch.cpu, "get_capabilities", None)
+        if ask is None:  # torch 2.10
+            return torch.cpu._is_avx512_bf16_supported()
+        found = ask()
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -220,6 +221,54 @@ def test_each_listed_expert_has_its_own_channels_though_few_tokens_choose_it():
     assert (masked(model, plan)(ids) - sliced(model, plan, groups)(ids)).abs().max() <= 1e-5
     routers = [g for g in groups if any(m.tensor.endswith("gate.weight") and m.dim == 0 for m in g.members)]
     assert len(routers) == 2 and not any(g.prunable for g in routers)
+
+
+class ClampedBlock(nn.Module):
+    """Stacked experts taken by numbers that are kept within bounds first."""
+
+    def __init__(self, width, inner, experts, bound):
+        super().__init__()
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, inner, width))
+        self.down = nn.Parameter(torch.randn(experts, width, inner))
+        self.bound = bound
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(flat).softmax(-1).topk(1, dim=-1)
+        numbers = self.bound(chosen[:, 0], self.up.shape[0])
+        inner = nn.functional.silu(torch.einsum("tiw,tw->ti", self.up[numbers], flat))
+        return (torch.einsum("twi,ti->tw", self.down[numbers], inner) * weights).view_as(x)
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        lambda numbers, n: numbers.clamp(0, n - 1),
+        lambda numbers, n: numbers.clone().clamp_(max=n - 1),
+        lambda numbers, n: numbers.clamp_min(0),
+    ],
+)
+def test_bounds_that_no_number_of_an_expert_reaches_past_change_nothing(bound):
+    torch.manual_seed(0)
+    model = ListedModel(lambda: ClampedBlock(12, 10, 6, bound)).eval()
+    groups = discover(model)
+    found = groups.prunable(["experts"])
+    assert [g.units for g in found] == [6, 6] and all(len(g.members) == 3 for g in found)
+    ids = torch.arange(48).view(2, 24)
+    plan = half(found, seed=4)
+    cut_out = sliced(model, plan, groups)
+    for layer, cut in zip(model.layers, plan.cuts, strict=True):
+        gone = torch.tensor([i for i in range(6) if i not in cut.kept[0]])
+        layer.gate.register_forward_hook(lambda _, __, out, gone=gone: out.index_fill(-1, gone, -math.inf))
+    assert (model(ids) - cut_out(ids)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("bound", [lambda numbers, n: numbers.clamp(max=n - 2), lambda numbers, n: numbers.clamp(1)])
+def test_bounds_that_turn_one_expert_into_another_freeze_them(bound):
+    groups = discover(ListedModel(lambda: ClampedBlock(12, 10, 6, bound)).eval())
+    frozen = [g for g in groups if g.role == "experts" or len(g.members) == 3 and g.units == 6]
+    assert not groups.prunable(["experts"]) and frozen and all("computed with" in g.frozen for g in frozen)
 
 
 class CountedBlock(nn.Module):

@@ -23,6 +23,7 @@ ACTIVATIONS = frozenset(
 # The same numbers again: residual paths and pointers survive them.
 _COPIES = frozenset("clone _to_copy alias detach lift_fresh positive contiguous".split())
 _ALIASES = frozenset("alias detach lift_fresh".split())
+_CLAMPS = frozenset("clamp clamp_min clamp_max hardtanh".split())
 
 
 def broadcast(call: Call, infos: list[Info], shape: torch.Size) -> tuple[tuple[ax.Axis, ...], list[list[int]]]:
@@ -52,6 +53,12 @@ def broadcast(call: Call, infos: list[Info], shape: torch.Size) -> tuple[tuple[a
     return tuple(axes), carriers
 
 
+def _bounds(call: Call) -> tuple[float, float]:
+    """Those of a clamp by two numbers."""
+    low, high = call.get("min", call.get("min_val")), call.get("max", call.get("max_val"))
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
 def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) -> tuple[bool, ...]:
     """For each dimension: is the result zero where the operands' masked units are?"""
     name = call.name.removesuffix("_")
@@ -77,10 +84,9 @@ def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) 
         return tuple(all(at(i, d) for i in range(len(infos))) for d in dims)
     if name == "pow" and isinstance(call.get("exponent"), (int, float)) and call["exponent"] > 0:
         return tuple(at(0, d) for d in dims)
-    if name in {"clamp", "clamp_min", "clamp_max", "hardtanh"} and len(infos) == 1:
-        low, high = call.get("min", call.get("min_val")), call.get("max", call.get("max_val"))
-        inside = (-math.inf if low is None else low) <= 0 <= (math.inf if high is None else high)
-        return tuple(inside and at(0, d) for d in dims)
+    if name in _CLAMPS and len(infos) == 1:
+        low, high = _bounds(call)
+        return tuple(low <= 0 <= high and at(0, d) for d in dims)
     if name == "where" and len(infos) == 3:
         return tuple(at(1, d) and at(2, d) for d in dims)
     if name == "masked_fill" and not constant("value") and len(infos) == 2:
@@ -90,6 +96,15 @@ def _zeros(call: Call, infos: list[Info], rank: int, carriers: list[list[int]]) 
             return tuple(at(0, d) and at(1, d) and not at(2, d) for d in dims)
         return tuple(at(0, d) and (at(1, d) or at(2, d)) for d in dims)
     return (False,) * rank
+
+
+def _clamps_nothing(call: Call, name: str, info: Info) -> bool:
+    """Is this a clamp of numbers that point into an axis, with bounds that none of them reaches past?"""
+    if name not in _CLAMPS or len(call.tensors) > 1 or info.values is None:
+        return False
+    low, high = _bounds(call)
+    alone = ax.without_sentinel(info.values) is ax.find(info.values)  # or "none of these" would become one of them
+    return alone and low <= 0 and high >= info.values.size - 1
 
 
 @rule("pointwise", "clone", "_to_copy", "alias", "detach", "lift_fresh", "where", "masked_fill", "nan_to_num",
@@ -124,7 +139,7 @@ def elementwise(call: Call) -> Info | list[Info]:
         root=(infos[0].root or infos[0]) if name in _ALIASES else None,
         scores=tuple({id(s): s for i in infos for s in i.scores}.values()),
         attention=any(i.attention for i in infos),
-        values=infos[0].values if name in _COPIES else None,
+        values=infos[0].values if name in _COPIES or _clamps_nothing(call, name, infos[0]) else None,
         skips=skips,
     )
     if isinstance(call.out, torch.Tensor):
