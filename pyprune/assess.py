@@ -27,6 +27,7 @@ from pyprune.evaluation.stages import Stages
 from pyprune.evaluation.stock import STOCK, check_installed, stock_accuracies
 from pyprune.evaluation.tasks import Accuracy, Task, accuracy, is_task_file, read_task, requests_of
 from pyprune.files import write_text
+from pyprune.importance.modes import own_modes
 from pyprune.opening import Opened, measure, open_or_take
 from pyprune.report.data import versions
 from pyprune.stage_options import ModelConfig, ResultConfig, SpeedConfig, TaskConfig
@@ -81,6 +82,7 @@ class _Subject:
             return open_or_take(self.source, stages, self.given, self.tokenizer)
 
 
+@own_modes()
 def run(recipe: EvaluationConfig, model: Any = None, tokenizer: Any = None, compare: Any = None) -> dict[str, Any]:
     """:func:`evaluate` with its options gathered in a recipe."""
     tasks = check(recipe)

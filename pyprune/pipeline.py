@@ -24,6 +24,7 @@ from pyprune.evaluation.generation import paired_samples
 from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration
+from pyprune.importance.modes import own_modes
 from pyprune.importance.scores import Scores
 from pyprune.opening import Opened, calibration_for, groups_of, measure, named, open_or_take, tensor_bytes
 from pyprune.report.data import Report, versions
@@ -99,6 +100,7 @@ def prune(
     return run(recipe, None if by_name else model, tokenizer, copy)
 
 
+@own_modes()
 def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
     """:func:`prune` with its options gathered in a recipe."""
     recipe = method.for_profile(recipe)
@@ -229,6 +231,7 @@ def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
     return type(model).__name__, groups_of(model)
 
 
+@own_modes()
 def score_model(recipe: ScoringConfig, model: Any = None) -> tuple[Groups, Scores]:
     """Groups and scores of a model; the scores are saved too when ``output_file`` is given."""
     preflight.check_scoring(recipe.score, recipe.calibration.calibration)

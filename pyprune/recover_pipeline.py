@@ -24,6 +24,7 @@ from pyprune.checkpoint.save import IMPORTANCE, save
 from pyprune.config import RecoverConfig
 from pyprune.evaluation.generation import paired_samples
 from pyprune.evaluation.stages import Stages
+from pyprune.importance.modes import own_modes
 from pyprune.opening import measure
 from pyprune.recover_preflight import Ready, Start, check, check_room, open_start, prepare, work_folder
 from pyprune.recovery import adapter
@@ -85,6 +86,7 @@ def recover(model: Any, *, tokenizer: Any = None, config: str | Path | None = No
     return run(recipe, None if named else model, tokenizer)
 
 
+@own_modes()
 def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> RecoverResult:
     """:func:`recover` with its options gathered in a recipe."""
     check(recipe)

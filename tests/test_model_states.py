@@ -91,6 +91,42 @@ def test_autocast_changes_nothing(case: Case, stage: str) -> None:
     assert all(map(torch.equal, plain, cast))
 
 
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_the_callers_modes_change_nothing_in_what_is_pruned_trained_and_measured(mode: Any) -> None:
+    def line(model: nn.Module) -> list[Any]:
+        ids = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(0))
+        out = pyprune.prune(
+            model, ratio=0.2, calibration=ids, criterion="wanda", compensation="least-squares", compensation_gains=True,
+        )  # fmt: skip
+        pruned = [p.detach().clone() for p in out.model.parameters()]
+        pyprune.recover(out.model, data=ids, val_data=ids[:2], bf16=False, lora_r=2, train_batch_size=2)
+        found = pyprune.evaluate(out.model, eval_text=ids.flatten(), eval_length=16)
+        assert not any(p.is_inference() for p in out.model.parameters())
+        return [pruned, [p.detach().clone() for p in out.model.parameters()], found["perplexity"]["perplexity"]]
+
+    models = tiny_llama(), tiny_llama()
+    plain = line(models[0])
+    with mode():
+        within = line(models[1])
+    assert all(map(torch.equal, plain[0], within[0])) and all(map(torch.equal, plain[1], within[1]))
+    assert not all(map(torch.equal, plain[0], plain[1])) and plain[2] == within[2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_made_in_inference_mode_is_named(case: Case, stage: str) -> None:
+    with torch.inference_mode():
+        model = tiny_llama()
+    with pytest.raises(PyPruneError, match=r"was made in torch\.inference_mode"):
+        case.stages()[stage](model)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_model_whose_weights_moved_away_is_named(case: Case, stage: str) -> None:
     model = copy.deepcopy(case.model)

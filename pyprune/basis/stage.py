@@ -22,7 +22,7 @@ from pyprune.discovery.groups import Group, Member
 from pyprune.errors import PyPruneError
 from pyprune.importance.calibration import check_vocabulary, load_calibration
 from pyprune.importance.inputs import Use
-from pyprune.importance.modes import in_memory
+from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.steps import make_steps
 from pyprune.importance.walk import Walk, token_weights, walking, weights_for
 
@@ -62,6 +62,7 @@ class Rebased:
         return {"groups": self.groups, "left": self.left, "carrying": self.carrying}
 
 
+@own_modes()
 def change_basis(
     model: nn.Module, groups: Sequence[Group], batches: Any, *, token_weighting: str = "inverse",
     progress: bool | None = None,

@@ -34,7 +34,7 @@ from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary
 from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, scored, summary
 from pyprune.importance.inputs import InputTaps, read_product, with_input
-from pyprune.importance.modes import in_memory
+from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.recomputing import recomputed
 from pyprune.importance.rehearsal import few_tokens
 from pyprune.importance.scoring import scoring_state
@@ -144,6 +144,7 @@ def _asked(model: nn.Module, steps: Sequence[Step]) -> tuple[list[tuple[Tensor, 
     return said, words
 
 
+@own_modes()
 def fit_gains(
     model: nn.Module,
     dense: Reference,

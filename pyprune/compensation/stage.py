@@ -32,7 +32,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
 from pyprune.importance.inputs import InputTaps, Use
-from pyprune.importance.modes import in_memory
+from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.steps import Forward
 from pyprune.importance.taps import Key
 from pyprune.importance.walk import walking
@@ -41,6 +41,7 @@ from pyprune.selection.plan import Cut, Plan
 KEPT_BYTES = 512 * 2**20  # inputs of a block's last projection that are kept, so that the block need not run again
 
 
+@own_modes()
 def compensate(
     model: nn.Module,
     plan: Plan,

@@ -28,8 +28,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_written() -> Iterator[None]:
     """Within it models run as their code has it: not compiled, and in the types that weights and activations have."""
+    with torch.compiler.set_stance("force_eager"), _no_autocast():
+        yield
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Within it, or in a function that it decorates, none of the caller's modes is on: inference mode, in which
+    nothing is made that can be changed in place or trained later, ``no_grad`` and autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), _no_autocast():
+        yield
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -40,10 +53,13 @@ def in_memory(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper, or the model itself.
 
     Raises:
-        PyPruneError: weights are on the meta device.
+        PyPruneError: weights are on the meta device, or were made in inference mode.
     """
     model = unwrap(model)
     if any(p.is_meta for p in model.parameters()):
         hint = "They moved to a pruned model, or were never loaded."
         raise PyPruneError("model", type(model).__name__, "has weights that are not in memory", hint)
+    if any(p.is_inference() for p in model.parameters()):
+        problem = "was made in torch.inference_mode, and cannot be changed"
+        raise PyPruneError("model", type(model).__name__, problem, "Load it outside of that.")
     return model

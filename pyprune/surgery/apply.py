@@ -10,6 +10,7 @@ import torch
 
 from pyprune.discovery.run import unwrap
 from pyprune.errors import PyPruneError
+from pyprune.importance.modes import own_modes
 from pyprune.selection.plan import Plan
 from pyprune.surgery import skip
 from pyprune.surgery.check import can_run, checkable, compare, compare_cached, masked_logits, run
@@ -19,6 +20,7 @@ from pyprune.surgery.rebuild import rebuild
 from pyprune.surgery.transfer import transfer
 
 
+@own_modes()
 def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, stock_only: bool = False) -> Any:
     """A model of the same class with the units that ``plan`` removes gone: smaller dense matrices, nothing masked.
 

@@ -267,7 +267,7 @@ def test_bounds_that_no_number_of_an_expert_reaches_past_change_nothing(bound):
 @pytest.mark.parametrize("bound", [lambda numbers, n: numbers.clamp(max=n - 2), lambda numbers, n: numbers.clamp(1)])
 def test_bounds_that_turn_one_expert_into_another_freeze_them(bound):
     groups = discover(ListedModel(lambda: ClampedBlock(12, 10, 6, bound)).eval())
-    frozen = [g for g in groups if g.role == "experts" or len(g.members) == 3 and g.units == 6]
+    frozen = [g for g in groups if g.role == "experts" or (len(g.members) == 3 and g.units == 6)]
     assert not groups.prunable(["experts"]) and frozen and all("computed with" in g.frozen for g in frozen)
 
 
