@@ -169,16 +169,13 @@ def tell(asked: PruneConfig, settled: PruneConfig) -> None:
         log.warning("compensation_gains is left out: there are not two samples to decide with")
 
 
-def for_saving(recipe: PruneConfig, smallest: Any) -> PruneConfig:
-    """The form that plain transformers open with ``trust_remote_code``, where a stock class cannot hold the widths.
-
-    Args:
-        smallest: a model of the pruned widths, on the meta device.
-    """
+def for_saving(recipe: PruneConfig, small: Any) -> PruneConfig:
+    """The form that plain transformers open with ``trust_remote_code``, where a stock class cannot hold the widths of
+    ``small``, the model that is saved."""
     save = recipe.save
     if save.profile is not None or save.output_dir is None:
         return recipe
-    return replace(recipe, save=replace(save, profile=own_profile(smallest)))
+    return replace(recipe, save=replace(save, profile=own_profile(small)))
 
 
 def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:

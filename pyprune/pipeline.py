@@ -117,6 +117,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     before = _figures(dense.model, dense.tokenizer, recipe, texts, stages, " before")
     texts.prompts = texts.prompts[: len(before["samples"])]
     cut = cut_down(job, dense, stages, copy)
+    recipe = method.for_saving(recipe, cut.model)
     notes = _complete(cut.plan, recipe)
     after = _figures(cut.model, dense.tokenizer, recipe, texts, stages, " after")
     report = Report(
@@ -183,7 +184,6 @@ def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _
         roles, layers = trial.details["roles"], trial.details["layers"]
         if batches is not None:
             _check_batches(recipe, trial, batches)
-        recipe = method.for_saving(recipe, smallest)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest, dense.tokenizer)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers_families import build
 from helpers_run import byte_tokenizer, tiny_llama
 from safetensors import safe_open
 
@@ -13,6 +14,7 @@ import pyprune
 from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError
 from pyprune.preflight import check_request
+from pyprune.surgery.skeleton import is_stock
 
 
 def wide(**changes):
@@ -60,6 +62,18 @@ def test_hetero_hf_and_uniform_are_saved_in_their_form(tmp_path) -> None:
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(opened(ids).logits, out.model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["OPT", "Mixtral"])
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_without_a_profile_a_modelling_file_is_written_where_the_widths_want_one(family, allocation, tmp_path) -> None:
+    # On the way, widths are tried that scores alone do not come to, and these may be of the other kind.
+    out = pyprune.prune(
+        build(family, tmp_path), ratio=0.2, criterion="l2", allocation=allocation, output_dir=tmp_path / "out"
+    )
+    wanted = not is_stock(out.model.config)
+    assert (tmp_path / "out/modeling_pyprune.py").is_file() == wanted == (out.recipe.save.profile == "hetero-hf")
+    assert not [w for w in out.report.warnings if "opens" in w]
 
 
 @pytest.mark.parametrize(
