@@ -114,7 +114,7 @@ def _call(launch: re.Match[str]) -> str:
     kernel, configuration, arguments = launch.groups()
     grid, block, shared, _stream = (part.strip() for part in configuration.split(","))
     at_once = 2 if "_pairs<" in kernel else 1
-    return f"emulator::launch({grid}, {block}, {shared}, [&] {{ {kernel}({arguments}); }}, {at_once});"
+    return f"emulator::launch({grid}, {block}, {shared}, [=] {{ {kernel}({arguments}); }}, {at_once});"
 
 
 def matrix(t: Tensor) -> Matrix:
@@ -175,6 +175,20 @@ def capability_9(library: ctypes.CDLL, expected: int | None = None) -> Iterator[
     finally:
         library.emulate_capability(8)
     assert expected is None or count() - before == expected
+
+
+@contextmanager
+def captured(library: ctypes.CDLL) -> Iterator[Callable[[], None]]:
+    """Launches within it are not run, but kept as in a CUDA graph; what it gives runs them, whenever it is called."""
+
+    def replay() -> None:
+        assert library.emulate_graph() == 0
+
+    library.emulate_capture(True)
+    try:
+        yield replay
+    finally:
+        library.emulate_capture(False)
 
 
 def channel_sums(library: ctypes.CDLL, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
