@@ -225,7 +225,7 @@ def prepared_salience(
         )  # fmt: skip
     count = ctypes.c_int64(len(weights))
     library.emulate_salience_workspace.restype = library.emulate_passes_size.restype = ctypes.c_int64
-    workspace = torch.full((library.emulate_salience_workspace(FORMULAS[formula], entries, count),), 255).byte()
+    workspace = torch.full((library.emulate_salience_workspace(entries, count),), 255).byte()
     passes = torch.zeros(library.emulate_passes_size(), dtype=torch.uint8)
     addresses = (ctypes.c_void_p(workspace.data_ptr()), ctypes.c_void_p(passes.data_ptr()))
     assert library.emulate_prepare_salience(FORMULAS[formula], entries, count, *addresses) == 0

@@ -28,7 +28,7 @@ Ready ready(const CudaScope& scope, const std::vector<Tensor>& weights, const st
   const SalienceCall call = prepare_salience(weights, grads, curvatures, formula, in_place);
   STD_TORCH_CHECK(call.tensors[0].dtype != Dtype::float64, "pyprune::salience: float64 is for the CPU");
   const int64_t count = static_cast<int64_t>(call.tensors.size());
-  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
+  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.tensors.data(), count));
   SaliencePasses passes;
   check_cuda(prepare_salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(),
                                    scope.stream(), passes),

@@ -299,8 +299,8 @@ int emulate_channels(int dtype, const Matrix* a, const Matrix* b, const int64_t*
 }
 
 // A call that is prepared once and launched often; the caller keeps the workspace.
-int64_t emulate_salience_workspace(int formula, const SalienceTensor* tensors, int64_t count) {
-  return salience_workspace(static_cast<Formula>(formula), tensors, count);
+int64_t emulate_salience_workspace(const SalienceTensor* tensors, int64_t count) {
+  return salience_workspace(tensors, count);
 }
 
 int64_t emulate_passes_size() {
