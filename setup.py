@@ -5,8 +5,11 @@ Environment:
     PYPRUNE_CUDA_ARCHS  CMake's list of architectures, default "80-real;90a-real;90-virtual".
     PYPRUNE_SANITIZE    sanitizers for the C++ code, for example "address,undefined" (default: none); see .ci/sanitize.
     MAX_JOBS            compile jobs at once; default: one a core.
+    CXX                 the C++ compiler, which launchers may precede and options follow ("ccache g++ -m64"). nvcc
+                        compiles its host code by it, too, unless CUDAHOSTCXX or NVCC_CCBIN names another.
 
-Without a C++ compiler nothing is compiled, and the package computes with its PyTorch reference kernels.
+Without a C++ compiler, and elsewhere than on Linux, nothing is compiled, and the package computes with its PyTorch
+reference kernels.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,10 +47,16 @@ def find_tool(*names: str) -> str | None:
     return None
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler: $CXX when it is set, else what is installed."""
-    wanted = os.environ.get("CXX")
-    return find_tool(wanted) if wanted else find_tool("c++", "g++", "clang++")
+def find_compiler() -> tuple[str, list[str]] | None:
+    """(the C++ compiler, the command that it is called by): $CXX when it is set, else what is installed."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    if not words:
+        found = find_tool("c++", "g++", "clang++")
+        return (found, [found]) if found else None
+    programs = [find_tool(word) or "" for word in takewhile(lambda word: not word.startswith("-"), words)]
+    if not programs or "" in programs:
+        return None
+    return programs[-1], [*programs, *words[len(programs) :]]
 
 
 def find_nvcc() -> str | None:
@@ -93,6 +104,10 @@ class CMakeBuild(build_ext):
     """One CMake run for all shared objects of the package."""
 
     def run(self) -> None:
+        if not sys.platform.startswith("linux"):
+            say(f"kernels are compiled on Linux only, and this is {sys.platform}: the PyTorch reference kernels serve")
+            self.extensions = []
+            return
         compiler = find_compiler()
         torch = find_torch()
         if compiler is None:
@@ -107,15 +122,15 @@ class CMakeBuild(build_ext):
         missing = [tool for tool in ("cmake", "ninja") if find_tool(tool) is None]
         if missing:
             raise SystemExit(f"pyprune: {' and '.join(missing)} not found. pip install {' '.join(missing)}")
-        self.compile(compiler, *torch)
+        self.compile(*compiler, *torch)
 
-    def compile(self, compiler: str, torch: Path, torch_version: str) -> None:
+    def compile(self, compiler: str, compiler_command: list[str], torch: Path, torch_version: str) -> None:
         import pybind11
 
         nvcc, why = decide_cuda()
         archs = os.environ.get("PYPRUNE_CUDA_ARCHS", DEFAULT_ARCHS) if nvcc else ""
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        say(f"C++ compiler {compiler}, torch {torch_version}, {jobs} jobs")
+        say(f"C++ compiler {shlex.join(compiler_command)}, torch {torch_version}, {jobs} jobs")
         say(f"CUDA kernels for {archs} ({why})" if nvcc else f"CPU kernels only ({why})")
 
         package = ROOT / "pyprune" if self.inplace else Path(self.build_lib).resolve() / "pyprune"
@@ -125,7 +140,6 @@ class CMakeBuild(build_ext):
             str(find_tool("cmake")),
             *("-S", str(ROOT), "-B", str(work), "-G", "Ninja", "--fresh"),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-            f"-DCMAKE_CXX_COMPILER={compiler}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYPRUNE_OUTPUT={package}",
@@ -137,9 +151,13 @@ class CMakeBuild(build_ext):
         ]
         if nvcc:
             configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPYPRUNE_CUDA_ARCHS={archs}"]
+            if os.environ.get("CXX") and not (os.environ.get("CUDAHOSTCXX") or os.environ.get("NVCC_CCBIN")):
+                configure.append(f"-DCMAKE_CUDA_HOST_COMPILER={compiler}")
+        # CMake tells launchers, compiler and options apart by itself where $CXX has them.
+        environment = {**os.environ, "CXX": shlex.join(compiler_command)}
         for command in (configure, [str(find_tool("cmake")), "--build", str(work), "--parallel", jobs]):
             try:
-                subprocess.run(command, check=True)
+                subprocess.run(command, check=True, env=environment)
             except subprocess.CalledProcessError as error:
                 raise SystemExit(
                     f"pyprune: the build failed with status {error.returncode}; the lines above say why. "

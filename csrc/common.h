@@ -7,6 +7,16 @@ namespace pyprune {
 
 enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
+// Bytes of an element.
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// What sums and curvatures are held in, beside weights or gradients of `dtype`.
+inline Dtype wide_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+}
+
 // The numbers are those of pyprune/ops/reference.py.
 enum class Formula : int32_t { abs = 0, square = 1, taylor_signed = 2, taylor_abs = 3, fisher = 4, mixed = 5 };
 
@@ -24,6 +34,13 @@ struct Matrix {
   int64_t batch_stride;
   int64_t row_stride;
 };
+
+// Whether every row starts at a multiple of 16 bytes. True of a matrix that is not there, whose fields are zero.
+inline bool rows_aligned(const Matrix& m, Dtype dtype, int64_t batches, int64_t rows) {
+  const int64_t row = rows > 1 ? m.row_stride * size_of(dtype) : 0;
+  const int64_t batch = batches > 1 ? m.batch_stride * size_of(dtype) : 0;
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && row % 16 == 0 && batch % 16 == 0;
+}
 
 // One tensor of a salience call. Pointers to sums are float, or double beside float64 weights.
 struct SalienceTensor {

@@ -114,7 +114,7 @@ def _call(launch: re.Match[str]) -> str:
     kernel, configuration, arguments = launch.groups()
     grid, block, shared, _stream = (part.strip() for part in configuration.split(","))
     at_once = 2 if "_pairs<" in kernel else 1
-    return f"emulator::launch({grid}, {block}, {shared}, [&] {{ {kernel}({arguments}); }}, {at_once});"
+    return f"emulator::launch({grid}, {block}, {shared}, [=] {{ {kernel}({arguments}); }}, {at_once});"
 
 
 def matrix(t: Tensor) -> Matrix:
@@ -177,6 +177,20 @@ def capability_9(library: ctypes.CDLL, expected: int | None = None) -> Iterator[
     assert expected is None or count() - before == expected
 
 
+@contextmanager
+def captured(library: ctypes.CDLL) -> Iterator[Callable[[], None]]:
+    """Launches within it are not run, but kept as in a CUDA graph; what it gives runs them, whenever it is called."""
+
+    def replay() -> None:
+        assert library.emulate_graph() == 0
+
+    library.emulate_capture(True)
+    try:
+        yield replay
+    finally:
+        library.emulate_capture(False)
+
+
 def channel_sums(library: ctypes.CDLL, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sums of a*b [B, C] (and nothing), or of a [C] and of a^2 [C], for a, b [B, T, C]."""
     sums = torch.full((a.shape[2],) if b is None else (a.shape[0], a.shape[2]), torch.nan)
@@ -211,7 +225,7 @@ def prepared_salience(
         )  # fmt: skip
     count = ctypes.c_int64(len(weights))
     library.emulate_salience_workspace.restype = library.emulate_passes_size.restype = ctypes.c_int64
-    workspace = torch.full((library.emulate_salience_workspace(FORMULAS[formula], entries, count),), 255).byte()
+    workspace = torch.full((library.emulate_salience_workspace(entries, count),), 255).byte()
     passes = torch.zeros(library.emulate_passes_size(), dtype=torch.uint8)
     addresses = (ctypes.c_void_p(workspace.data_ptr()), ctypes.c_void_p(passes.data_ptr()))
     assert library.emulate_prepare_salience(FORMULAS[formula], entries, count, *addresses) == 0

@@ -17,11 +17,9 @@ void accumulate_square_cpu(const AccumulateTensor* tensors, int64_t count, doubl
   for_each_task(parallel, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Chunk& task = tasks[i];
     const AccumulateTensor& t = tensors[task.tensor];
-    const int64_t sum_size = t.grad_dtype == Dtype::float64 ? 8 : 4;
-    const int64_t grad_size = t.grad_dtype == Dtype::float64 ? 8 : t.grad_dtype == Dtype::float32 ? 4 : 2;
-    kernels.accumulate(static_cast<char*>(t.curvature) + task.begin * sum_size,
-                       static_cast<const char*>(t.grad) + task.begin * grad_size, task.end - task.begin, t.grad_dtype,
-                       scale);
+    kernels.accumulate(static_cast<char*>(t.curvature) + task.begin * size_of(wide_of(t.grad_dtype)),
+                       static_cast<const char*>(t.grad) + task.begin * size_of(t.grad_dtype), task.end - task.begin,
+                       t.grad_dtype, scale);
   });
 }
 

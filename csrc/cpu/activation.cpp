@@ -29,8 +29,7 @@ struct Panels {
 
   void pack(const CpuKernels& kernels, Dtype dtype, int64_t index, float* to) const {
     const int64_t s = index / count, begin = index % count * width;
-    const int64_t size = dtype == Dtype::float32 ? 4 : 2;
-    const char* at = static_cast<const char*>(from.data) + (s * from.batch_stride + begin) * size;
+    const char* at = static_cast<const char*>(from.data) + (s * from.batch_stride + begin) * size_of(dtype);
     kernels.pack_panel(dtype, at, from.row_stride, tokens, std::min(width, channels - begin), width,
                        to + index * tokens * width);
   }
@@ -74,8 +73,7 @@ void activation_salience_cpu(const ActivationCall& call, float* scratch, const P
     job.col_panels = col_panels;
     job.row_sample = s.rows.sample();
     job.col_sample = s.cols.sample();
-    job.weight = static_cast<const char*>(call.weight.data) +
-                 first * call.weight.row_stride * (call.dtype == Dtype::float32 ? 4 : 2);
+    job.weight = static_cast<const char*>(call.weight.data) + first * call.weight.row_stride * size_of(call.dtype);
     job.weight_stride = call.weight.row_stride;
     job.samples = call.batches;
     job.tokens = call.tokens;

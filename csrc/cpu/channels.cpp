@@ -28,7 +28,7 @@ void add_parts(const Acc* parts, int64_t count, int64_t step, Acc* out, int64_t 
 template <class Acc>
 void run(const ChannelCall& call, const Parallel& parallel) {
   const bool pair = call.b.data != nullptr;
-  const int64_t element = call.dtype == Dtype::float64 ? 8 : call.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t element = size_of(call.dtype);
   const int64_t row_tiles = ceil_div(call.rows, kTileRows), col_tiles = ceil_div(call.cols, kChannelCols);
   const int64_t parts = call.batches * row_tiles;
   const int64_t outputs = pair ? 1 : 2;

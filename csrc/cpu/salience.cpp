@@ -23,7 +23,6 @@ struct Layout {
   int64_t row_tiles, col_tiles;
   char* row_parts;  // [batches, col_tiles, rows], the output itself when there is one tile
   char* col_parts;  // [batches, row_tiles, cols], likewise
-  int64_t sum_size;
 };
 
 // out[b, i] = sum over k of parts[b, k, i], k ascending
@@ -35,27 +34,26 @@ struct Reduction {
 };
 
 const char* element(const Matrix& m, Dtype dtype, int64_t b, int64_t r, int64_t c) {
-  const int64_t size = dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
   if (m.data == nullptr) return nullptr;
-  return static_cast<const char*>(m.data) + (b * m.batch_stride + r * m.row_stride + c) * size;
+  return static_cast<const char*>(m.data) + (b * m.batch_stride + r * m.row_stride + c) * size_of(dtype);
 }
 
 void run_tile(const CpuKernels& kernels, Formula formula, const SalienceTensor& t, const Layout& l, int64_t index) {
   const int64_t ct = index % l.col_tiles, rt = index / l.col_tiles % l.row_tiles;
   const int64_t b = index / (l.col_tiles * l.row_tiles);
   const int64_t r = rt * kTileRows, c = ct * kTileCols;
-  const Dtype curvature = t.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const int64_t sum_size = size_of(wide_of(t.dtype));
   SalienceTile tile;
   tile.weight = element(t.weight, t.dtype, b, r, c);
   tile.grad = element(t.grad, t.grad_dtype, b, r, c);
-  tile.curvature = element(t.curvature, curvature, b, r, c);
+  tile.curvature = element(t.curvature, wide_of(t.dtype), b, r, c);
   tile.weight_stride = t.weight.row_stride;
   tile.grad_stride = t.grad.row_stride;
   tile.curvature_stride = t.curvature.row_stride;
   tile.rows = std::min(kTileRows, t.rows - r);
   tile.cols = std::min(kTileCols, t.cols - c);
-  tile.row_sums = l.row_parts + ((b * l.col_tiles + ct) * t.rows + r) * l.sum_size;
-  tile.col_sums = l.col_parts + ((b * l.row_tiles + rt) * t.cols + c) * l.sum_size;
+  tile.row_sums = l.row_parts + ((b * l.col_tiles + ct) * t.rows + r) * sum_size;
+  tile.col_sums = l.col_parts + ((b * l.row_tiles + rt) * t.cols + c) * sum_size;
   kernels.salience_tile(formula, t.dtype, t.grad_dtype, tile);
 }
 
@@ -95,45 +93,39 @@ void run_reductions(const std::vector<Reduction>& jobs, const Parallel& parallel
 void salience_cpu(Formula formula, const SalienceTensor* tensors, int64_t count, const Parallel& parallel) {
   std::vector<Layout> layouts(static_cast<size_t>(count));
   std::vector<int64_t> sizes(static_cast<size_t>(count)), limits(static_cast<size_t>(count));
-  int64_t scratch_bytes = 0;
+  int64_t scratch_sums = 0;
   for (int64_t i = 0; i < count; ++i) {
     const SalienceTensor& t = tensors[i];
     Layout& l = layouts[i];
-    l.sum_size = t.dtype == Dtype::float64 ? 8 : 4;
     // A tensor with no rows or no columns still has sums: zeros, written by a tile that reads nothing.
     l.row_tiles = std::max<int64_t>(1, ceil_div(t.rows, kTileRows));
     l.col_tiles = std::max<int64_t>(1, ceil_div(t.cols, kTileCols));
     sizes[i] = t.batches * l.row_tiles * l.col_tiles;
     const int64_t tile = std::min(kTileRows, t.rows) * std::min(kTileCols, t.cols);
     limits[i] = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(tile, 64));
-    if (l.row_tiles > 1) scratch_bytes += t.batches * l.row_tiles * t.cols * l.sum_size;
-    if (l.col_tiles > 1) scratch_bytes += t.batches * l.col_tiles * t.rows * l.sum_size;
+    if (l.row_tiles > 1) scratch_sums += t.batches * l.row_tiles * t.cols;
+    if (l.col_tiles > 1) scratch_sums += t.batches * l.col_tiles * t.rows;
   }
 
-  const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
+  // Sums are of one type.
+  const bool is_double = tensors[0].dtype == Dtype::float64;
+  const int64_t sum_size = size_of(wide_of(tensors[0].dtype));
+  const std::unique_ptr<char[]> scratch(new char[scratch_sums * sum_size]);
   char* free_scratch = scratch.get();
   std::vector<Reduction> reductions;
-  // 8-byte sums first, so that each piece of scratch is aligned.
-  for (const int64_t sum_size : {8, 4}) {
-    for (int64_t i = 0; i < count; ++i) {
-      const SalienceTensor& t = tensors[i];
-      Layout& l = layouts[i];
-      if (l.sum_size != sum_size) continue;
-      l.row_parts = static_cast<char*>(t.row_sums);
-      l.col_parts = static_cast<char*>(t.col_sums);
-      if (l.col_tiles > 1) {
-        l.row_parts = free_scratch;
-        free_scratch += t.batches * l.col_tiles * t.rows * sum_size;
-        reductions.push_back(
-            {l.row_parts, static_cast<char*>(t.row_sums), l.col_tiles, t.rows, t.batches, sum_size == 8});
-      }
-      if (l.row_tiles > 1) {
-        l.col_parts = free_scratch;
-        free_scratch += t.batches * l.row_tiles * t.cols * sum_size;
-        reductions.push_back(
-            {l.col_parts, static_cast<char*>(t.col_sums), l.row_tiles, t.cols, t.batches, sum_size == 8});
-      }
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    const SalienceTensor& t = tensors[i];
+    Layout& l = layouts[i];
+    const auto place = [&](void* sums, int64_t tiles, int64_t length) {
+      char* const out = static_cast<char*>(sums);
+      if (tiles == 1) return out;
+      char* const parts = free_scratch;
+      free_scratch += t.batches * tiles * length * sum_size;
+      reductions.push_back({parts, out, tiles, length, t.batches, is_double});
+      return parts;
+    };
+    l.row_parts = place(t.row_sums, l.col_tiles, t.rows);
+    l.col_parts = place(t.col_sums, l.row_tiles, t.cols);
   }
 
   const CpuKernels& kernels = cpu_kernels();

@@ -1,11 +1,14 @@
 // Squared gradients into curvatures, all tensors of one gradient dtype in a launch.
 //
-// Tile    8192 neighbouring elements of one tensor; a thread owns 8 of every 2048.
+// Tile    8192 neighbouring elements of one tensor; a thread owns 4 of every 1024, so that what a warp stores at once
+//         has no gaps, and has two such groups in flight. The end of a tensor, and one whose groups do not start at
+//         multiples of their size, goes element by element, neighbours in neighbouring threads.
 // Bytes   curvature read and written, gradient read: 8 + 2 or 8 + 4 an element.
 // Floor   those bytes over the memory bandwidth.
 
 #include "accumulate.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "../planning/chunks.h"
@@ -16,9 +19,10 @@ namespace pyprune {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;
-constexpr int kRounds = 4;
-constexpr int64_t kTile = kThreads * kVector * kRounds;
+constexpr int kGroup = 4;
+constexpr int kRounds = 8;
+constexpr int kAtOnce = 2;
+constexpr int64_t kTile = kThreads * kGroup * kRounds;
 
 struct Launch {
   Dtype grad_dtype;
@@ -28,38 +32,53 @@ struct Launch {
   const int64_t* device_first;
 };
 
+// All groups of a whole tile, from its first elements on.
+template <class G>
+__device__ void add_groups(float* curvature, const G* grad, float scale) {
+  using Word = std::conditional_t<sizeof(G) == 4, uint4, uint2>;
+  static_assert(sizeof(Word) == kGroup * sizeof(G), "one load");
+#pragma unroll 1
+  for (int round = 0; round < kRounds; round += kAtOnce) {
+    Word words[kAtOnce];
+    float4 sums[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = ((round + k) * kThreads + static_cast<int>(threadIdx.x)) * kGroup;
+      words[k] = __ldg(reinterpret_cast<const Word*>(grad + i));
+      sums[k] = *reinterpret_cast<const float4*>(curvature + i);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = ((round + k) * kThreads + static_cast<int>(threadIdx.x)) * kGroup;
+      const G* const g = reinterpret_cast<const G*>(&words[k]);
+      sums[k].x += scale * (widen(g[0]) * widen(g[0]));
+      sums[k].y += scale * (widen(g[1]) * widen(g[1]));
+      sums[k].z += scale * (widen(g[2]) * widen(g[2]));
+      sums[k].w += scale * (widen(g[3]) * widen(g[3]));
+      *reinterpret_cast<float4*>(curvature + i) = sums[k];
+    }
+  }
+}
+
 template <class G>
 __global__ void __launch_bounds__(kThreads)
     accumulate_tiles(const AccumulateTensor* entries, const int64_t* first, int count, float scale) {
   const int index = tensor_of(first, count, blockIdx.x);
   const AccumulateTensor& t = entries[index];
   const int64_t start = (static_cast<int64_t>(blockIdx.x) - first[index]) * kTile;
-  float* curvature = static_cast<float*>(t.curvature);
-  const G* grad = static_cast<const G*>(t.grad);
-  const bool aligned = reinterpret_cast<uintptr_t>(curvature) % 16 == 0;
-#pragma unroll
-  for (int round = 0; round < kRounds; ++round) {
-    const int64_t i = start + (static_cast<int64_t>(round) * kThreads + threadIdx.x) * kVector;
-    if (aligned && i + kVector <= t.size) {
-      Packed<G, kVector> g;
-      g.template load<false>(grad + i);
-      float4* out = reinterpret_cast<float4*>(curvature + i);
-      float4 lo = out[0], hi = out[1];
-      lo.x += scale * (g.at(0) * g.at(0));
-      lo.y += scale * (g.at(1) * g.at(1));
-      lo.z += scale * (g.at(2) * g.at(2));
-      lo.w += scale * (g.at(3) * g.at(3));
-      hi.x += scale * (g.at(4) * g.at(4));
-      hi.y += scale * (g.at(5) * g.at(5));
-      hi.z += scale * (g.at(6) * g.at(6));
-      hi.w += scale * (g.at(7) * g.at(7));
-      out[0] = lo;
-      out[1] = hi;
-    } else {
-      for (int64_t k = i; k < i + kVector && k < t.size; ++k) {
-        const float g = widen(grad[k]);
-        curvature[k] += scale * (g * g);
-      }
+  const int64_t left = t.size - start;
+  float* const curvature = static_cast<float*>(t.curvature) + start;
+  const G* const grad = static_cast<const G*>(t.grad) + start;
+  const bool aligned = reinterpret_cast<uintptr_t>(curvature) % (kGroup * sizeof(float)) == 0 &&
+                       reinterpret_cast<uintptr_t>(grad) % (kGroup * sizeof(G)) == 0;
+  if (aligned && left >= kTile) {
+    add_groups(curvature, grad, scale);
+  } else {
+    const int end = static_cast<int>(left < kTile ? left : kTile);
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+      const float g = widen(__ldg(grad + i));
+      curvature[i] += scale * (g * g);
     }
   }
 }

@@ -19,15 +19,6 @@ Tiles tiles_of(const ActivationCall& c) {
   return {ceil_div(c.rows, kBlockRows), ceil_div(c.cols, cols)};
 }
 
-template <class T>
-Factor<T> factor_of(const Matrix& m, int64_t batches, int64_t tokens, int64_t size) {
-  const int64_t bytes = static_cast<int64_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
-                       (tokens <= 1 || m.row_stride * bytes % 16 == 0) &&
-                       (batches <= 1 || m.batch_stride * bytes % 16 == 0);
-  return {static_cast<const T*>(m.data), m.batch_stride, m.row_stride, size, aligned};
-}
-
 struct Parts {
   float* rows;        // [tiles.cols, rows]
   float* cols;        // [col_count, cols]
@@ -48,6 +39,12 @@ Samples samples_of(const ActivationCall& c) {
   const auto joined = [&](const Matrix& m) { return m.batch_stride == c.tokens * m.row_stride; };
   if (!reads_curvature(c.formula) && joined(c.rows_input) && joined(c.cols_input)) return {1, c.batches * c.tokens};
   return {c.batches, c.tokens};
+}
+
+template <class T>
+Factor<T> factor_of(const Matrix& m, Dtype dtype, const Samples& s, int64_t size) {
+  return {static_cast<const T*>(m.data), m.batch_stride, m.row_stride, size,
+          rows_aligned(m, dtype, s.batches, s.tokens)};
 }
 
 // The kernel for compute capability 9.0. False where it cannot serve the call; nothing is launched then.
@@ -80,8 +77,8 @@ cudaError_t first_pass(const ActivationCall& c, const Tiles& tiles, Parts& parts
   ActivationJob<T> job{};
   const Samples samples = samples_of(c);
   job.batches = samples.batches, job.tokens = samples.tokens;
-  job.rows = factor_of<T>(c.rows_input, job.batches, job.tokens, c.rows);
-  job.cols = factor_of<T>(c.cols_input, job.batches, job.tokens, c.cols);
+  job.rows = factor_of<T>(c.rows_input, c.dtype, samples, c.rows);
+  job.cols = factor_of<T>(c.cols_input, c.dtype, samples, c.cols);
   job.weight = static_cast<const T*>(c.weight.data);
   job.weight_stride = c.weight.row_stride;
   job.row_tiles = tiles.rows, job.col_tiles = tiles.cols;

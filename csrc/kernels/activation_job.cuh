@@ -1,9 +1,10 @@
-// What both kernels that form gradients from activations share: the job, the criteria, and the sizes of tiles.
+// What both kernels that form gradients from activations share: the job, the formulas, and the sizes of tiles.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include "../common.h"
+#include "formulas.cuh"
 
 namespace pyprune {
 
@@ -26,28 +27,12 @@ struct ActivationJob {
   float* col_parts;  // [row_tiles, cols]
 };
 
-// What is held of G_b: the running sum over samples (in the accumulators themselves), the sum of squares, or both.
-struct TaylorSignedTile {
-  static constexpr bool sum = true, squares = false;
-  static __device__ float at(float w, float g, float) { return w * g; }
-};
-struct TaylorAbsTile {
-  static constexpr bool sum = true, squares = false;
-  static __device__ float at(float w, float g, float) { return fabsf(w * g); }
-};
-struct FisherTile {
-  static constexpr bool sum = false, squares = true;
-  static __device__ float at(float w, float, float h) { return w * w * h; }
-};
-struct MixedTile {
-  static constexpr bool sum = true, squares = true;
-  static __device__ float at(float w, float g, float h) { return fabsf(w * g - (w * w * h) * 0.5f); }
-};
-
-// Sizes of a block's tile; activation.cu lays out the partial sums by them.
+// Sizes of a block's tile; activation.cu lays out the partial sums by them. What is held of G_b: the running sum over
+// samples for a formula that reads the gradient (in the accumulators themselves, where it is alone), the sum of squares
+// for one that reads the curvature.
 constexpr int kBlockRows = 128;
-constexpr int block_cols(bool sum, bool squares, bool wide) {
-  return wide || (sum && squares) ? 128 : squares ? 192 : 256;
+constexpr int block_cols(bool grad, bool curvature, bool wide) {
+  return wide || (grad && curvature) ? 128 : curvature ? 192 : 256;
 }
 
 }  // namespace pyprune

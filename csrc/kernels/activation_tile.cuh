@@ -27,7 +27,7 @@ struct TileShape {
 
 // As many sums as fit into 255 registers beside the fragments: one set of 128 numbers a thread, two of 96, or three of
 // 64. float32 has 64 a set throughout, for its factors take twice the registers.
-template <class F, class T, int COLS = block_cols(F::sum, F::squares, sizeof(T) == 4)>
+template <class F, class T, int COLS = block_cols(F::grad, F::curvature, sizeof(T) == 4)>
 struct ShapeOf {
   using type = TileShape<kBlockRows, 128, 64, 32, 4>;
 };
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
   constexpr int A_ROW = S::BLOCK_M + kPad, B_ROW = S::BLOCK_N + kPad, DEPTH = Multiply<T>::DEPTH;
   constexpr int STAGE = kStageElements<T, S>, MT = S::MT, NT = S::NT;
   static_assert((S::WARPS_N * S::BLOCK_M + S::WARPS_M * S::BLOCK_N) * sizeof(float) <= kSharedBytes<T, S>, "sums fit");
-  constexpr bool KEEP_SUM = F::sum && F::squares;
+  constexpr bool KEEP_SUM = F::grad && F::curvature;
   T* const stages = reinterpret_cast<T*>(dynamic_shared());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % S::WARPS_M * S::WARP_M, warp_n = warp / S::WARPS_M * S::WARP_N;
@@ -242,11 +242,11 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
   const int64_t steps = (job.tokens + DEPTH - 1) / DEPTH * job.batches;
 
   float acc[MT][NT][4], sum[KEEP_SUM ? MT : 1][KEEP_SUM ? NT : 1][4];
-  float squares[F::squares ? MT : 1][F::squares ? NT : 1][4];
+  float squares[F::curvature ? MT : 1][F::curvature ? NT : 1][4];
 #pragma unroll
   for (int i = 0; i < MT * NT * 4; ++i) {
     acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
-    if constexpr (F::squares) squares[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+    if constexpr (F::curvature) squares[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
     if constexpr (KEEP_SUM) sum[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
   }
 
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
     Multiply<T>::template step<MT, NT>(stage + a_lane, A_ROW, stage + b_lane, B_ROW, acc);
     stage = stage == stages + (S::STAGES - 1) * STAGE ? stages : stage + STAGE;
     token += DEPTH;
-    if constexpr (F::squares) {
+    if constexpr (F::curvature) {
       if (token >= job.tokens) {  // the sample's gradient is complete
         token = 0;
 #pragma unroll
@@ -326,10 +326,10 @@ __global__ void __launch_bounds__(S::THREADS, 1) activation_tiles(const Activati
             float g = 0.0f, h = 0.0f;
             if constexpr (KEEP_SUM) {
               g = job.gradient_scale * sum[i][j][half * 2 + e];
-            } else if constexpr (F::sum) {
+            } else if constexpr (F::grad) {
               g = job.gradient_scale * acc[i][j][half * 2 + e];
             }
-            if constexpr (F::squares) h = job.curvature_scale * squares[i][j][half * 2 + e];
+            if constexpr (F::curvature) h = job.curvature_scale * squares[i][j][half * 2 + e];
             const float s = F::at(w, g, h);
             total += s;
             cols[j][e] += s;
@@ -385,13 +385,13 @@ template <class T>
 cudaError_t launch_formula(Formula formula, const ActivationJob<T>& job, cudaStream_t stream) {
   switch (formula) {
     case Formula::taylor_signed:
-      return launch_tiles<TaylorSignedTile>(job, stream);
+      return launch_tiles<TaylorSignedFormula>(job, stream);
     case Formula::taylor_abs:
-      return launch_tiles<TaylorAbsTile>(job, stream);
+      return launch_tiles<TaylorAbsFormula>(job, stream);
     case Formula::fisher:
-      return launch_tiles<FisherTile>(job, stream);
+      return launch_tiles<FisherFormula>(job, stream);
     case Formula::mixed:
-      return launch_tiles<MixedTile>(job, stream);
+      return launch_tiles<MixedFormula>(job, stream);
     default:
       return cudaErrorInvalidValue;
   }

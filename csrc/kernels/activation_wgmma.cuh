@@ -184,7 +184,7 @@ class Group {
 
  private:
   static constexpr int COUNT = COLS / 2;  // numbers of a set
-  static constexpr bool KEEP_SUM = F::sum && F::squares;
+  static constexpr bool KEEP_SUM = F::grad && F::curvature;
   static constexpr int kGo = 3;    // the barrier's number
   static constexpr int kLead = 2;  // steps
   static_assert(Ring<COLS>::STAGES > kLead + 1, "no stage that the leading group waits for is held by the other");
@@ -206,12 +206,12 @@ class Group {
   __device__ void multiply() {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      if constexpr (F::squares) squares_[i] = 0.0f;
+      if constexpr (F::curvature) squares_[i] = 0.0f;
       if constexpr (KEEP_SUM) sum_[i] = 0.0f;
     }
     int before = -1;  // the stage that products on their way may still read
     for (int batch = 0; batch < job_.batches; ++batch) {
-      bool add = !F::squares && batch > 0;
+      bool add = !F::curvature && batch > 0;
       for (int token = 0; token < job_.tokens; token += kStepTokens) {
         wait_phase(shared_.full(ring_.stage), ring_.phase);
         const uint64_t a = describe_panels(shared_.stage(ring_.stage) + group_ * kPanelBytes, kPanelBytes);
@@ -231,7 +231,7 @@ class Group {
         before = ring_.stage;
         ring_.next();
       }
-      if constexpr (F::squares) {  // the sample's gradient is complete
+      if constexpr (F::curvature) {  // the sample's gradient is complete
         await_products(before);
         before = -1;
 #pragma unroll
@@ -241,7 +241,7 @@ class Group {
         }
       }
     }
-    if constexpr (!F::squares) await_products(before);
+    if constexpr (!F::curvature) await_products(before);
     if (group_ == 0 && lead_ < kLead) {  // a tile of fewer steps
       lead_ = kLead;
       tell_go(kGo);
@@ -261,7 +261,7 @@ class Group {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       if (i / 2 % 2 * 8 < rows && i / 4 * 8 + i % 2 < cols) continue;
-      if constexpr (F::squares) {
+      if constexpr (F::curvature) {
         squares_[i] = 0.0f;
       } else {
         acc_[i] = 0.0f;
@@ -274,10 +274,10 @@ class Group {
     float g = 0.0f, h = 0.0f;
     if constexpr (KEEP_SUM) {
       g = job_.gradient_scale * sum_[i];
-    } else if constexpr (F::sum) {
+    } else if constexpr (F::grad) {
       g = job_.gradient_scale * acc_[i];
     }
-    if constexpr (F::squares) h = job_.curvature_scale * squares_[i];
+    if constexpr (F::curvature) h = job_.curvature_scale * squares_[i];
     return F::at(w, g, h);
   }
 
@@ -332,7 +332,7 @@ class Group {
   Ring<COLS> ring_;
   int lead_ = 0;
   float acc_[COUNT];
-  float squares_[F::squares ? COUNT : 1], sum_[KEEP_SUM ? COUNT : 1];
+  float squares_[F::curvature ? COUNT : 1], sum_[KEEP_SUM ? COUNT : 1];
 };
 
 // grid: pairs of blocks, at most as many as there are pairs of tiles.
@@ -371,7 +371,7 @@ __global__ void PYPRUNE_PAIRS __launch_bounds__((kGroups + 1) * kGroupThreads, 1
 
 template <class F, class T>
 cudaError_t launch_pairs(const WgmmaJob& job, cudaStream_t stream) {
-  constexpr int COLS = block_cols(F::sum, F::squares, false), kShared = Ring<COLS>::BYTES;
+  constexpr int COLS = block_cols(F::grad, F::curvature, false), kShared = Ring<COLS>::BYTES;
   const cudaError_t status =
       cudaFuncSetAttribute(activation_pairs<F, T, COLS>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (status != cudaSuccess) return status;
@@ -386,13 +386,13 @@ template <class T>
 cudaError_t launch_pairs(Formula formula, const WgmmaJob& job, cudaStream_t stream) {
   switch (formula) {
     case Formula::taylor_signed:
-      return launch_pairs<TaylorSignedTile, T>(job, stream);
+      return launch_pairs<TaylorSignedFormula, T>(job, stream);
     case Formula::taylor_abs:
-      return launch_pairs<TaylorAbsTile, T>(job, stream);
+      return launch_pairs<TaylorAbsFormula, T>(job, stream);
     case Formula::fisher:
-      return launch_pairs<FisherTile, T>(job, stream);
+      return launch_pairs<FisherFormula, T>(job, stream);
     case Formula::mixed:
-      return launch_pairs<MixedTile, T>(job, stream);
+      return launch_pairs<MixedFormula, T>(job, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -103,17 +103,6 @@ __global__ void __launch_bounds__(kThreads, 2) channel_tiles(const Job job) {
     write_sums<V>(shared[1], squares, job.squares + rest * job.channels + first, job.channels - first);
 }
 
-int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : 2;
-}
-
-bool aligned(const Matrix& m, const ChannelCall& c) {
-  if (m.data == nullptr) return true;
-  const int64_t size = size_of(c.dtype);
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (c.rows <= 1 || m.row_stride * size % 16 == 0) &&
-         (c.batches <= 1 || m.batch_stride * size % 16 == 0);
-}
-
 Job job_of(const ChannelCall& c) {
   Job job{};
   job.a = c.a, job.b = c.b;
@@ -124,7 +113,7 @@ Job job_of(const ChannelCall& c) {
   const int64_t all = job.channel_tiles * c.batches * rounds;
   job.tile_tokens = kRound * std::clamp<int64_t>(all / kEnoughTiles, 1, kMaxRounds);
   job.token_tiles = ceil_div(std::max<int64_t>(c.rows, 1), job.tile_tokens);
-  job.aligned = aligned(c.a, c) && aligned(c.b, c);
+  job.aligned = rows_aligned(c.a, c.dtype, c.batches, c.rows) && rows_aligned(c.b, c.dtype, c.batches, c.rows);
   return job;
 }
 

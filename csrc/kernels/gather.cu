@@ -1,9 +1,8 @@
 // Kept slices of all tensors in one launch.
 //
-// Words    a tensor moves in the widest word (16 to 1 bytes) that divides its addresses, strides and runs, so whole
-// heads
-//          and whole rows go as 16-byte words and scattered channels as single elements. Narrow words are stored in
-//          pairs or fours where the destination's rows allow.
+// Words    a tensor moves in the widest word (16 to 1 bytes) that divides its addresses, strides and runs, so heads and
+//          whole rows go as 16-byte words and scattered channels as single elements. Narrow words are stored in pairs
+//          or fours where the destination's rows allow.
 // Tile     TX units of a row (a unit is what a thread stores at once) x a number of rows, about 64 KiB of destination.
 // Thread   one unit: it looks its words' positions up once, then walks the rows, four or eight loads in flight.
 // Bytes    kept bytes read and written once, plus 4 bytes of position per word and tile.

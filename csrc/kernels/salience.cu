@@ -13,17 +13,6 @@
 namespace pyprune {
 namespace {
 
-bool multiple_of_16(const Matrix& m, int64_t batches, int64_t rows, int64_t element_size) {
-  if (m.data == nullptr) return true;
-  const bool start = reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
-  const bool row = rows <= 1 || m.row_stride * element_size % 16 == 0;
-  return start && row && (batches <= 1 || m.batch_stride * element_size % 16 == 0);
-}
-
-int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : 2;
-}
-
 // Entries of one pair of dtypes: one launch of the first pass.
 struct Pair {
   Dtype dtype, grad_dtype;
@@ -63,9 +52,9 @@ Plan plan_of(Formula formula, const SalienceTensor* tensors, int64_t count) {
     SalienceEntry e{};
     e.tensor = t;
     e.row_tiles = tiles.rows, e.col_tiles = tiles.cols;
-    e.aligned = multiple_of_16(t.weight, t.batches, t.rows, size_of(t.dtype)) &&
-                multiple_of_16(t.grad, t.batches, t.rows, size_of(t.grad_dtype)) &&
-                multiple_of_16(t.curvature, t.batches, t.rows, 4);
+    e.aligned = rows_aligned(t.weight, t.dtype, t.batches, t.rows) &&
+                rows_aligned(t.grad, t.grad_dtype, t.batches, t.rows) &&
+                rows_aligned(t.curvature, Dtype::float32, t.batches, t.rows);
     const Dtype grad_dtype = reads_grad(formula) ? t.grad_dtype : t.dtype;
     auto pair = std::find_if(plan.pairs.begin(), plan.pairs.end(),
                              [&](const Pair& p) { return p.dtype == t.dtype && p.grad_dtype == grad_dtype; });
@@ -144,7 +133,7 @@ cudaError_t first_pass(Formula formula, const SalienceLaunch& l, cudaStream_t st
 
 }  // namespace
 
-int64_t salience_workspace(Formula, const SalienceTensor* tensors, int64_t count) {
+int64_t salience_workspace(const SalienceTensor* tensors, int64_t count) {
   int64_t parts = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Tiles tiles = tiles_of(tensors[i]);

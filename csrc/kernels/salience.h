@@ -29,7 +29,7 @@ struct SaliencePasses {
 };
 
 // Device bytes that salience needs: its table and the partial sums of tensors with several tiles.
-int64_t salience_workspace(Formula formula, const SalienceTensor* tensors, int64_t count);
+int64_t salience_workspace(const SalienceTensor* tensors, int64_t count);
 
 // Row and column sums of the formula for each of the tensors, all on one device, float32, bfloat16 or float16 (not
 // float64). Fills the table in `workspace`, which has salience_workspace(...) bytes, aligned to 256, and says what to

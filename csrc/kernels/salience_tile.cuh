@@ -1,8 +1,7 @@
 // The first pass of the salience kernel: one block of threads per tile.
 //
 // Tile       kTileRows rows x 32 lanes of V columns, where V elements of the weight are one 16-byte word.
-// Thread     lane l of every warp owns columns l*V .. l*V+V-1 of the tile and holds their sums in registers; warp k
-// takes
+// Thread     lane l of every warp owns columns l*V .. l*V+V-1 of the tile and holds their sums in registers; warp k has
 //            rows 4k .. 4k+3 of every 32, with all loads of the four rows in flight before the first is used.
 // Row sums   a butterfly over the lanes of a warp, written by lanes 0..3: complete for this tile's columns.
 // Col sums   the eight warps' registers, added in order through shared memory at the end of the tile.
@@ -13,6 +12,7 @@
 
 #include "../common.h"
 #include "device.cuh"
+#include "formulas.cuh"
 
 namespace pyprune {
 
@@ -27,31 +27,6 @@ struct SalienceEntry {
   float* col_parts;  // [batches, row_tiles, cols]
   int64_t row_tiles, col_tiles;
   bool aligned;  // every row of every input starts at a multiple of 16 bytes
-};
-
-struct AbsFormula {
-  static constexpr bool grad = false, curvature = false;
-  static __device__ float at(float w, float, float) { return fabsf(w); }
-};
-struct SquareFormula {
-  static constexpr bool grad = false, curvature = false;
-  static __device__ float at(float w, float, float) { return w * w; }
-};
-struct TaylorSignedFormula {
-  static constexpr bool grad = true, curvature = false;
-  static __device__ float at(float w, float g, float) { return w * g; }
-};
-struct TaylorAbsFormula {
-  static constexpr bool grad = true, curvature = false;
-  static __device__ float at(float w, float g, float) { return fabsf(w * g); }
-};
-struct FisherFormula {
-  static constexpr bool grad = false, curvature = true;
-  static __device__ float at(float w, float, float h) { return w * w * h; }
-};
-struct MixedFormula {
-  static constexpr bool grad = true, curvature = true;
-  static __device__ float at(float w, float g, float h) { return fabsf(w * g - (w * w * h) * 0.5f); }
 };
 
 enum class LoadMode { aligned, shifted, ragged };

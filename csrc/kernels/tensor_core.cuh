@@ -1,5 +1,5 @@
 // The instructions that a tensor-core tile is made of: asynchronous copies to shared memory, transposed fragment loads,
-// and the matrix products of a warp. Nothing else in the kernels is written in PTX.
+// and the matrix products of a warp. With hopper.cuh it has all that is written in PTX.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -44,7 +44,8 @@ int attribute(cudaDeviceAttr name) {
 }  // namespace
 
 bool map_tensor(const MappedTensor& t, TensorMap& map) {
-  constexpr int64_t kElement = 2, kMostStride = int64_t{1} << 40, kMostSize = int64_t{1} << 31;
+  // Coordinates are 32-bit, and walks end behind the tensor: one step of tokens, or less than one tile of channels.
+  constexpr int64_t kElement = 2, kMostStride = int64_t{1} << 40, kMostSize = (int64_t{1} << 31) - 256;
   // The stride of a dimension of one entry is never used, and may be anything.
   const int64_t token = (t.tokens > 1 ? t.at.row_stride : (t.channels + 7) / 8 * 8) * kElement;
   const int64_t batch = t.batches > 1 ? t.at.batch_stride * kElement : token * t.tokens;

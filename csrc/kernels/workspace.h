@@ -1,4 +1,4 @@
-// One host buffer that becomes one device buffer: tables of descriptors with pointers to each other, sent in one copy.
+// One host buffer that becomes one device buffer: tables of descriptors with pointers to each other, sent together.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,14 +25,13 @@ class Table {
   // Device bytes that the table needs, a multiple of 256.
   int64_t size() const { return static_cast<int64_t>((bytes_.size() + 255) / 256 * 256); }
 
-  // The source is pageable, so the call has read it when it returns, and the table may go.
+  // To the device, whose size() bytes begin at a multiple of 16. The table may go when the call returns. A small one,
+  // and any that a graph captures, travels in arguments of launches, which a graph keeps; a larger one is copied from
+  // pageable memory, which has been read by then.
   cudaError_t send(cudaStream_t stream) const { return send_to(device_, stream); }
 
   // The same for a table that was begun before its place was known, at null: its addresses are offsets.
-  cudaError_t send_to(void* device, cudaStream_t stream) const {
-    if (bytes_.empty()) return cudaSuccess;
-    return cudaMemcpyAsync(device, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice, stream);
-  }
+  cudaError_t send_to(void* device, cudaStream_t stream) const;
 
   // As it is on the host.
   char* bytes() { return bytes_.data(); }

@@ -37,6 +37,7 @@ torch::stable::Tensor CudaScope::workspace(const torch::stable::Tensor& like, in
 }
 
 void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) cudaGetLastError();  // forgets it, or the next launch, which is good, would report it
   STD_TORCH_CHECK(status == cudaSuccess, "pyprune: ", what, ": ", cudaGetErrorString(status));
 }
 

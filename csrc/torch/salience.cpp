@@ -62,11 +62,12 @@ SalienceCall prepare_salience(const std::vector<Tensor>& weights, const std::vec
   const auto sum_type = in_double ? ScalarType::Double : ScalarType::Float;
   call.row_sums = torch::stable::new_empty(weights[0], {rows}, sum_type);
   call.col_sums = torch::stable::new_empty(weights[0], {cols}, sum_type);
+  const int64_t sum_size = size_of(wide_of(call.tensors[0].dtype));
   char* row_sums = static_cast<char*>(call.row_sums.mutable_data_ptr());
   char* col_sums = static_cast<char*>(call.col_sums.mutable_data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
-    void* r = row_sums + offsets[i].first * (in_double ? 8 : 4);
-    void* c = col_sums + offsets[i].second * (in_double ? 8 : 4);
+    void* r = row_sums + offsets[i].first * sum_size;
+    void* c = col_sums + offsets[i].second * sum_size;
     const bool vector = weights[i].dim() == 1;
     call.tensors[i].row_sums = vector ? c : r;
     call.tensors[i].col_sums = vector ? r : c;

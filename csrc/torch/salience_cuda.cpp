@@ -15,14 +15,20 @@ struct Ready {
   SaliencePasses passes;
 };
 
-Ready ready(const CudaScope& scope, const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
-            const std::vector<Tensor>& curvatures, int64_t formula, bool in_place) {
+// To be asked before a CudaScope: the first weight may be on no CUDA device.
+void check_places(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                  const std::vector<Tensor>& curvatures) {
+  STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
   const int32_t device = weights[0].get_device_index();
   for (const auto* list : {&weights, &grads, &curvatures}) check_one_device(*list, device, "salience");
+}
+
+Ready ready(const CudaScope& scope, const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+            const std::vector<Tensor>& curvatures, int64_t formula, bool in_place) {
   const SalienceCall call = prepare_salience(weights, grads, curvatures, formula, in_place);
   STD_TORCH_CHECK(call.tensors[0].dtype != Dtype::float64, "pyprune::salience: float64 is for the CPU");
   const int64_t count = static_cast<int64_t>(call.tensors.size());
-  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.formula, call.tensors.data(), count));
+  const Tensor workspace = scope.workspace(weights[0], salience_workspace(call.tensors.data(), count));
   SaliencePasses passes;
   check_cuda(prepare_salience_cuda(call.formula, call.tensors.data(), count, workspace.mutable_data_ptr(),
                                    scope.stream(), passes),
@@ -32,7 +38,7 @@ Ready ready(const CudaScope& scope, const std::vector<Tensor>& weights, const st
 
 std::tuple<Tensor, Tensor> salience(const std::vector<Tensor> weights, const std::vector<Tensor> grads,
                                     const std::vector<Tensor> curvatures, int64_t formula) {
-  STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
+  check_places(weights, grads, curvatures);
   const CudaScope scope(weights[0]);
   const Ready made = ready(scope, weights, grads, curvatures, formula, /*in_place=*/false);
   check_cuda(launch_salience(made.passes, scope.stream()), "salience");
@@ -43,7 +49,7 @@ std::tuple<Tensor, Tensor> salience(const std::vector<Tensor> weights, const std
 std::tuple<Tensor, Tensor, Tensor, Tensor> salience_prepare(const std::vector<Tensor> weights,
                                                             const std::vector<Tensor> grads,
                                                             const std::vector<Tensor> curvatures, int64_t formula) {
-  STD_TORCH_CHECK(!weights.empty(), "pyprune::salience: no weights");
+  check_places(weights, grads, curvatures);
   const CudaScope scope(weights[0]);
   const Ready made = ready(scope, weights, grads, curvatures, formula, /*in_place=*/true);
   const Tensor host = host_bytes(weights[0], sizeof(SaliencePasses));

@@ -8,9 +8,8 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // The same sums, what a call is in host memory, and its workspace; salience_again_ makes the call anew: it reads the
   // tensors' values of that time, by addresses that it holds, and writes the sums once more
   m.def(
-      "salience_prepare(Tensor[] weights, Tensor[] grads, Tensor[] curvatures, int formula) -> (Tensor, Tensor, "
-      "Tensor, "
-      "Tensor)");
+      "salience_prepare(Tensor[] weights, Tensor[] grads, Tensor[] curvatures, int formula) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("salience_again_(Tensor(a!) row_sums, Tensor(b!) col_sums, Tensor host, Tensor(c!) workspace) -> ()");
   // curvatures += scale * grads^2
   m.def("accumulate_square_(Tensor(a!)[] curvatures, Tensor[] grads, float scale) -> ()");

@@ -46,7 +46,7 @@ def activation_salience(
 
     Returns:
         ``(rows, cols)`` of the weight as it is stored, float32 (float64 for float64): [weight.shape[0]] and
-        [weight.shape[1]]. Equal inputs give equal bits on the same device.
+        [weight.shape[1]]. Equal inputs in equal layouts give equal bits on the same device.
 
     Raises:
         PyPruneError: an unknown formula, or tensors that do not fit each other.

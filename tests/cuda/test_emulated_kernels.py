@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import helpers_emulation as emulation
+import numpy as np
 import pytest
 import torch
 from helpers_emulation import assert_activation, layer
@@ -146,3 +147,42 @@ def test_a_prepared_call_reads_what_the_tensors_hold_at_each_launch(library: cty
         for i, t in enumerate(tensors):
             t.mul_(0.5 + i)
     assert_salience("mixed", weights, grads, curvatures, call())
+
+
+@pytest.mark.parametrize("count", [1, 120], ids=["one piece", "pieces"])
+def test_a_graph_holds_all_that_its_calls_read_of_host_memory(count: int, library: ctypes.CDLL) -> None:
+    """Tables that the arguments of one launch hold, and larger ones; what is not the graph's is gone when it runs."""
+    shapes = [(3, 5), (9, 70), (2, 300)]
+    weights, grads, curvatures = inputs([shapes[i % 3] for i in range(count)], torch.float32)
+    was = [h.clone() for h in curvatures]
+    kept = [np.arange(i % 2, w.shape[1], 2) for i, w in enumerate(weights)]
+    places = [torch.full((w[:, k].numel() * 4,), 255, dtype=torch.uint8) for w, k in zip(weights, kept, strict=True)]
+    with emulation.captured(library) as replay:
+        emulation.accumulate_square(library, curvatures, grads, 0.5)
+        call = emulation.prepared_salience(library, "mixed", weights, grads, curvatures)  # has the workspace
+        sums = call()
+        emulation.gather(
+            library, [(w[None], [None, None, k], p) for w, k, p in zip(weights, kept, places, strict=True)]
+        )
+    assert all(map(torch.equal, curvatures, was))
+    for _ in range(2):
+        replay()
+        was = [h + 0.5 * (g * g) for h, g in zip(was, grads, strict=True)]
+        assert all(map(torch.equal, curvatures, was))
+        assert_salience("mixed", weights, grads, curvatures, sums)
+        for w, k, p in zip(weights, kept, places, strict=True):
+            assert torch.equal(p.view(torch.float32), w[:, k].flatten())
+        for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            w.mul_(0.5 + i), g.add_(1.0)
+
+
+@pytest.mark.slow
+def test_the_emulator_notices_a_table_that_a_graph_would_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = "if (capture == cudaStreamCaptureStatusNone)", ""
+    library = emulation.build_changed(tmp_path, monkeypatch, "workspace.cu", good, bad)
+    _, grads, curvatures = inputs([(3, 5)] * 120, torch.float32)
+    emulation.accumulate_square(library, curvatures, grads, 0.5)
+    with emulation.captured(library), pytest.raises(AssertionError):
+        emulation.accumulate_square(library, curvatures, grads, 0.5)

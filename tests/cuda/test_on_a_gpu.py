@@ -195,6 +195,32 @@ def test_a_prepared_call_runs_on_a_side_stream_and_in_a_graph() -> None:
     assert all(map(torch.equal, (*rows, *cols), (*want[0], *want[1])))
 
 
+@pytest.mark.parametrize("count", [3, 400], ids=["one piece", "pieces"])
+def test_calls_in_a_graph_read_no_host_memory_when_it_runs(count: int) -> None:
+    """Tables that the arguments of one launch hold, and larger ones."""
+    weights = [torch.randn(30, 70, device="cuda").to(DTYPES[i % 3]) for i in range(count)]
+    curvatures, wanted = ([torch.zeros(30, 70, device="cuda") for _ in weights] for _ in range(2))
+    kept = [{0: range(i % 5, 30, 3), 1: range(1, 70, 2)} for i in range(count)]
+
+    def call(h: list[Tensor]) -> list[Tensor]:
+        ops.accumulate_square_(h, weights, 0.5)
+        rows, cols = ops.salience("fisher", weights, curvatures=h)
+        return [*rows, *cols, *ops.gather(weights, kept)]
+
+    call([h.clone() for h in curvatures])  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call(curvatures)
+    other = [torch.full((n,), 255, dtype=torch.uint8) for n in range(16, 40_000, 16)]  # where the tables were
+    for turn in range(2):
+        for w in weights:
+            w.mul_(0.5 + turn)
+        graph.replay()
+        assert all(map(torch.equal, got, call(wanted)))
+        assert all(map(torch.equal, curvatures, wanted))
+    del other
+
+
 def test_sums_by_place_repeat_bit_for_bit() -> None:
     places = torch.randint(0, 50, (3, 20_000), device="cuda")
     values = torch.randn(3, 20_000, device="cuda")

@@ -2,7 +2,8 @@
 //
 // A block's threads are fibers that one processor thread runs in turn. They give way at __syncthreads and at the
 // operations of a warp, which are carried out when all 32 lanes have arrived. Shared memory is static, and filled with
-// NaN before each block; blocks run one after the other, or pair after pair.
+// NaN before each block; blocks run one after the other, or pair after pair. A launch is over when the call returns,
+// or, where it is captured, is kept with the arguments that it has, to be run as often as one likes.
 #pragma once
 
 #include <cmath>
@@ -20,10 +21,16 @@
 #define __cluster_dims__(...)
 #define __grid_constant__
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorStreamCaptureUnsupported
+};
 using cudaStream_t = void*;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaMemcpyHostToDevice };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
@@ -39,15 +46,10 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
   return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+// A graph would read the host's memory again whenever it is run, and is not to: refused where it is captured.
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

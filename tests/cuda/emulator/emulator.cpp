@@ -27,6 +27,26 @@ constexpr int kIdleRounds = 1000;  // of all threads, after which they wait for 
 int capability = 8;
 int64_t launches_of_pairs = 0;
 
+// What was captured: the work, and the device memory that calls asked for meanwhile.
+struct Graph {
+  std::vector<std::function<void()>> work;
+  std::vector<std::vector<char>> memory;
+};
+Graph graph;
+bool capturing;
+
+void run_or_capture(const std::function<void()>& work) {
+  capturing ? graph.work.push_back(work) : work();
+}
+
+// Device memory of one call, or of the graph.
+char* workspace(int64_t bytes) {
+  static std::vector<char> last;
+  std::vector<char>& place = capturing ? graph.memory.emplace_back() : last;
+  place = std::vector<char>(static_cast<size_t>(bytes), '\xff');
+  return place.data();
+}
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -137,7 +157,7 @@ void together(void* mine, const std::function<void(void* const (&lanes)[32])>& w
   while (warp.turn == turn) give_way();
 }
 
-void launch(unsigned blocks, unsigned threads, int shared_bytes, const std::function<void()>& kernel, unsigned pair) {
+void run(unsigned blocks, unsigned threads, int shared_bytes, const std::function<void()>& kernel, unsigned pair) {
   if (threads % 32 != 0 || shared_bytes > kSharedBytes || blocks % pair != 0) std::abort();
   body = &kernel;
   launches_of_pairs += pair > 1;
@@ -194,7 +214,27 @@ void launch(unsigned blocks, unsigned threads, int shared_bytes, const std::func
   }
 }
 
+void launch(unsigned blocks, unsigned threads, int shared_bytes, const std::function<void()>& kernel, unsigned pair) {
+  run_or_capture([=] { run(blocks, threads, shared_bytes, kernel, pair); });
+}
+
 }  // namespace emulator
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulator::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
+  if (emulator::capturing) return cudaErrorStreamCaptureUnsupported;
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  emulator::run_or_capture([=] { std::memset(to, value, bytes); });
+  return cudaSuccess;
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
   const int values[] = {emulator::capability, 0, 5};  // multiprocessors: two pairs at once, and one left over
@@ -223,6 +263,17 @@ int64_t emulate_launches_of_pairs() {
   return emulator::launches_of_pairs;
 }
 
+// Launches are captured from now on, into an empty graph, or run again.
+void emulate_capture(bool begin) {
+  if (begin) emulator::graph = {};
+  emulator::capturing = begin;
+}
+
+int emulate_graph() {
+  for (const auto& work : emulator::graph.work) work();
+  return std::exchange(emulator::broken, false) ? -1 : 0;
+}
+
 int emulate_activation(int formula, int dtype, const Matrix* rows_input, const Matrix* cols_input, const Matrix* weight,
                        const int64_t* sizes, float gradient_scale, float curvature_scale, float* row_sums,
                        float* col_sums) {
@@ -233,8 +284,7 @@ int emulate_activation(int formula, int dtype, const Matrix* rows_input, const M
   call.batches = sizes[0], call.tokens = sizes[1], call.rows = sizes[2], call.cols = sizes[3];
   call.gradient_scale = gradient_scale, call.curvature_scale = curvature_scale;
   call.row_sums = row_sums, call.col_sums = col_sums;
-  std::vector<char> workspace(static_cast<size_t>(activation_workspace(call)), '\xff');
-  const int status = activation_salience_cuda(call, workspace.data(), nullptr);
+  const int status = activation_salience_cuda(call, emulator::workspace(activation_workspace(call)), nullptr);
   return std::exchange(emulator::broken, false) ? -1 : status;
 }
 
@@ -245,13 +295,12 @@ int emulate_channels(int dtype, const Matrix* a, const Matrix* b, const int64_t*
   if (b != nullptr) call.b = *b;
   call.batches = sizes[0], call.rows = sizes[1], call.cols = sizes[2];
   call.sums = sums, call.squares = squares;
-  std::vector<char> workspace(static_cast<size_t>(channel_workspace(call)), '\xff');
-  return channel_sums_cuda(call, workspace.data(), nullptr);
+  return channel_sums_cuda(call, emulator::workspace(channel_workspace(call)), nullptr);
 }
 
 // A call that is prepared once and launched often; the caller keeps the workspace.
-int64_t emulate_salience_workspace(int formula, const SalienceTensor* tensors, int64_t count) {
-  return salience_workspace(static_cast<Formula>(formula), tensors, count);
+int64_t emulate_salience_workspace(const SalienceTensor* tensors, int64_t count) {
+  return salience_workspace(tensors, count);
 }
 
 int64_t emulate_passes_size() {
@@ -268,14 +317,13 @@ int emulate_launch_salience(const void* passes) {
 }
 
 int emulate_accumulate(const AccumulateTensor* tensors, int64_t count, double scale) {
-  std::vector<char> workspace(static_cast<size_t>(accumulate_workspace(tensors, count)), '\xff');
-  return accumulate_square_cuda(tensors, count, scale, workspace.data(), nullptr);
+  char* const workspace = emulator::workspace(accumulate_workspace(tensors, count));
+  return accumulate_square_cuda(tensors, count, scale, workspace, nullptr);
 }
 
 int emulate_gather(const GatherTensor* tensors, int64_t count) {
   GatherPlan plan = plan_gather(tensors, count);
-  std::vector<char> workspace(static_cast<size_t>(plan.table.size()), '\xff');
-  return gather_cuda(plan, workspace.data(), nullptr);
+  return gather_cuda(plan, emulator::workspace(plan.table.size()), nullptr);
 }
 
 }  // extern "C"
