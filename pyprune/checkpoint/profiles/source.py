@@ -15,6 +15,17 @@ from pyprune.checkpoint.load import check_config, model_class, open_config, open
 from pyprune.errors import PyPruneError
 from pyprune.surgery import skeleton
 
+OWN_CODE = (
+    "Models with code of their own are opened with it, or by pyprune.load; of a folder that an export made, export the "
+    "one that it was made from."
+)
+"""Hint where :func:`is_transformers_own` says no."""
+
+
+def is_transformers_own(model: Any) -> bool:
+    """Whether a model's class is one of transformers, and not of code that came with the checkpoint."""
+    return type(model).__module__.startswith("transformers.")
+
 
 @dataclass
 class Source:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyprune import families
 from pyprune.checkpoint.profiles.configuration import edit_config
+from pyprune.checkpoint.profiles.source import OWN_CODE, is_transformers_own
 from pyprune.errors import PyPruneError
 from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.attributes import read
@@ -26,6 +27,9 @@ _ROLES = {"intermediate_size": "ffn", "num_key_value_heads": "kv_heads", "moe_in
 
 def check(outline: Any) -> None:
     """Raises PyPruneError, with the nearest widths that fit, unless the stock class builds the model."""
+    if not is_transformers_own(outline):  # its layers may differ in ways that only its code knows
+        problem = f"holds what a class of transformers builds, and {type(outline).__name__} is none"
+        raise PyPruneError("profile", "uniform", problem, OWN_CODE)
     text = text_config(outline.config)
     overrides = layer_overrides(text)
     if overrides:
