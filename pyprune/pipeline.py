@@ -24,6 +24,7 @@ from pyprune.evaluation.generation import paired_samples
 from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration
+from pyprune.importance.modes import in_memory
 from pyprune.importance.scores import Scores
 from pyprune.opening import Opened, calibration_for, groups_of, measure, named, open_or_take, tensor_bytes
 from pyprune.report.data import Report, versions
@@ -39,6 +40,7 @@ from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import goal_of
 from pyprune.stage_options import AUTO
 from pyprune.streaming.run import prune_from_disk
+from pyprune.surgery.apply import bare
 from pyprune.surgery.skeleton import is_stock
 from pyprune.texts import evaluation_windows, page_prompts
 from pyprune.trial import first_that_fits
@@ -110,6 +112,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     preflight.check_request(recipe)
     stages = Stages()
     dense = open_or_take(recipe.model, stages, model, tokenizer)
+    dense.model = in_memory(bare(dense.model))
     job, texts = _prepare(recipe, dense, stages)
     recipe = job.recipe
     before = _figures(dense.model, dense.tokenizer, recipe, texts, stages, " before")

@@ -21,6 +21,7 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import sample_prompts
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
+from pyprune.importance.modes import in_memory
 from pyprune.ops.product import fast_bf16
 from pyprune.recovery import adapter
 from pyprune.recovery.examples import Encoder
@@ -33,6 +34,7 @@ from pyprune.recovery.train import Training, autocast
 from pyprune.recovery.unfinished import Unfinished
 from pyprune.recovery_options import DistillConfig
 from pyprune.selection.plan import Plan
+from pyprune.surgery.apply import bare
 
 PACKAGES = ("peft", "accelerate")
 HIGHEST_RATE = 2e-3
@@ -121,6 +123,7 @@ def open_start(
 ) -> Start:
     if model is not None:
         preflight.check_object(model, recipe.model)
+        in_memory(bare(model))
         name = getattr(model, "name_or_path", "") or type(model).__name__
         check_finite(model, name)
         return Start(model, tokenizer, name, next(model.parameters()).device)

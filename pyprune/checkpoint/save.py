@@ -16,10 +16,10 @@ from pyprune.checkpoint.card import model_card
 from pyprune.checkpoint.files import SINGLE
 from pyprune.checkpoint.load import check_finite
 from pyprune.checkpoint.quiet import quiet
-from pyprune.discovery.run import unwrap
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
 from pyprune.surgery import gguf, skeleton
+from pyprune.surgery.apply import bare
 from pyprune.surgery.decoder import structure
 from pyprune.surgery.writable import refusal, stand_in
 
@@ -69,9 +69,9 @@ def save(
 
     Raises:
         PyPruneError: the folder exists (without ``overwrite``), the disk is or would get full, the model's weights are
-            not in memory or not finite, or no configuration describes it.
+            not in memory or not finite, it carries an adapter, or no configuration describes it.
     """
-    model = unwrap(model)
+    model = bare(model)
     path = check_target(folder, overwrite)
     if weights is None:
         size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
