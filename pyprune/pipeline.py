@@ -15,7 +15,7 @@ from torch import Tensor
 from pyprune import layer_removal, method, preflight
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
-from pyprune.checkpoint.save import save
+from pyprune.checkpoint.save import check_ties, save
 from pyprune.compensation.checks import check_plan, check_samples, judged_roles
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.cutting import Job, cut_down, judge_of, scored
@@ -187,6 +187,8 @@ def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _
         recipe = method.for_saving(recipe, smallest)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest, dense.tokenizer)
+        if recipe.save.output_dir is not None and recipe.save.profile != "gguf":  # which holds each under its own name
+            check_ties(dense.model)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     texts = _Texts(windows, name, page_prompts(recipe, dense.tokenizer))
     judge = judge_of(recipe)

@@ -15,7 +15,7 @@ import yaml
 from pyprune import preflight
 from pyprune.checkpoint.atomic import OTHER_FILES, check_space, check_target, complete_folder
 from pyprune.checkpoint.load import check_finite, open_model
-from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
+from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT, check_ties
 from pyprune.config import RecoverConfig
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import sample_prompts
@@ -168,6 +168,7 @@ def usual_rate(model: Any) -> float:
 
 def check_room(recipe: RecoverConfig, start: Start) -> None:
     if recipe.save.output_dir is not None:
+        check_ties(start.model)
         size = sum(p.numel() * p.element_size() for p in start.model.parameters())
         with preflight.renamed(folder="output_dir"):
             check_space(Path(recipe.save.output_dir).absolute(), size + OTHER_FILES)
