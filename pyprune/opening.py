@@ -19,6 +19,7 @@ from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
+from pyprune.importance.modes import in_memory
 from pyprune.stage_options import CalibrationConfig, EvalConfig, ModelConfig
 from pyprune.texts import window_prefix
 
@@ -60,7 +61,8 @@ def open_or_take(config: ModelConfig, stages: Stages, model: Any = None, tokeniz
     """The model that ``config`` names, or ``model`` itself.
 
     Raises:
-        PyPruneError: it cannot be opened, its weights are not finite, or options do not go with an object.
+        PyPruneError: it cannot be opened, its weights are not in memory or not finite, or options do not go with an
+            object.
     """
     if model is None:
         name = named(config.model_name_or_path)
@@ -70,6 +72,8 @@ def open_or_take(config: ModelConfig, stages: Stages, model: Any = None, tokeniz
         found = sum(f.stat().st_size for f in Path(name).glob("*.safetensors"))
         return Opened(model, own if tokenizer is None else tokenizer, name, found or tensor_bytes(model), mine=True)
     preflight.check_object(model, config)
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate fetches weights when it runs
+        in_memory(model)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     check_finite(model, name)
     return Opened(model, tokenizer, name, tensor_bytes(model), mine=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyprune import layer_removal, method, preflight
 from pyprune.checkpoint.outline import open_outline
 from pyprune.checkpoint.profiles import check_fits, save_as
-from pyprune.checkpoint.save import save
+from pyprune.checkpoint.save import check_ties, save
 from pyprune.compensation.checks import check_plan, check_samples, judged_roles
 from pyprune.config import InspectConfig, PruneConfig, ScoringConfig
 from pyprune.cutting import Job, cut_down, judge_of, scored
@@ -24,7 +24,7 @@ from pyprune.evaluation.generation import paired_samples
 from pyprune.evaluation.overlap import overlap_notes
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration
-from pyprune.importance.modes import own_modes
+from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.scores import Scores
 from pyprune.opening import Opened, calibration_for, groups_of, measure, named, open_or_take, tensor_bytes
 from pyprune.report.data import Report, versions
@@ -40,6 +40,7 @@ from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import goal_of
 from pyprune.stage_options import AUTO
 from pyprune.streaming.run import prune_from_disk
+from pyprune.surgery.apply import bare
 from pyprune.surgery.skeleton import is_stock
 from pyprune.texts import evaluation_windows, page_prompts
 from pyprune.trial import first_that_fits
@@ -112,6 +113,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     preflight.check_request(recipe)
     stages = Stages()
     dense = open_or_take(recipe.model, stages, model, tokenizer)
+    dense.model = in_memory(bare(dense.model))
     job, texts = _prepare(recipe, dense, stages)
     recipe = job.recipe
     before = _figures(dense.model, dense.tokenizer, recipe, texts, stages, " before")
@@ -186,6 +188,8 @@ def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _
             _check_batches(recipe, trial, batches)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest, dense.tokenizer)
+        if recipe.save.output_dir is not None and recipe.save.profile != "gguf":  # which holds each under its own name
+            check_ties(dense.model)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     texts = _Texts(windows, name, page_prompts(recipe, dense.tokenizer))
     judge = judge_of(recipe)

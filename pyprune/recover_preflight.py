@@ -15,12 +15,13 @@ import yaml
 from pyprune import preflight
 from pyprune.checkpoint.atomic import OTHER_FILES, check_space, check_target, complete_folder
 from pyprune.checkpoint.load import check_finite, open_model
-from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT
+from pyprune.checkpoint.save import IMPORTANCE, PLAN, RECIPE, REPORT, check_ties
 from pyprune.config import RecoverConfig
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import sample_prompts
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
+from pyprune.importance.modes import in_memory
 from pyprune.ops.product import fast_bf16
 from pyprune.recovery import adapter
 from pyprune.recovery.examples import Encoder
@@ -33,6 +34,7 @@ from pyprune.recovery.train import Training, autocast
 from pyprune.recovery.unfinished import Unfinished
 from pyprune.recovery_options import DistillConfig
 from pyprune.selection.plan import Plan
+from pyprune.surgery.apply import bare
 
 PACKAGES = ("peft", "accelerate")
 HIGHEST_RATE = 2e-3
@@ -121,6 +123,7 @@ def open_start(
 ) -> Start:
     if model is not None:
         preflight.check_object(model, recipe.model)
+        in_memory(bare(model))
         name = getattr(model, "name_or_path", "") or type(model).__name__
         check_finite(model, name)
         return Start(model, tokenizer, name, next(model.parameters()).device)
@@ -165,6 +168,7 @@ def usual_rate(model: Any) -> float:
 
 def check_room(recipe: RecoverConfig, start: Start) -> None:
     if recipe.save.output_dir is not None:
+        check_ties(start.model)
         size = sum(p.numel() * p.element_size() for p in start.model.parameters())
         with preflight.renamed(folder="output_dir"):
             check_space(Path(recipe.save.output_dir).absolute(), size + OTHER_FILES)

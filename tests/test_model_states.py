@@ -135,6 +135,54 @@ def test_a_model_whose_weights_moved_away_is_named(case: Case, stage: str) -> No
         case.stages()[stage](model)
 
 
+def whole_line(case: Case, folder: Any) -> dict[str, Any]:
+    """Name -> what begins with a model and ends with another or with figures."""
+    return {
+        "prune": lambda m: pyprune.prune(m, ratio=0.2, calibration=case.ids),
+        "prune by weights": lambda m: pyprune.prune(m, ratio=0.2, criterion="l2"),
+        "recover": lambda m: pyprune.recover(m, data=case.ids.repeat(4, 2), cutoff=32, bf16=False),
+        "save": lambda m: pyprune.save(m, None, folder / "out"),
+        "export": lambda m: pyprune.export(m, folder / "out", "hetero-hf"),
+        "evaluate": lambda m: pyprune.evaluate(m, eval_text=case.ids.flatten(), eval_length=16),
+    }
+
+
+@pytest.mark.parametrize("verb", ["prune", "prune by weights", "recover", "save", "export", "evaluate"])
+def test_every_verb_names_a_model_whose_weights_moved_away(case: Case, verb: str, tmp_path: Any) -> None:
+    model = copy.deepcopy(case.model)
+    pyprune.apply(model, case.plan)
+    with pytest.raises(PyPruneError, match="has weights that are not in memory"):
+        whole_line(case, tmp_path)[verb](model)
+
+
+def test_weights_that_come_when_the_model_runs_are_evaluated(case: Case, tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = pyprune.save(copy.deepcopy(case.model), None, tmp_path / "in")
+    places = {"model.layers.1": "disk"}
+    places |= dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head"], "cpu")
+    options = {"device_map": {**places, "model.rotary_emb": "cpu"}, "offload_folder": str(tmp_path / "away")}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert any(p.is_meta for p in model.parameters())
+    evaluate = whole_line(case, tmp_path)["evaluate"]
+    assert evaluate(model)["perplexity"]["nll"] == evaluate(case.model)["perplexity"]["nll"]
+
+
+@pytest.mark.parametrize("verb", ["prune", "prune by weights", "recover", "save", "export"])
+def test_a_model_with_an_adapter_is_refused_at_once(case: Case, verb: str, tmp_path: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(PyPruneError, match=r"PeftModelForCausalLM.* Merge the adapter first: model = model.merge_and_"):
+        whole_line(case, tmp_path)[verb](get_peft_model(copy.deepcopy(case.model), settings))
+
+
+def test_a_compiled_model_is_pruned_as_what_is_inside(case: Case, tmp_path: Any) -> None:
+    prune = whole_line(case, tmp_path)["prune by weights"]
+    plain, wrapped = (prune(m).model for m in (copy.deepcopy(case.model), compiled(copy.deepcopy(case.model))))
+    assert torch.equal(plain(case.ids).logits, wrapped(case.ids).logits)
+
+
 def test_a_compiled_model_is_saved_as_what_is_inside(case: Case, tmp_path: Any) -> None:
     pyprune.save(compiled(copy.deepcopy(case.model)), None, tmp_path / "out")
     found = pyprune.load(tmp_path / "out")

@@ -187,6 +187,25 @@ def test_a_model_without_a_head_is_refused() -> None:
         pyprune.prune(tiny_llama().model, ratio=0.2, criterion="l2")
 
 
+def test_a_module_in_two_places_is_refused_before_scoring_where_the_result_is_to_be_saved(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def shared():
+        model = tiny_llama()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    options = {"ratio": 0.2, "criterion": "l2"}
+    assert pyprune.prune(shared(), **options).model is not None
+    monkeypatch.setattr(cutting, "score", lambda *a, **k: pytest.fail("scoring has begun"))
+    with pytest.raises(PyPruneError, match=r"layers.1.mlp.*': is one tensor with model.layers.0.mlp"):
+        pyprune.prune(shared(), **options, output_dir=tmp_path / "out")
+    data = {"data": tokens(40), "cutoff": 32, "bf16": False}
+    with pytest.raises(PyPruneError, match=r"layers.1.mlp.*': is one tensor with model.layers.0.mlp"):
+        pyprune.recover(shared(), **data, output_dir=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nan_in_a_given_model_is_refused() -> None:
     model = tiny_llama()
     with torch.no_grad():

@@ -16,6 +16,9 @@ from pyprune.surgery import skeleton
 BUILD = "pyprune_build"
 """Field of ``config.json`` for the modelling file that lies beside some checkpoints."""
 
+UNEVEN = "deci"
+"""GGUF's architecture for Llama-shaped models whose layers have widths of their own."""
+
 _REFUSALS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 """What opening a damaged checkpoint raises: model classes take the values of a configuration as they are."""
 
@@ -73,9 +76,7 @@ def open_model(
     if path.is_dir():
         return _from_folder(path, dtype, device, trust_remote_code), open_tokenizer(str(path), trust_remote_code, path)
     if path.suffix == ".gguf" and path.is_file():
-        options = {"gguf_file": path.name}
-        model = _from_pretrained(str(path.parent), dtype, device, trust_remote_code, **options)
-        return model, open_tokenizer(str(path.parent), trust_remote_code, None, **options)
+        return _from_gguf(path, dtype, device, trust_remote_code)
     name = str(model_name_or_path)
     if path.exists() or looks_like_a_path(name):
         raise PyPruneError(OPTION, name, "is not a folder with a checkpoint" if path.exists() else "does not exist")
@@ -88,6 +89,20 @@ def _from_folder(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -
     check_folder(path)
     check_config(read_config(path), str(path), trust_remote_code)
     return _from_pretrained(str(path), dtype, device, trust_remote_code)
+
+
+def _from_gguf(path: Path, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Transformers take a folder and a name in it; messages name the file."""
+    folder, options = str(path.parent), {"gguf_file": path.name}
+    try:
+        model = _from_pretrained(folder, dtype, device, trust_remote_code, **options)
+        return model, open_tokenizer(folder, trust_remote_code, None, **options)
+    except PyPruneError as error:
+        problem, hint = error.problem, error.hint
+        if f"model type `{UNEVEN}`" in str(error.__cause__):
+            problem = f"has layers of different widths (architecture {UNEVEN}), which only llama.cpp opens"
+            hint = "Name the folder that it was made from; pruning with another profile than gguf leaves one."
+        raise PyPruneError(error.option, str(path), problem, hint) from error.__cause__
 
 
 def looks_like_a_path(name: str) -> bool:

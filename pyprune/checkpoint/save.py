@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from pyprune.checkpoint.atomic import OTHER_FILES, check_space, check_target, complete_folder
 from pyprune.checkpoint.card import model_card
 from pyprune.checkpoint.files import SINGLE
 from pyprune.checkpoint.load import check_finite
 from pyprune.checkpoint.quiet import quiet
-from pyprune.discovery.run import unwrap
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Plan
 from pyprune.surgery import gguf, skeleton
+from pyprune.surgery.apply import bare
 from pyprune.surgery.decoder import structure
 from pyprune.surgery.writable import refusal, stand_in
 
@@ -69,9 +71,10 @@ def save(
 
     Raises:
         PyPruneError: the folder exists (without ``overwrite``), the disk is or would get full, the model's weights are
-            not in memory or not finite, or no configuration describes it.
+            not in memory, not finite or tied otherwise than its class ties them, it carries an adapter, or no
+            configuration describes it.
     """
-    model = unwrap(model)
+    model = bare(model)
     path = check_target(folder, overwrite)
     if weights is None:
         size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
@@ -80,6 +83,7 @@ def save(
                 "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
             )
         check_finite(model, type(model).__name__, "model", "Nothing was written.")
+        check_ties(model)
         check_space(path, size + OTHER_FILES)
     if gguf.drop_marks(model):
         warnings.warn("The model came from a GGUF file; it is saved in full precision.", stacklevel=2)
@@ -112,6 +116,25 @@ def write_records(
         (work / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if recipe is not None:
         (work / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+
+
+def check_ties(model: Any) -> None:
+    """Raises PyPruneError when two modules share a tensor that the model's class has twice: its files hold it once, and
+    an opened model would lack the second."""
+    declared = [
+        f"{path}.{pattern}" if path else pattern
+        for path, module in model.named_modules()
+        for pattern in getattr(module, "_tied_weights_keys", None) or ()
+    ]
+    first: dict[Any, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or not tensor.numel() or any(re.search(d, name) for d in declared):
+            continue
+        other = first.setdefault(id(tensor) if tensor.is_meta else (tensor.device, tensor.data_ptr()), name)
+        if other != name:
+            problem = f"is one tensor with {other}, and {type(model).__name__} has two in their places"
+            hint = "Give each module a tensor of its own (copy.deepcopy)."
+            raise PyPruneError("model", name, problem, hint)
 
 
 def _writable(model: Any) -> Any:

@@ -215,7 +215,7 @@ class InnerRefit:
             products[name] = _outputs(given[name].x[some], rows if m.dim == 0 else rows.t(), m.bias)
         try:
             found = looked.program(products)
-        except (RuntimeError, IndexError, ValueError, TypeError):  # sizes of the whole stand in it
+        except (RuntimeError, LookupError, ValueError, TypeError):  # sizes of the whole stand in it, or a matrix twice
             return False
         close = 30 * CLOSE if wanted.dtype in (torch.bfloat16, torch.float16) else CLOSE
         return found.shape == wanted.shape and float((found - wanted).norm()) <= close * float(wanted.norm())

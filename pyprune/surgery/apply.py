@@ -49,7 +49,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
         PyPruneError: when the class cannot have the planned shapes, the plan is for another model, or the model
             carries what cannot be pruned (adapters, quantised weights, hooks, a compiled wrapper).
     """
-    model = unwrap(model)
+    model = bare(model)
     _refuse(model)
     tensors = Tensors.of(model)
     _check_plan(plan, tensors)
@@ -84,17 +84,28 @@ def notice(groups: tuple[str, ...], config: str, how: str) -> str:
     return f"No {config} expresses the cuts of {shown}: their {how}, for pyprune.load and profile hetero-hf."
 
 
-def _refuse(model: Any) -> None:
+def bare(model: Any) -> Any:
+    """The transformers model inside ``torch.compile``'s wrapper, or the model itself.
+
+    Raises:
+        PyPruneError: it is in another wrapper, or carries an adapter.
+    """
     from transformers import PreTrainedModel
 
+    model = unwrap(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         hint = "Merge the adapter first: model = model.merge_and_unload()." if "Peft" in name else ""
         raise PyPruneError("model", name, "is not a transformers model", hint or "Pass the model inside the wrapper.")
-    if getattr(model, "is_quantized", False) and not is_from_gguf(model):
-        raise PyPruneError("model", name, "has quantised weights", "Load it in bfloat16 or float32 and prune that.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise PyPruneError("model", name, "carries an adapter", "Merge or delete the adapter first.")
+    return model
+
+
+def _refuse(model: Any) -> None:
+    name = type(model).__name__
+    if getattr(model, "is_quantized", False) and not is_from_gguf(model):
+        raise PyPruneError("model", name, "has quantised weights", "Load it in bfloat16 or float32 and prune that.")
     hint = "Remove them and add them again after."
     for path, parameter in model.named_parameters():
         hooks = _gradient_hooks(parameter)

@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
+import helpers_export as x
 import helpers_surgery as h
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pyprune
 from pyprune.checkpoint import load, open_model, save
 from pyprune.errors import PyPruneError
 from pyprune.surgery import apply, gguf
@@ -371,3 +373,13 @@ def test_an_index_of_weights_that_says_something_else_is_named(tmp_path, text):
     (tmp_path / "m" / "model.safetensors.index.json").write_text(text)
     with pytest.raises(PyPruneError, match=r"model\.safetensors\.index\.json.*which file holds which weight"):
         load(tmp_path / "m")
+
+
+def test_a_gguf_file_that_transformers_cannot_read_is_named_with_the_way_out(tmp_path):
+    uneven = tmp_path / "model.gguf"
+    pyprune.export(x.made(), uneven, "gguf")
+    with pytest.raises(PyPruneError, match=rf"'{uneven}': has layers of different widths .* Name the folder"):
+        open_model(uneven)
+    (tmp_path / "bad.gguf").write_bytes(b"something else")
+    with pytest.raises(PyPruneError, match=rf"'{tmp_path / 'bad.gguf'}': cannot be opened"):
+        open_model(tmp_path / "bad.gguf")

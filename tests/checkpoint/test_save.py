@@ -312,3 +312,30 @@ def test_a_used_up_model_is_not_saved(tmp_path):
     apply(model, Plan())
     with pytest.raises(PyPruneError, match="weights that are not in memory"):
         save(model, None, tmp_path / "out")
+
+
+SHARED = {
+    "a layer": "model.layers.1",
+    "an FFN": "model.layers.1.mlp",
+    "an attention": "model.layers.1.self_attn",
+    "a matrix": "model.layers.1.mlp.down_proj",
+    "a norm": "model.layers.1.input_layernorm",
+}
+
+
+@pytest.mark.parametrize("path", SHARED.values(), ids=SHARED)
+def test_a_module_that_stands_in_two_places_is_named(tmp_path, path):
+    model = h.tiny("llama")
+    model.set_submodule(path, model.get_submodule(path.replace("1", "0")))
+    with pytest.raises(PyPruneError, match=rf"model '{path}.*': is one tensor with model.layers.0.* has two in their"):
+        save(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_views_of_one_tensor_are_seen_and_the_ties_of_the_class_are_kept(tmp_path):
+    model = h.tiny("llama", tie_word_embeddings=True)
+    model.tie_weights()
+    assert torch.equal(h.logits(load(save(model, None, tmp_path / "tied"))), h.logits(model))
+    model.model.layers[1].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight.data
+    with pytest.raises(PyPruneError, match=r"layers.1.mlp.up_proj.weight': is one tensor with model.layers.0.mlp.up_p"):
+        save(model, None, tmp_path / "out")

@@ -119,6 +119,16 @@ def test_an_ffn_with_a_number_for_each_token_is_left_as_the_refit_made_it() -> N
     assert len(done.matrices) == 2 and all(m.after_outputs is None and m.penalty is not None for m in done.matrices)
 
 
+def test_an_ffn_whose_gate_is_its_up_projection_is_left_as_the_refit_made_it() -> None:
+    dense = model_of("LlamaConfig")
+    for layer in dense.model.layers:  # type: ignore[union-attr]
+        layer.mlp.gate_proj = layer.mlp.up_proj
+    before, _ = fitted(dense, ids(60))
+    model, done = fitted(dense, ids(60), scope="ffn")
+    assert len(done.matrices) == 2 and all(m.after_outputs is None and m.penalty is not None for m in done.matrices)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
 class _Scaled(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -9,10 +9,11 @@ import helpers_export as x
 import helpers_surgery as h
 import pytest
 import torch
+from helpers_families import build
 from helpers_fresh import ask, fresh_answers, own_answer
 
 import pyprune
-from pyprune.checkpoint import load
+from pyprune.checkpoint import load, save
 from pyprune.checkpoint.profiles import uniform
 from pyprune.checkpoint.profiles.source import of_model
 from pyprune.discovery import discover
@@ -90,3 +91,24 @@ def test_a_hetero_hf_folder_that_is_even_becomes_a_plain_one(tmp_path) -> None:
     assert not {"auto_map", "pyprune_build"} & config.keys()
     assert not (tmp_path / "plain/modeling_pyprune.py").exists()
     assert torch.equal(h.logits(load(tmp_path / "plain")), h.logits(model))
+
+
+@pytest.mark.parametrize("profile", ["uniform", "hetero-hf", "hetero-decilm", "gguf"])
+def test_a_decilm_folder_is_refused_with_advice_that_works(tmp_path, profile) -> None:
+    model = h.tiny("llama", intermediate_size=768, num_hidden_layers=2)
+    [group] = [g for g in h.groups_of(model) if g.role == "ffn" and g.layer == 1]
+    made = save(apply(model, Plan((h.cut(group, 512),))), None, tmp_path / "made")
+    folder = pyprune.export(made, tmp_path / "deci", "hetero-decilm")
+    out = tmp_path / "out.gguf"
+    with pytest.raises(PyPruneError, match=rf"profile '{profile}'.*DeciLM.* export the one that it was") as e:
+        pyprune.export(folder, out, profile, trust_remote_code=True)
+    assert "hetero-hf, or uniform" not in str(e.value)
+    assert not out.exists()
+
+
+def test_layers_of_a_class_with_code_of_its_own_are_even_by_their_shapes(tmp_path) -> None:
+    model = build("Baichuan 7B", tmp_path / "whole")
+    uniform.check(model)
+    found = discover(model).prunable(["ffn"])
+    with pytest.raises(PyPruneError, match=r"the layers of BaichuanForCausalLM differ"):
+        uniform.check(apply(model, Plan((h.cut(found[0], 8),))))

@@ -173,3 +173,30 @@ def test_a_folder_without_one_of_its_weights_is_refused(folder, tmp_path) -> Non
     with pytest.raises(PyPruneError, match=r"lacks the weight model\.norm\.weight"):
         pyprune.export(folder, tmp_path / "m.gguf", "gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("source", ["folder", "model"])
+@pytest.mark.parametrize(("profile", "name"), [("hetero-hf", "out"), ("gguf", "out.gguf")])
+def test_a_type_that_has_no_room_for_a_weight_is_refused(folder, tmp_path, profile, name, source) -> None:
+    model = load(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    given = model if source == "model" else save(model, None, tmp_path / "large")
+    before = everything(tmp_path)
+    with pytest.raises(PyPruneError, match=r"dtype 'float16': has no room for 1 weights of .*down_proj.* Use bfloat16"):
+        pyprune.export(given, tmp_path / name, profile, dtype="float16")
+    assert everything(tmp_path) == before
+    pyprune.export(given, tmp_path / name, profile, dtype="bfloat16")
+
+
+def test_chat_templates_with_names_come_along(folder, tmp_path) -> None:
+    tokenizer = x.bpe_tokenizer("{{ messages }}")
+    templates = {"default": "{{ messages }}", "tool_use": "{{ messages }} with tools"}
+    named = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, chat_template=templates)
+    save(load(folder), named, tmp_path / "named")
+    out = pyprune.export(tmp_path / "named", tmp_path / "out", "hetero-hf")
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(out).chat_template == templates
+    other = pyprune.export(tmp_path / "named", tmp_path / "other", "hetero-hf", tokenizer=tokenizer)
+    assert not (other / "additional_chat_templates").exists()  # they are of the tokenizer that was replaced

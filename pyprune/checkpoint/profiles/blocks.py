@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyprune.checkpoint.profiles.source import OWN_CODE, is_transformers_own
 from pyprune.errors import PyPruneError
 from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.decoder import structure
@@ -37,7 +38,8 @@ def llama_blocks(outline: Any, profile: str, gaps: Sequence[str] = ()) -> list[B
     config = outline.config
     cls = type(outline).__name__
     if SUPPORTED.get(config.model_type) != cls:
-        hint = f"It holds {' and '.join(SUPPORTED.values())}; use hetero-hf, or uniform."
+        other = "Use hetero-hf, or uniform." if is_transformers_own(outline) else OWN_CODE
+        hint = f"It holds {' and '.join(SUPPORTED.values())}. {other}"
         raise PyPruneError("profile", profile, f"cannot hold a {cls}", hint)
     if config.hidden_act not in ("silu", "swish"):
         raise PyPruneError("profile", profile, f"has SiLU in its FFN, and the model {config.hidden_act}")

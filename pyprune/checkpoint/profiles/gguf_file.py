@@ -18,6 +18,7 @@ from torch import Tensor
 from pyprune.checkpoint.profiles.blocks import Block, is_uniform, llama_blocks
 from pyprune.checkpoint.profiles.source import Source
 from pyprune.checkpoint.profiles.vocabulary import add_vocabulary
+from pyprune.checkpoint.profiles.weights import in_type
 from pyprune.errors import PyPruneError
 from pyprune.progress import track
 
@@ -88,7 +89,8 @@ def write(source: Source, file: Path, dtype: torch.dtype, vocabulary: Path | Non
             writer.write_tensor_data(factors.numpy())
         for name, shape in track(planned, "write gguf"):
             value = _permuted(name, _read(source, name, shape), blocks)
-            writer.write_tensor_data(_raw(value, dtype if len(shape) > 1 else torch.float32))
+            value = in_type(name, value, dtype if len(shape) > 1 else torch.float32)
+            writer.write_tensor_data(_raw(value))
     finally:
         writer.close()
 
@@ -177,7 +179,7 @@ def _announce(writer: Any, name: str, shape: Any, dtype: torch.dtype) -> None:
     writer.add_tensor_info(name, tuple(shape), np.dtype(np.float32), size, raw_dtype=kind)
 
 
-def _raw(value: Tensor, dtype: torch.dtype) -> Any:
+def _raw(value: Tensor) -> Any:
     """The bytes of a weight, as a NumPy array; NumPy has no bfloat16."""
-    value = value.to(device="cpu", dtype=dtype).contiguous()
-    return (value.view(torch.int16) if dtype == torch.bfloat16 else value).numpy()
+    value = value.cpu().contiguous()
+    return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()

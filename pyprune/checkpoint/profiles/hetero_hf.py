@@ -16,6 +16,7 @@ from typing import Any
 from pyprune import families
 from pyprune.checkpoint.load import BUILD
 from pyprune.checkpoint.profiles.configuration import edit_config
+from pyprune.checkpoint.profiles.source import OWN_CODE, is_transformers_own
 from pyprune.errors import PyPruneError
 from pyprune.surgery import narrow, skeleton
 from pyprune.surgery.decoder import layer_overrides, layers_path, on_meta, scalars, structure, text_config
@@ -52,9 +53,8 @@ def build_record(outline: Any) -> dict[str, Any]:
         PyPruneError: the model's class is none of transformers', or the file's model would differ from it.
     """
     cls: Any = type(outline)
-    if not cls.__module__.startswith("transformers."):
-        hint = "Models with remote code are opened by pyprune.load only."
-        raise PyPruneError("profile", "hetero-hf", f"{cls.__name__} is no class of transformers", hint)
+    if not is_transformers_own(outline):
+        raise PyPruneError("profile", "hetero-hf", f"{cls.__name__} is no class of transformers", OWN_CODE)
     path = layers_path(outline) if layer_overrides(text_config(outline.config)) else None
     problem = ""
     for layers in dict.fromkeys((path, None)):

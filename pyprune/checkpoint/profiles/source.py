@@ -14,6 +14,18 @@ from pyprune.checkpoint.files import OPTION, check_folder, read_config, weight_f
 from pyprune.checkpoint.load import check_config, model_class, open_config, open_model
 from pyprune.errors import PyPruneError
 from pyprune.surgery import skeleton
+from pyprune.surgery.apply import bare
+
+OWN_CODE = (
+    "Models with code of their own are opened with it, or by pyprune.load; of a folder that an export made, export the "
+    "one that it was made from."
+)
+"""Hint where :func:`is_transformers_own` says no."""
+
+
+def is_transformers_own(model: Any) -> bool:
+    """Whether a model's class is one of transformers, and not of code that came with the checkpoint."""
+    return type(model).__module__.startswith("transformers.")
 
 
 @dataclass
@@ -88,12 +100,9 @@ def of_model(model: Any, tokenizer: Any = None) -> Source:
     """The source for a model in memory.
 
     Raises:
-        PyPruneError: it is not a transformers model, or its weights are not in memory.
+        PyPruneError: it is not a transformers model, carries an adapter, or its weights are not in memory.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise PyPruneError("model", type(model).__name__, "is not a transformers model", "Merge adapters first.")
+    model = bare(model)
     if any(p.is_meta for p in model.parameters()):
         problem = "has weights that are not in memory"
         raise PyPruneError("model", type(model).__name__, problem, "They moved to a pruned model.")

@@ -8,10 +8,11 @@ from typing import Any
 
 from pyprune import families
 from pyprune.checkpoint.profiles.configuration import edit_config
+from pyprune.checkpoint.profiles.source import OWN_CODE, is_transformers_own
 from pyprune.errors import PyPruneError
 from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.attributes import read
-from pyprune.surgery.decoder import layer_overrides, text_config
+from pyprune.surgery.decoder import layer_overrides, layers_path, structure, text_config
 
 ROLES: tuple[str, ...] | None = None
 ROUND_TO: dict[str, int] = {}
@@ -26,6 +27,9 @@ _ROLES = {"intermediate_size": "ffn", "num_key_value_heads": "kv_heads", "moe_in
 
 def check(outline: Any) -> None:
     """Raises PyPruneError, with the nearest widths that fit, unless the stock class builds the model."""
+    if not is_transformers_own(outline) and _differ(outline):  # as only its code says
+        problem = f"has the same widths in every layer, and the layers of {type(outline).__name__} differ"
+        raise PyPruneError("profile", "uniform", problem, OWN_CODE)
     text = text_config(outline.config)
     overrides = layer_overrides(text)
     if overrides:
@@ -50,6 +54,12 @@ def write(work: Path, outline: Any) -> None:
     computed = isinstance(getattr(type(config), "head_dim", None), property)  # Falcon's, which cannot be set
     if isinstance(width, int) and not computed:
         edit_config(work, {"head_dim": width})
+
+
+def _differ(outline: Any) -> bool:
+    path = layers_path(outline)
+    layers = [structure(layer) for layer in outline.get_submodule(path)] if path is not None else []
+    return any(layer != layers[0] for layer in layers)
 
 
 def _uneven(text: Any, overrides: dict[int, dict[str, Any]]) -> tuple[str, str]:

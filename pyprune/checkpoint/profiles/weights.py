@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pyprune.checkpoint.files import INDEX, weight_files
 from pyprune.checkpoint.profiles.configuration import edit_config
+from pyprune.errors import PyPruneError
 from pyprune.progress import track
 
 
@@ -53,12 +55,28 @@ def drop_tensors(work: Path, names: Collection[str]) -> None:
         _write_index(work, content)
 
 
+def in_type(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another type.
+
+    Raises:
+        PyPruneError: a number of it would become infinite.
+    """
+    made = value.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        lost = int((value.isfinite() & ~made.isfinite()).sum())
+        if lost:
+            hint = "Use bfloat16." if dtype == torch.float16 else "Use auto, which keeps the type."
+            problem = f"has no room for {lost:,} weights of {name}"
+            raise PyPruneError("dtype", str(dtype).removeprefix("torch."), problem, hint)
+    return made
+
+
 def _cast(file: Path, target: Path, dtype: torch.dtype) -> None:
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     for name, value in tensors.items():
         if value.is_floating_point():
-            tensors[name] = value.to(dtype)
+            tensors[name] = in_type(name, value, dtype)
     save_file(tensors, target, metadata={"format": "pt"})
 
 

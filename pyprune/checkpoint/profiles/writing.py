@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +43,7 @@ GGUF_NAME = "model.gguf"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json", ".h5", ".msgpack", ".onnx")
+_TEMPLATES = "additional_chat_templates"  # folder of the chat templates that have names
 
 
 def export(
@@ -71,8 +72,9 @@ def export(
         The output's absolute path.
 
     Raises:
-        PyPruneError: the profile cannot hold the model (with the nearest widths that fit), the output exists, the disk
-            is full, or the model is no complete causal language model. Nothing is left half-written.
+        PyPruneError: the profile cannot hold the model (with the nearest widths that fit), ``dtype`` has no room for a
+            weight, the output exists, the disk is full, or the model is no complete causal language model. Nothing is
+            left half-written.
     """
     module = get_profile(profile)
     if dtype != "auto" and dtype not in _DTYPES:
@@ -96,10 +98,13 @@ def export(
             return path
         with atomic.complete_folder(path, overwrite) as work, quiet():
             assert source.folder is not None
-            _copy_other_files(source.folder, work)
+            _copy_files(source.folder, work, {*weight_files(source.folder)})
             copy_weights(source.folder, work, kind)
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
+            elif (templates := source.folder / _TEMPLATES).is_dir() and not templates.is_symlink():
+                (work / _TEMPLATES).mkdir()
+                _copy_files(templates, work / _TEMPLATES)
             finish(work, profile, None, trust_remote_code)
     return path
 
@@ -219,9 +224,8 @@ def _bytes(source: Source, dtype: torch.dtype | None) -> int:
     return sum(p.numel() * (dtype or p.dtype).itemsize for p in source.outline.parameters())
 
 
-def _copy_other_files(folder: Path, work: Path) -> None:
-    """Configuration, tokenizer, card, plan, code: all that lies in the folder beside the weights."""
-    weights = set(weight_files(folder))
+def _copy_files(folder: Path, work: Path, weights: Collection[Path] = ()) -> None:
+    """What lies in a folder beside the weights: configuration, tokenizer, card, plan, code; no folders in it."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file not in weights and not file.name.endswith(_NOT_COPIED):
             shutil.copyfile(file, work / file.name)
