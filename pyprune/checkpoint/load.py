@@ -183,11 +183,11 @@ def model_class(config: Any, name: str, trust_remote_code: bool, revision: str |
     remote = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in remote:
         try:
-            found = get_class_from_dynamic_module(remote["AutoModelForCausalLM"], name, revision=revision)
+            own: Any = get_class_from_dynamic_module(remote["AutoModelForCausalLM"], name, revision=revision)
         except Exception as error:  # somebody else's code
             raise reworded(error, name) from error
-        found.register_for_auto_class("AutoModelForCausalLM")  # or saving leaves the code out
-        return found
+        own.register_for_auto_class("AutoModelForCausalLM")  # or saving leaves the code out
+        return own
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return found[0] if isinstance(found, (list, tuple)) else found
