@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyprune.ops import product
 from pyprune.ops import product as function
-from pyprune.ops.product import _onednn, is_faster
+from pyprune.ops.product import _onednn, fast_bf16, is_faster
 
 SIZE = st.integers(0, 40)
 
@@ -59,3 +59,10 @@ def test_nothing_but_float32_on_the_cpu_leaves_pytorchs_own_way() -> None:
 def test_matrices_that_do_not_fit_are_an_error(a, b) -> None:
     with pytest.raises(RuntimeError):
         product(torch.randn(a), torch.randn(b))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_whether_bfloat16_is_fast_is_known_without_a_list_of_capabilities_too(there, monkeypatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # torch 2.10 has none
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+    assert fast_bf16(torch.device("cpu")) is there
