@@ -19,7 +19,7 @@ from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.perplexity import perplexity
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
-from pyprune.importance.modes import in_memory
+from pyprune.importance.modes import check_weights
 from pyprune.stage_options import CalibrationConfig, EvalConfig, ModelConfig
 from pyprune.texts import window_prefix
 
@@ -73,7 +73,7 @@ def open_or_take(config: ModelConfig, stages: Stages, model: Any = None, tokeniz
         return Opened(model, own if tokenizer is None else tokenizer, name, found or tensor_bytes(model), mine=True)
     preflight.check_object(model, config)
     if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate fetches weights when it runs
-        in_memory(model)
+        check_weights(model)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     check_finite(model, name)
     return Opened(model, tokenizer, name, tensor_bytes(model), mine=False)

@@ -49,6 +49,13 @@ def _no_autocast() -> Iterator[None]:
         yield
 
 
+def check_weights(model: nn.Module) -> None:
+    """Raises PyPruneError: weights are on the meta device."""
+    if any(p.is_meta for p in model.parameters()):
+        hint = "They moved to a pruned model, or were never loaded."
+        raise PyPruneError("model", type(model).__name__, "has weights that are not in memory", hint)
+
+
 def in_memory(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper, or the model itself.
 
@@ -56,9 +63,7 @@ def in_memory(model: nn.Module) -> nn.Module:
         PyPruneError: weights are on the meta device, or were made in inference mode.
     """
     model = unwrap(model)
-    if any(p.is_meta for p in model.parameters()):
-        hint = "They moved to a pruned model, or were never loaded."
-        raise PyPruneError("model", type(model).__name__, "has weights that are not in memory", hint)
+    check_weights(model)
     if any(p.is_inference() for p in model.parameters()):
         problem = "was made in torch.inference_mode, and cannot be changed"
         raise PyPruneError("model", type(model).__name__, problem, "Load it outside of that.")
