@@ -19,6 +19,7 @@ from pyprune.checkpoint.files import SINGLE
 from pyprune.checkpoint.load import check_finite
 from pyprune.checkpoint.quiet import quiet
 from pyprune.errors import PyPruneError
+from pyprune.importance.modes import check_weights
 from pyprune.selection.plan import Plan
 from pyprune.surgery import gguf, skeleton
 from pyprune.surgery.apply import bare
@@ -78,10 +79,7 @@ def save(
     path = check_target(folder, overwrite)
     if weights is None:
         size = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-        if any(p.is_meta for p in model.parameters()):
-            raise PyPruneError(
-                "model", type(model).__name__, "has weights that are not in memory", "They moved to a pruned model."
-            )
+        check_weights(model)
         check_finite(model, type(model).__name__, "model", "Nothing was written.")
         check_ties(model)
         check_space(path, size + OTHER_FILES)

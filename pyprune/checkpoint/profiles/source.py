@@ -13,6 +13,7 @@ from torch import Tensor
 from pyprune.checkpoint.files import OPTION, check_folder, read_config, weight_files
 from pyprune.checkpoint.load import check_config, model_class, open_config, open_model
 from pyprune.errors import PyPruneError
+from pyprune.importance.modes import check_weights
 from pyprune.surgery import skeleton
 from pyprune.surgery.apply import bare
 
@@ -103,9 +104,7 @@ def of_model(model: Any, tokenizer: Any = None) -> Source:
         PyPruneError: it is not a transformers model, carries an adapter, or its weights are not in memory.
     """
     model = bare(model)
-    if any(p.is_meta for p in model.parameters()):
-        problem = "has weights that are not in memory"
-        raise PyPruneError("model", type(model).__name__, problem, "They moved to a pruned model.")
+    check_weights(model)
     return Source(type(model).__name__, _outline(type(model), model.config), model=model, tokenizer=tokenizer)
 
 
