@@ -11,7 +11,7 @@ RATIO  ?= 0.2
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-oldest sanitize lint format clean
+.PHONY: demo test test-slow test-oldest test-device sanitize lint format clean
 
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,6 +57,10 @@ $(OLDEST)/.ready: $(VENV)/.ready
 		$$($(OLDEST)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/the_rest.pth
 	touch $@
 
+# The line on a GPU beside the same on the CPU; where there is no GPU, on one that is pretended.
+test-device: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -p tests.device.pretended_gpu tests/device
+
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: $(VENV)/.ready
 	PYTHON=$(BIN)/python .ci/sanitize
@@ -65,12 +69,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pyprune
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .demo build dist *.egg-info pyprune/*.so

@@ -77,7 +77,7 @@ if ! ready "$PYTHON"; then
     if ! ready "$WORK/venv/bin/python"; then
         section "environment" 240 bash -c "
             '$PYTHON' -m venv '$WORK/venv' &&
-            '$WORK/venv/bin/python' -m pip install --quiet 'torch>=2.10' 'transformers>=5' 'safetensors>=0.4.3' numpy click rich \
+            '$WORK/venv/bin/python' -m pip install --quiet 'torch>=2.10' 'transformers>=5.14' 'accelerate>=1.0' 'safetensors>=0.4.3' numpy click rich \
                 pyyaml pytest pytest-benchmark hypothesis psutil matplotlib 'setuptools>=77' wheel cmake ninja pybind11" ||
             { cat "$SUMMARY" && exit 1; }
     fi
@@ -132,6 +132,7 @@ section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b -
     whole=$WORK/whole-prune.log
 section "bench llama-3-8b" 60 "$PYTHON" -m pyprune bench --device cuda --shapes llama-3-8b "${kernels[@]}" --no_compile \
     --rounds 5 --output "$OUT/llama-3-8b"
+section "line" 90 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/device
 
 {
     for part in "$OUT/llama-7b/results.md" "$OUT/llama-7b-one-warp/results.md" "$OUT/llama-7b-scoring/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do

@@ -194,7 +194,7 @@ class RecoverConfig(Recipe):
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
-    run: ResumeConfig = field(default_factory=ResumeConfig)
+    resuming: ResumeConfig = field(default_factory=ResumeConfig)
     save: FolderConfig = field(default_factory=FolderConfig)
     page: PageConfig = field(default_factory=PageConfig)
 

@@ -149,7 +149,7 @@ def _train(
             teacher=ready.teacher, unfinished=ready.unfinished,
         )  # fmt: skip
         with stages("train", bar=False):
-            history = trainer.run(recipe.run.resume)
+            history = trainer.run(recipe.resuming.resume)
         before, after = history.validations[0]["nll"], history.best_nll
         kept = adapter.files_of(wrapped, start.name, ready.identity) if recipe.adapter.keep_adapter else None
         with stages("merge"):

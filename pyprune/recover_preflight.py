@@ -21,6 +21,7 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import sample_prompts
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
+from pyprune.importance.calibration import check_ids
 from pyprune.importance.modes import in_memory
 from pyprune.ops.product import fast_bf16
 from pyprune.recovery import adapter
@@ -36,7 +37,6 @@ from pyprune.recovery_options import DistillConfig
 from pyprune.selection.plan import Plan
 from pyprune.surgery.apply import bare
 
-PACKAGES = ("peft", "accelerate")
 HIGHEST_RATE = 2e-3
 CUTOFF = 512  # tokens of a training sequence, when nothing is said
 
@@ -72,11 +72,10 @@ class Ready:
 
 def check(recipe: RecoverConfig) -> None:
     """Options fit together, sources are there, the output may be written."""
-    for package in PACKAGES:
-        if find_spec(package) is None:
-            raise PyPruneError("recover", None, f"needs the package {package}", "pip install 'pyprune[recovery]'.")
+    if find_spec("peft") is None:
+        raise PyPruneError("recover", None, "needs the package peft", "pip install 'pyprune[recovery]'.")
     given, merging = recipe.data, recipe.adapter.adapter
-    if merging is not None and (given.data is not None or recipe.run.recipe is not None):
+    if merging is not None and (given.data is not None or recipe.resuming.recipe is not None):
         problem = "merges an adapter that is there, while data trains a new one"
         raise PyPruneError("adapter", merging, problem, "Give one of them.")
     if merging is not None:
@@ -92,7 +91,7 @@ def check(recipe: RecoverConfig) -> None:
             raise PyPruneError(name, value, "there is no teacher", "Give teacher too.")
     if recipe.adapter.keep_adapter and recipe.save.output_dir is None:
         raise PyPruneError("keep_adapter", None, "needs a folder to save in", "Give output_dir.")
-    if recipe.run.resume and work_folder(recipe) is None:
+    if recipe.resuming.resume and work_folder(recipe) is None:
         raise PyPruneError("resume", None, "needs a folder that holds checkpoints", "Give output_dir.")
     work = work_folder(recipe)
     if work is not None and not next(p for p in (work, *work.parents) if p.exists()).is_dir():
@@ -109,7 +108,7 @@ def check(recipe: RecoverConfig) -> None:
                 "eval_text": recipe.evaluation.eval_text,
                 "prompts": recipe.page.prompts,
             },
-            kept={"checkpoint_dir": recipe.run.checkpoint_dir, "distill_cache": recipe.distill.distill_cache},
+            kept={"checkpoint_dir": recipe.resuming.checkpoint_dir, "distill_cache": recipe.distill.distill_cache},
         )
         with preflight.renamed(folder="output_dir"):
             check_target(recipe.save.output_dir, recipe.save.overwrite)
@@ -175,8 +174,8 @@ def check_room(recipe: RecoverConfig, start: Start) -> None:
 
 
 def work_folder(recipe: RecoverConfig) -> Path | None:
-    if recipe.run.checkpoint_dir is not None:
-        return Path(recipe.run.checkpoint_dir).absolute()
+    if recipe.resuming.checkpoint_dir is not None:
+        return Path(recipe.resuming.checkpoint_dir).absolute()
     if recipe.save.output_dir is None:
         return None
     path = Path(recipe.save.output_dir).absolute()
@@ -217,9 +216,7 @@ def _check_ids(text: Text, start: Start) -> None:
     """Token ids that came as such have rows in the model's embedding."""
     rows = start.model.get_input_embeddings().num_embeddings
     for row in (*(r for source in text.sources for r in source), *text.validation):
-        if row.ids.min() < 0 or row.ids.max() >= rows:
-            problem = f"holds token id {int(row.ids.max())}, and the model's vocabulary has {rows} tokens"
-            raise PyPruneError("data", None, problem, "Tokenise it with this model's own tokenizer.")
+        check_ids(torch.from_numpy(row.ids), rows, "data", None)
 
 
 def _teacher(recipe: RecoverConfig, start: Start, settings: Training, positions: bool, stages: Stages) -> Teacher:
@@ -259,8 +256,8 @@ def _unfinished(
         **{f"lora_{k}": v for k, v in asdict(lora).items()},
         "teacher": None if teacher is None else teacher.folder.name,
     }
-    found = Unfinished(work, depends, lambda folder: complete_folder(folder))
-    if not recipe.run.resume:
+    found = Unfinished(work, depends, complete_folder)
+    if not recipe.resuming.resume:
         if found.exists() and not recipe.save.overwrite:
             hint = "Set resume to go on, or overwrite to begin anew."
             raise PyPruneError("checkpoint_dir", str(work), "holds an unfinished training", hint)

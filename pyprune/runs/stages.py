@@ -189,7 +189,7 @@ class Recover(RunStage):
         own = self.recipe
         return replace(
             own, model=replace(own.model, model_name_or_path=source(self.run, self.after)),
-            run=replace(own.run, resume=resume),
+            resuming=replace(own.resuming, resume=resume),
             save=replace(own.save, output_dir=str(self.outputs()[0]), overwrite=True),
         )  # fmt: skip
 

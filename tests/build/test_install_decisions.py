@@ -117,3 +117,10 @@ def test_a_build_without_cuda_says_so_and_loads(tmp_path: Path) -> None:
     assert len(names) == 2
     code = f"import torch; torch.ops.load_library({str(tmp_path / 'lib' / 'pyprune' / 'libpyprune_ops.so')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_plain_installation_brings_what_loads_a_model_onto_a_gpu() -> None:
+    """Transformers refuse ``device_map`` without accelerate."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    plain = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    assert '"accelerate' in plain
