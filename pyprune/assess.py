@@ -54,8 +54,9 @@ def evaluate(
 
     Returns:
         JSON-serialisable figures: ``model``, ``model_class``, ``parameters``, ``weights_bytes``, ``perplexity``,
-        ``continuation``, ``tasks``, ``speed``, ``footprint``, ``stages``; what was not asked for is None. With
-        ``compare`` also ``compare`` (the same of that model) and ``ratios`` (model / compare).
+        ``continuation``, ``tasks``, ``speed``, ``footprint``, ``stages``, ``warnings``, ``recipe``, ``versions``; what
+        was not asked for is None. With ``compare`` also ``compare`` (the same of that model) and ``ratios`` (model /
+        compare).
 
     Raises:
         PyPruneError: an option that does not exist or cannot be met, or an input that cannot be used.

@@ -33,6 +33,8 @@ from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import select
 from pyprune.stage_options import ScoreConfig
 from pyprune.surgery.apply import apply
+from pyprune.surgery.rebuild import rebuild
+from pyprune.surgery.writable import check_writable
 
 
 @dataclass
@@ -145,7 +147,7 @@ class _Cutting:
         with self.stages("change basis", bar=False):
             self._own()
             chosen = self.groups.prunable(self.roles, self.layers)
-            self.basis = change_basis(self.model, chosen, self.batches, token_weighting=self.recipe.score.token_weights)
+            self.basis = change_basis(self.model, chosen, self.batches, token_weights=self.recipe.score.token_weights)
 
     def step(self, number: int, request: dict[str, Any]) -> None:
         """Score, choose, make up for what goes, and slice, once."""
@@ -160,6 +162,8 @@ class _Cutting:
         if worth is not None:  # which units stand for a width, before compensation chooses them anew
             order, shares = scores.weighed(worth), scores if shares is None else shares
         plan = self._choose(step, request, order, shares)
+        if number == len(self.requests) and self.recipe.save.is_folder:
+            check_writable(rebuild(self.model, plan).model.config)  # before weights change
         if self.batches is not None and self.recipe.compensate.compensation != "none" and plan.cuts:
             with self.stages("compensate" + step, bar=False):
                 self._own()
@@ -208,7 +212,7 @@ class _Cutting:
         config = self.recipe.compensate
         assert self.batches is not None
         return compensate(
-            self.model, plan, self.batches, config.compensation, token_weighting=self.recipe.score.token_weights,
+            self.model, plan, self.batches, config.compensation, token_weights=self.recipe.score.token_weights,
             target=config.compensation_target, scope=config.compensation_scope, worth=worth, cache=self.sums,
             cache_limit=_limit(self.recipe),
         )  # fmt: skip

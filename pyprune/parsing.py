@@ -220,11 +220,11 @@ def size() -> Parser:
 
 def device() -> Parser:
     def convert(value: Any) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", str(value)):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", str(value)):
             raise ValueError
         return str(value)
 
-    return Parser(convert, "auto, cpu, mps, cuda or cuda:N", "DEVICE")
+    return Parser(convert, "auto, cpu, cuda or cuda:N", "DEVICE")
 
 
 def roles() -> Parser:

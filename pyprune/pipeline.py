@@ -40,8 +40,9 @@ from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import goal_of
 from pyprune.stage_options import AUTO
 from pyprune.streaming.run import prune_from_disk
-from pyprune.surgery.apply import bare
+from pyprune.surgery.apply import bare, check_model
 from pyprune.surgery.skeleton import is_stock
+from pyprune.surgery.writable import check_writable
 from pyprune.texts import evaluation_windows, page_prompts
 from pyprune.trial import first_that_fits
 
@@ -114,6 +115,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     stages = Stages()
     dense = open_or_take(recipe.model, stages, model, tokenizer)
     dense.model = in_memory(bare(dense.model))
+    check_model(dense.model)
     job, texts = _prepare(recipe, dense, stages)
     recipe = job.recipe
     before = _figures(dense.model, dense.tokenizer, recipe, texts, stages, " before")
@@ -188,8 +190,10 @@ def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _
             _check_batches(recipe, trial, batches)
         if recipe.save.profile is not None:
             check_fits(recipe.save.profile, smallest, dense.tokenizer)
-        if recipe.save.output_dir is not None and recipe.save.profile != "gguf":  # which holds each under its own name
+        if recipe.save.is_folder:
             check_ties(dense.model)
+            if recipe.select.allocation == "uniform":  # others may do without common widths that the class refuses
+                check_writable(smallest.config)
         preflight.check_space(recipe.save, trial.details["achieved"]["with_embeddings"]["after"], dense.model)
     texts = _Texts(windows, name, page_prompts(recipe, dense.tokenizer))
     judge = judge_of(recipe)

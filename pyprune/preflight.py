@@ -41,10 +41,7 @@ _LOSS = "group_fisher"  # reads what any criterion reads that method best may se
 
 def check_request(recipe: PruneConfig) -> None:
     """Something says how much goes, names are known, texts are there, and the output may be written."""
-    from pyprune.checkpoint.atomic import check_target
-    from pyprune.importance.cache import check_folder
     from pyprune.layer_removal import check, cuts_widths
-    from pyprune.selection.select import ALLOCATIONS
 
     asked = recipe.select
     sized, by_depth = cuts_widths(asked), recipe.depth.remove_layers is not None
@@ -53,12 +50,42 @@ def check_request(recipe: PruneConfig) -> None:
         raise PyPruneError("ratio", None, "nothing says how much to remove", hint)
     if by_depth:
         check(recipe)
-        if recipe.calibration.calibration is None:
-            problem = "is missing, and layers are chosen on text"
-            raise PyPruneError("calibration", None, problem, "Give a text.")
-        check_source("calibration", recipe.calibration.calibration)
-        if recipe.score.cache is not None:
-            check_folder(recipe.score.cache)
+        _need_text(recipe.calibration.calibration, "layers are chosen on text", "Give a text.", recipe.score.cache)
+    _check_names(recipe)
+    check_budget(recipe)
+    check_search(recipe)
+    check_basis(recipe)
+    _check_output(recipe)
+    if asked.scores_file is None and sized:
+        check_scoring(recipe.score, recipe.calibration.calibration)
+    elif asked.scores_file is not None and asked.iterative_steps > 1:
+        problem = "scores are made anew in every step, so they cannot come from a file"
+        raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
+    _check_depth(recipe)
+    _check_shares(recipe)
+    _check_compensation(recipe)
+    check_evaluation(recipe.evaluation)
+    if recipe.calibration.calibration is None:
+        ways = [n for n in vars(recipe.calibration) if n not in ("calibration", "seed")]
+        check_effect(recipe.calibration, "calibration", ways)
+
+
+def _need_text(calibration: Any, why: str, hint: str, cache: str | None = None) -> None:
+    """There is a text, because of ``why``, and what is measured on it can be kept in ``cache``."""
+    from pyprune.importance.cache import check_folder
+
+    if calibration is None:
+        raise PyPruneError("calibration", None, f"is missing, and {why}", hint)
+    check_source("calibration", calibration)
+    if cache is not None:
+        check_folder(cache)
+
+
+def _check_names(recipe: PruneConfig) -> None:
+    """The allocation is known, and method best is asked for where something is left to it."""
+    from pyprune.selection.select import ALLOCATIONS
+
+    asked = recipe.select
     for option, value, kind in (
         ("allocation", asked.allocation, "an allocation"),
         ("allocation_criterion", asked.allocation_criterion, "a criterion"),
@@ -69,35 +96,45 @@ def check_request(recipe: PruneConfig) -> None:
             raise PyPruneError(option, AUTO, "is what method best settles, and it is not asked for", hint)
     if asked.allocation not in (AUTO, *ALLOCATIONS):
         raise unknown_name("allocation", asked.allocation, ALLOCATIONS)
-    check_budget(recipe)
-    check_search(recipe)
-    check_basis(recipe)
+
+
+def _check_output(recipe: PruneConfig) -> None:
+    """The cut goes with the profile, and the folder may be written and holds nothing that is read or kept."""
+    from pyprune.checkpoint.atomic import check_target
+
     if recipe.save.profile is not None:
-        hold_to_profile(asked, recipe.save.profile)
-    if recipe.save.output_dir is not None:
-        check_apart(
-            recipe.save.output_dir,
-            read={
-                "model_name_or_path": recipe.model.model_name_or_path,
-                "calibration": recipe.calibration.calibration,
-                "eval_text": recipe.evaluation.eval_text,
-                "scores_file": asked.scores_file,
-                "prompts": recipe.page.prompts,
-            },
-            kept={"cache": recipe.score.cache, "search_file": recipe.search.search_file},
-        )
-        with renamed(folder="output_dir"):
-            check_target(recipe.save.output_dir, recipe.save.overwrite)
-    if asked.scores_file is None and sized:
-        check_scoring(recipe.score, recipe.calibration.calibration)
-    elif asked.scores_file is not None and asked.iterative_steps > 1:
-        problem = "scores are made anew in every step, so they cannot come from a file"
-        raise PyPruneError("iterative_steps", asked.iterative_steps, problem, "Leave scores_file out, or use 1.")
+        hold_to_profile(recipe.select, recipe.save.profile)
+    if recipe.save.output_dir is None:
+        return
+    check_apart(
+        recipe.save.output_dir,
+        read={
+            "model_name_or_path": recipe.model.model_name_or_path,
+            "calibration": recipe.calibration.calibration,
+            "eval_text": recipe.evaluation.eval_text,
+            "scores_file": recipe.select.scores_file,
+            "prompts": recipe.page.prompts,
+        },
+        kept={"cache": recipe.score.cache, "search_file": recipe.search.search_file},
+    )
+    with renamed(folder="output_dir"):
+        check_target(recipe.save.output_dir, recipe.save.overwrite)
+
+
+def _check_depth(recipe: PruneConfig) -> None:
+    """Nothing is said of layers that are not removed."""
     for name, default in (("layer_part", "layer"), ("layer_criterion", "block_influence")):
         value = getattr(recipe.depth, name)
-        if not by_depth and value != default:
+        if recipe.depth.remove_layers is None and value != default:
             hint = "Say how many with remove_layers, or leave it out."
             raise PyPruneError(name, value, "says what goes of layers, and none are removed", hint)
+
+
+def _check_shares(recipe: PruneConfig) -> None:
+    """A criterion by which layers share out what goes is one that the allocation reads, and has its text."""
+    from pyprune.selection.select import ALLOCATIONS
+
+    asked = recipe.select
     if asked.allocation_tokens is not None and asked.allocation_criterion is None:
         hint = "Name allocation_criterion too, or use score_tokens."
         raise PyPruneError("allocation_tokens", asked.allocation_tokens, "is for a criterion that is not named", hint)
@@ -109,40 +146,33 @@ def check_request(recipe: PruneConfig) -> None:
     if asked.allocation_criterion is not None:
         named = _LOSS if asked.allocation_criterion == AUTO else asked.allocation_criterion
         check_scoring(replace(recipe.score, criterion=named, route=None), recipe.calibration.calibration)
-    if asked.method != "best":
-        from pyprune.compensation.checks import check_scope
 
-        how = recipe.compensate
+
+def _check_compensation(recipe: PruneConfig) -> None:
+    """Options of a compensation go together, and it has its text."""
+    from pyprune.compensation.checks import check_scope
+
+    how, settled = recipe.compensate, recipe.select.method != "best"
+    none = how.compensation == "none"
+    if settled:
         check_scope(how.compensation_scope, how.compensation, how.compensation_target)
-    if recipe.compensate.compensation_gains and recipe.compensate.compensation == "none" and asked.method != "best":
+    if how.compensation_gains and none and settled:
         problem = "are fitted behind a compensation, and there is none"
         raise PyPruneError("compensation_gains", True, problem, "Give compensation too, or leave it out.")
-    if recipe.compensate.compensation != "none":
-        if recipe.calibration.calibration is None:
-            problem = f"is missing, and compensation {recipe.compensate.compensation} is fitted on text"
-            raise PyPruneError("calibration", None, problem, "Give a text, or use compensation none.")
-        check_source("calibration", recipe.calibration.calibration)
-        if recipe.score.cache is not None:
-            check_folder(recipe.score.cache)
-    judge = recipe.compensate.compensation_criterion
+    if not none:
+        why = f"compensation {how.compensation} is fitted on text"
+        _need_text(recipe.calibration.calibration, why, "Give a text, or use compensation none.", recipe.score.cache)
+    judge = how.compensation_criterion
     if judge not in ("none", AUTO):
-        if recipe.compensate.compensation != "obs":
+        if how.compensation != "obs":
             problem = "has a say in which units go, and only compensation obs chooses them anew"
             raise PyPruneError("compensation_criterion", judge, problem, "Use compensation obs, or leave it out.")
         check_scoring(replace(recipe.score, criterion=judge, route=None), recipe.calibration.calibration)
-    limit = recipe.compensate.cache_limit
-    if limit is not None:
-        for name, missing in (
-            ("cache", recipe.score.cache is None),
-            ("compensation", recipe.compensate.compensation == "none" and asked.method != "best"),
-        ):
+    if how.cache_limit is not None:
+        for name, missing in (("cache", recipe.score.cache is None), ("compensation", none and settled)):
             if missing:
                 problem = f"bounds what compensation keeps in a cache folder, and there is no {name}"
-                raise PyPruneError("cache_limit", limit, problem, f"Give {name} too, or leave it out.")
-    check_evaluation(recipe.evaluation)
-    if recipe.calibration.calibration is None:
-        ways = [n for n in vars(recipe.calibration) if n not in ("calibration", "seed")]
-        check_effect(recipe.calibration, "calibration", ways)
+                raise PyPruneError("cache_limit", how.cache_limit, problem, f"Give {name} too, or leave it out.")
 
 
 def check_evaluation(config: EvalConfig) -> None:
@@ -214,10 +244,8 @@ def check_basis(recipe: PruneConfig) -> None:
         raise PyPruneError("value_basis", value, problem, "Leave scores_file out, or use own.")
     if "vo_dim" not in (*(asked.roles or ()), *(asked.widths or ())):
         raise PyPruneError("value_basis", value, "is for role vo_dim, which is not cut", "Add it to roles, or use own.")
-    if recipe.calibration.calibration is None:
-        problem = f"is missing, and value_basis {value} is found on text"
-        raise PyPruneError("calibration", None, problem, "Give a text, or use value_basis own.")
-    check_source("calibration", recipe.calibration.calibration)
+    why, hint = f"value_basis {value} is found on text", "Give a text, or use value_basis own."
+    _need_text(recipe.calibration.calibration, why, hint)
 
 
 def check_search(recipe: PruneConfig) -> None:
@@ -240,10 +268,8 @@ def check_search(recipe: PruneConfig) -> None:
     if recipe.select.iterative_steps > 1:
         problem = f"does not go with allocation {name}, which measures the whole cut"
         raise PyPruneError("iterative_steps", recipe.select.iterative_steps, problem, "Leave one of them out.")
-    if recipe.calibration.calibration is None:
-        problem = f"is missing, and allocation {name} measures on text"
-        raise PyPruneError("calibration", None, problem, "Give a text, or use another allocation.")
-    check_source("calibration", recipe.calibration.calibration)
+    why, hint = f"allocation {name} measures on text", "Give a text, or use another allocation."
+    _need_text(recipe.calibration.calibration, why, hint)
     file = schedule.search_file(recipe) if name == "search" else None
     if file is not None and (file.is_dir() or not os.access(_existing_parent(file), os.W_OK)):
         raise PyPruneError("search_file", str(file), "cannot be written", "Name a file in a folder that is there.")
@@ -311,10 +337,8 @@ def check_scoring(config: ScoreConfig, calibration: Any) -> None:
     check_aggregation(config.aggregation)
     check_route(config.route, get_criterion(config.criterion))
     if needs_batches(config):
-        if calibration is None:
-            problem = f"is missing, and criterion {config.criterion} is measured on text"
-            raise PyPruneError("calibration", None, problem, "Give a text, or use criterion l1, l2 or random.")
-        check_source("calibration", calibration)
+        why = f"criterion {config.criterion} is measured on text"
+        _need_text(calibration, why, "Give a text, or use criterion l1, l2 or random.")
 
 
 def needs_batches(config: ScoreConfig) -> bool:
@@ -394,8 +418,6 @@ def device(name: str) -> str:
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= gpus:
         problem = f"there are {gpus} CUDA devices" if gpus else "there is no usable CUDA device"
         raise PyPruneError("device", name, problem, "Use cpu, or see what `pyprune env` finds.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise PyPruneError("device", name, "there is no MPS device", "Use cpu.")
     return name
 
 

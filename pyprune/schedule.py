@@ -96,7 +96,7 @@ def search_options(recipe: PruneConfig, request: Mapping[str, Any]) -> dict[str,
     return {
         **request,
         "compensation": recipe.compensate.compensation,
-        "token_weighting": recipe.score.token_weights,
+        "token_weights": recipe.score.token_weights,
         "steps": recipe.search.search_steps,
         "minutes": recipe.search.search_minutes,
         "seed": recipe.calibration.seed,

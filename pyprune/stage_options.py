@@ -15,7 +15,6 @@ from pyprune import parsing
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.protocols import DEFAULT_LENGTH, PROTOCOLS
 
-PROFILE_HELP = "Form that other programs open; prune keeps to widths that it holds. See pyprune export --help."
 SEED_HELP = (
     "Seed of whatever is drawn: crops, the criterion random, labels of token_fisher, moves of a search, order of "
     "training data, adapters."
@@ -24,9 +23,10 @@ OUTPUT_HELP = (
     "What to write: a JSON file for eval, a folder for export (a .gguf file with profile gguf), an HTML file for "
     "report (left out: report.html in the folder)."
 )
+PROFILE_HELP = "Form that other programs open (pyprune export --help); prune keeps to widths that it holds."
 GENERATIONS_HELP = (
-    "Prompts that the models continue for the report, at most. Left out: 3 where eval_text or prompt has them run "
-    "anyway, else none."
+    "The most prompts that the models continue for the report. Left out: 3 where prune or recover has eval_text or "
+    "prompt, else those that prompts gives."
 )
 PROMPTS_HELP = "Other prompts for that: a text file, one a line; in YAML and Python also a list."
 PROMPT_TOKENS_HELP = "Tokens generated after a prompt."
@@ -73,7 +73,7 @@ class ModelConfig(SourceConfig):
     """Which model, and how it is opened."""
 
     dtype: str = option("auto", parsing.choice(*parsing.DTYPES), "Type of the weights; auto keeps the checkpoint's.")
-    device: str = option("auto", parsing.device(), "auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one.")
+    device: str = option("auto", parsing.device(), "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
 
 
 @dataclass
@@ -262,7 +262,7 @@ class SelectConfig(ScopeConfig):
         parsing.text(),
         "uniform (the same in every layer), global (one ranking), knapsack (least total score), log_depth and "
         "linear_depth (more in later layers), divergence (each layer measured alone at several widths on the model, "
-        "then a knapsack), descent (whichever of uniform, the depth schedules, global and knapsack measures best, then "
+        "then a knapsack), descent (whichever of uniform, depth schedules, global and knapsack measures best, then "
         "wider and narrower along slopes measured on the model), search (tried out on the model, as the options of "
         "Search say); auto, with method best only: by the size and the model.",
     )
@@ -396,6 +396,11 @@ class SaveConfig(FolderConfig):
     """Where the result goes, and in which form."""
 
     profile: str | None = option(None, parsing.choice(*parsing.PROFILES), PROFILE_HELP)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder with a configuration is written: a GGUF file has none."""
+        return self.output_dir is not None and self.profile != "gguf"
 
 
 @dataclass

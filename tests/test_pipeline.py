@@ -266,3 +266,35 @@ def test_inspecting_finds_what_discovery_finds_in_the_opened_model(tmp_path: Pat
     name, groups = pipeline.inspect_model(InspectConfig.build({"model_name_or_path": write_model(tmp_path / "m")}))
     assert name == "LlamaForCausalLM"
     assert groups.to_dict() == discover(tiny_llama()).to_dict()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_what_a_cut_would_lose_is_refused_before_weights_change(copy: bool) -> None:
+    model = tiny_llama()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.model.layers[0].register_full_backward_pre_hook(lambda module, grads: None)
+    with pytest.raises(PyPruneError, match=r"model.layers.0'?:? has 1 hooks"):
+        pyprune.prune(
+            model, ratio=0.2, criterion="wanda", compensation="least-squares", calibration=tokens(16), copy=copy
+        )
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [({"attention_bias": True}, {"allocation": "uniform"}), ({}, {"allocation": "knapsack", "ratio": 0.3})],
+    ids=["the same everywhere", "widths by layer"],
+)
+def test_a_model_that_cannot_be_saved_is_refused_before_weights_change(
+    changes: dict[str, bool], options: dict[str, object], tmp_path: Path
+) -> None:
+    """Llama's configuration class wants a multiple of the head count; its stand-in has no biases, no layers apart."""
+    model = tiny_llama(**changes)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(PyPruneError, match=r"output_dir.*LlamaConfig refuses.*leave it out"):
+        pyprune.prune(
+            model, criterion="l2", widths={"hidden": 93}, output_dir=str(tmp_path / "out"), calibration=tokens(),
+            **options,
+        )  # fmt: skip
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not list(tmp_path.iterdir())

@@ -35,10 +35,6 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
-inline int64_t count_of(const std::vector<Tensor>& tensors) {
-  return static_cast<int64_t>(tensors.size());
-}
-
 // LibTorch's threads.
 inline Parallel torch_threads() {
   const auto run = [](int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {

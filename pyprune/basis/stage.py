@@ -24,7 +24,7 @@ from pyprune.importance.calibration import check_vocabulary, load_calibration
 from pyprune.importance.inputs import Use
 from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.steps import make_steps
-from pyprune.importance.walk import Walk, token_weights, walking, weights_for
+from pyprune.importance.walk import Walk, walking, weigh_tokens, weights_for
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Rebased:
 
 @own_modes()
 def change_basis(
-    model: nn.Module, groups: Sequence[Group], batches: Any, *, token_weighting: str = "inverse",
+    model: nn.Module, groups: Sequence[Group], batches: Any, *, token_weights: str = "inverse",
     progress: bool | None = None,
 ) -> Rebased:  # fmt: skip
     """Write the values of every head in their principal basis (:mod:`pyprune.basis.principal`), **in place**.
@@ -76,7 +76,7 @@ def change_basis(
         model: a causal LM.
         groups: of which those of role ``vo_dim`` that can be pruned are changed.
         batches: calibration, as :func:`pyprune.importance.calibration.load_calibration` takes it.
-        token_weighting: what a token counts, as in :func:`pyprune.compensation.compensate`.
+        token_weights: what a token counts, as in :func:`pyprune.compensation.compensate`.
         progress: False silences the progress bar.
 
     Raises:
@@ -101,7 +101,7 @@ def change_basis(
                 inside = {id(p) for p in block.parameters()}
                 here = {n: p for n, p in matrices.items() if id(p) in inside}
                 mine = [g for g in wanted if any(m.tensor in here for m in g.members)]
-                _Block(walk, i, here, parameters, token_weighting, done).run(mine)
+                _Block(walk, i, here, parameters, token_weights, done).run(mine)
                 bar.advance()
     for note in done.notes:
         log.warning("%s", note)
@@ -159,7 +159,7 @@ class _Block:
         found: dict[str, _Moments] = {}
         watched = {m.tensor: self.here[m.tensor] for m in readers.values()}
         for number, uses, stream in self.walk.run(self.i, watched):
-            weights = token_weights(self.walk.steps[number], stream, self.weighting)
+            weights = weigh_tokens(self.walk.steps[number], stream, self.weighting)
             for use in uses:
                 for group in groups:
                     if group.name in readers and readers[group.name].tensor == use.key.name:

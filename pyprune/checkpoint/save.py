@@ -31,8 +31,6 @@ REPORT = "pyprune_report.json"
 RECIPE = "pyprune_recipe.yaml"
 IMPORTANCE = "pyprune_importance.json"
 
-"""Bytes left for tokenizer, plan and report when disk space is checked."""
-
 
 def save(
     model: Any,
@@ -51,7 +49,8 @@ def save(
 
     The folder appears when everything in it is on the disk; an error, a full disk or an interrupt leaves what was there
     before. A model with the same widths in every layer is opened by plain transformers; others by
-    :func:`pyprune.load`, while plain transformers stops at the first mismatched shape.
+    :func:`pyprune.load`, while plain transformers stops at the first mismatched shape, and fills blocks that are gone
+    with random numbers, which it says.
 
     A model whose own configuration class refuses its widths (Llama, when the number of heads does not divide the
     hidden size) is saved as a class that computes the same and does not: the card and a warning say so.

@@ -55,7 +55,7 @@ def register(cli: click.Group) -> None:
         ),
         click.Option(
             ["--device"], type=str, default="auto", show_default=True, metavar="DEVICE",
-            help="auto, cpu, mps, cuda or cuda:N; auto takes a GPU if there is one.",
+            help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
         ),
         click.Option(["--trust_remote_code"], is_flag=True, help="Run modelling code that comes with the checkpoint."),
         click.Option(["--web"], is_flag=True, help="In a page, for a browser. Needs pip install 'pyprune[web]'."),

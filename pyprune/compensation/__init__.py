@@ -1,7 +1,6 @@
 """Compensation: what stays of a layer takes over, as far as it can, for what a plan removes."""
 
-from pyprune.compensation.checks import MODES, SCOPES, TARGETS
 from pyprune.compensation.gains import Gains, Reference, fit_gains, reference
 from pyprune.compensation.stage import Compensation, compensate
 
-__all__ = ["MODES", "SCOPES", "TARGETS", "Compensation", "Gains", "Reference", "compensate", "fit_gains", "reference"]
+__all__ = ["Compensation", "Gains", "Reference", "compensate", "fit_gains", "reference"]

@@ -20,10 +20,10 @@ REFITS = ("least-squares", "obs")
 INSIDE = ("kv_heads", "query_heads", "qk_dim", "vo_dim", "ffn", "expert_ffn", "latent", "state", "channels")
 
 
-def check_names(mode: str, token_weighting: str, target: str, scope: str) -> None:
+def check_names(mode: str, token_weights: str, target: str, scope: str) -> None:
     """Raises PyPruneError for an unknown name, or a scope or target that the others do not go with."""
     for option, value, known in (
-        ("compensation", mode, MODES[1:]), ("token_weights", token_weighting, TOKEN_WEIGHTS),
+        ("compensation", mode, MODES[1:]), ("token_weights", token_weights, TOKEN_WEIGHTS),
         ("compensation_target", target, TARGETS), ("compensation_scope", scope, SCOPES),
     ):  # fmt: skip
         if value not in known:

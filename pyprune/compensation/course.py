@@ -61,6 +61,7 @@ class Course:
     Attributes:
         blocks: the decoder blocks in order, or the model itself.
         whole: why the model counts as one block, or None.
+        weighting: as of :class:`Walk`.
         beside: the dense model's streams can be had.
     """
 
@@ -69,6 +70,7 @@ class Course:
     ) -> None:
         self._walk = Walk(model, steps, known)
         self.blocks, self.whole, self.steps = self._walk.blocks, self._walk.whole, self._walk.steps
+        self.weighting = self._walk.weighting
         self.beside = beside and self.whole is None
         self._dense = Walk(model, steps, (None,)) if self.beside else None
         self._at = 0  # the walk's streams enter this block

@@ -14,7 +14,7 @@ from pyprune.importance.calibration import Calibration, evenly, single_rows
 from pyprune.importance.inputs import Use
 from pyprune.importance.steps import Step, make_steps
 from pyprune.importance.taps import Key
-from pyprune.importance.walk import token_weights, weights_for
+from pyprune.importance.walk import weigh_tokens, weights_for
 
 STEP_TOKENS = 2048  # in one pass through a block: what its backward pass holds is in memory besides all that is kept
 HELD_OUT = 5  # one in so many calibration samples chooses the penalty
@@ -65,13 +65,13 @@ def gather(
         passes: (step's number, uses of ``p`` in it, the stream that leaves the block), as of
             :meth:`pyprune.importance.walk.Walk.run`.
         held: which steps choose and do not fit.
-        weighting: what a token counts, as in :func:`pyprune.importance.walk.token_weights`.
+        weighting: what a token counts, as in :func:`pyprune.importance.walk.weigh_tokens`.
         bias_of: the bias of a use, where it can be written to.
         wanted: the dense model's stream at a step; then the target is the product plus what the stream lacks to it.
     """
     found = Gathered()
     for number, uses, stream in passes:
-        weights = token_weights(steps[number], stream, weighting)
+        weights = weigh_tokens(steps[number], stream, weighting)
         for use in uses:
             found.transposed = use.transposed
             x, target = use.x, None

@@ -25,7 +25,7 @@ from pyprune.compensation.refit import Refit, Sums, fits, refit
 from pyprune.importance.calibration import evenly
 from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
-from pyprune.importance.walk import token_weights
+from pyprune.importance.walk import weigh_tokens
 from pyprune.ops.product import fast_bf16
 
 BYTES = 512 * 2**20  # of the inputs and outputs of the tokens that a reconstruction sees, at most
@@ -100,7 +100,7 @@ class InnerRefit:
         course: the walk of the compensation.
         parameters: all of the model's, by name; changed in place.
         held: which steps choose and do not fit.
-        weighting: as in :func:`token_weights`.
+        weighting: as in :func:`weigh_tokens`.
         penalties: that the second refit of the projection tries.
         cache: where what was found stays.
     """
@@ -194,7 +194,7 @@ class InnerRefit:
                         return None
                 if number in looked.chosen:
                     part = slice(at, at := at + len(x))
-                    looked.weights[part] = token_weights(self.steps[number], stream, self.weighting)
+                    looked.weights[part] = weigh_tokens(self.steps[number], stream, self.weighting)
                     self._keep(looked, given, part)
                 del given, x, uses, stream  # before the next step makes its own
         return looked
@@ -266,7 +266,7 @@ class InnerRefit:
             x = uses[0].x
             if bias is not None:
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            weights = token_weights(self.steps[number], stream, self.weighting)
+            weights = weigh_tokens(self.steps[number], stream, self.weighting)
             (held if self.held[number] else train).add(x, weights, targets[number])
         if not bool(train.gram.isfinite().all() and held.gram.isfinite().all()):
             return None

@@ -48,7 +48,7 @@ def compensate(
     batches: Any,
     mode: str = "least-squares",
     *,
-    token_weighting: str = "inverse",
+    token_weights: str = "inverse",
     target: str = "own",
     scope: str = "outputs",
     penalties: Sequence[float] = PENALTIES,
@@ -71,7 +71,7 @@ def compensate(
         plan: cuts inside layers, each of them exact.
         batches: calibration: anything that :func:`load_calibration` reads without a tokenizer.
         mode: ``"least-squares"``, ``"obs"`` or ``"bias"``.
-        token_weighting: ``"inverse"``: a token counts 1 / mean(h^2), h its residual stream behind the block;
+        token_weights: ``"inverse"``: a token counts 1 / mean(h^2), h its residual stream behind the block;
             ``"sink"``: the same, the first token of each sequence as an eighth of its tokens; ``"equal"``. Mode
             ``bias`` always counts tokens equally, so that the mean is the mean.
         target: what a refit aims at: ``"own"``, the layer's own output with all its columns, on the same inputs;
@@ -97,7 +97,7 @@ def compensate(
             bias to move a mean into; weights or activations with NaN or infinity.
     """
     model = in_memory(model)
-    check_names(mode, token_weighting, target, scope)
+    check_names(mode, token_weights, target, scope)
     check_worth(worth, mode, plan)
     check_plan(plan, mode)
     calibration = load_calibration(batches)
@@ -105,7 +105,7 @@ def compensate(
     check_vocabulary(calibration, model)
     with bars.shown(progress is not False):
         stage = _Stage(
-            model, plan, calibration, mode, token_weighting, target, scope, penalties, worth or {}, cache, cache_limit
+            model, plan, calibration, mode, token_weights, target, scope, penalties, worth or {}, cache, cache_limit
         )  # fmt: skip
         return stage.run()
 
@@ -148,6 +148,10 @@ class _Stage:
             if self.mode == "bias":
                 self._check_biases(matrices)
             course = self._course()
+            asked, self.weighting = self.weighting, course.weighting(self.weighting)
+            self.result.details["token_weights"] = self.weighting
+            if self.weighting != asked:
+                self.result.notes.append(f"All tokens count alike, for the model is run as a whole: {course.whole}.")
             compensated: set[str] = set()
             with bars.bar("compensating", len(course.blocks)) as bar:
                 for i, block in enumerate(course.blocks):

@@ -214,7 +214,8 @@ class _Builder:
         copies = 1 if outer is None else outer.axis.size
         for (name, dim), found in leaf.places.items():
             terms = sorted((lattice(o, None if outer is None else outer.axis) for o in found), key=lambda t: t.offset)
-            yield Member(name, dim, IndexMap(copies, leaf.axis.size, tuple(terms)), name in self.trace.parameters)
+            index = IndexMap(copies, leaf.axis.size, tuple(terms))
+            yield Member(name, dim, index, name in self.trace.parameters, self.trace.shapes[name][dim])
 
     def _first_place(self, leaf: Leaf) -> tuple[int, int, int]:
         (name, dim), found = min(leaf.places.items(), key=lambda item: (self.order[item[0][0]], item[0][1]))

@@ -101,12 +101,14 @@ class Member:
         dim: the dimension, non-negative.
         index: where each unit lies along it.
         parameter: False for a buffer (nothing to score, still to be sliced).
+        size: of the whole dimension, positions that belong to no unit of the group included; None where it is not said.
     """
 
     tensor: str
     dim: int
     index: IndexMap
     parameter: bool = True
+    size: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,14 @@ class Group:
 
 def _member_to_dict(member: Member) -> dict[str, Any]:
     terms = [[t.offset, t.outer_stride, t.unit_stride, [list(s) for s in t.spread]] for t in member.index.terms]
-    return {"tensor": member.tensor, "dim": member.dim, "parameter": member.parameter, "terms": terms}
+    size = {} if member.size is None else {"size": member.size}
+    return {"tensor": member.tensor, "dim": member.dim, **size, "parameter": member.parameter, "terms": terms}
 
 
 def _member_from_dict(data: Mapping[str, Any], outer: int, units: int) -> Member:
     terms = tuple(Lattice(o, a, b, tuple((int(c), int(s)) for c, s in spread)) for o, a, b, spread in data["terms"])
-    return Member(data["tensor"], int(data["dim"]), IndexMap(outer, units, terms), bool(data["parameter"]))
+    index = IndexMap(outer, units, terms)
+    return Member(data["tensor"], int(data["dim"]), index, bool(data["parameter"]), data.get("size"))
 
 
 def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

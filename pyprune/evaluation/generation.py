@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def sample_prompts(prompts: Any, count: int | None) -> list[str]:
     if prompts is None:
         found, wanted = list(DEFAULT_PROMPTS), USUAL if count is None else count
     else:
-        found = _read_prompts(prompts) if isinstance(prompts, str) else list(prompts)
+        found = _read_prompts(os.fspath(prompts)) if isinstance(prompts, (str, os.PathLike)) else list(prompts)
         wanted = len(found) if count is None else count
     if wanted > len(found):
         raise PyPruneError("generations", wanted, f"there are {len(found)} prompts", "Give prompts with more of them.")

@@ -66,9 +66,8 @@ class Speed:
 
 
 def speeds(
-    models: Mapping[str, Any], *, prompt_tokens: int = 128, new_tokens: int = 32, batch: int = 1, rounds: int = 5,
-    seed: int = 0,
-) -> dict[str, Speed]:  # fmt: skip
+    models: Mapping[str, Any], *, prompt_tokens: int = 128, new_tokens: int = 32, batch: int = 1, rounds: int = 5
+) -> dict[str, Speed]:
     """Measure models in turn; the same prompt of random tokens for all of them.
 
     Args:
@@ -77,10 +76,9 @@ def speeds(
         new_tokens: tokens generated after the first, at least 1.
         batch: prompts at once.
         rounds: measured runs of each model.
-        seed: of the prompt's tokens.
     """
     vocabulary = min(int(m.get_output_embeddings().weight.shape[0]) for m in models.values())
-    prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(seed))
+    prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     first: dict[str, list[float]] = {name: [] for name in models}
     later: dict[str, list[float]] = {name: [] for name in models}
     with evaluating(*models.values()):

@@ -79,7 +79,7 @@ def is_task_file(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def read_task(file: str, limit: int | None = None, option: str = "tasks") -> Task:
+def read_task(file: str, limit: int | None = None) -> Task:
     """The questions in a task file, named after it; the first ``limit`` only when given.
 
     Every line is checked, also those past the limit.
@@ -89,11 +89,11 @@ def read_task(file: str, limit: int | None = None, option: str = "tasks") -> Tas
             named.
     """
     questions = []
-    for number, line in enumerate(_lines(file, option), 1):
+    for number, line in enumerate(_lines(file), 1):
         if line.strip():
-            questions.append(_question(line, f"{file} (line {number})", option))
+            questions.append(_question(line, f"{file} (line {number})"))
     if not questions:
-        raise PyPruneError(option, file, "holds no questions", FORM)
+        raise PyPruneError("tasks", file, "holds no questions", FORM)
     name = os.path.basename(file)
     for ending in sorted(ENDINGS, key=len, reverse=True):
         if name.lower().endswith(ending):
@@ -102,44 +102,44 @@ def read_task(file: str, limit: int | None = None, option: str = "tasks") -> Tas
     return Task(name, tuple(questions[:limit]))
 
 
-def _lines(file: str, option: str) -> list[str]:
+def _lines(file: str) -> list[str]:
     if not Path(file).is_file():
         problem = "is a folder, not a file" if Path(file).is_dir() else "does not exist"
-        raise PyPruneError(option, file, problem, "Check the path.")
+        raise PyPruneError("tasks", file, problem, "Check the path.")
     try:
         opener = gzip.open if file.lower().endswith(".gz") else open
         with opener(file, "rt", encoding="utf-8", newline="\n") as stream:
             return [*stream]
     except UnicodeDecodeError:
-        raise PyPruneError(option, file, "cannot be read: it is not UTF-8 text", FORM) from None
+        raise PyPruneError("tasks", file, "cannot be read: it is not UTF-8 text", FORM) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise PyPruneError(option, file, f"cannot be read: {error}", "Check the file.") from None
+        raise PyPruneError("tasks", file, f"cannot be read: {error}", "Check the file.") from None
 
 
-def _question(line: str, where: str, option: str) -> Question:
+def _question(line: str, where: str) -> Question:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise PyPruneError(option, where, f"is not JSON: {getattr(error, 'msg', error)}", FORM) from None
+        raise PyPruneError("tasks", where, f"is not JSON: {getattr(error, 'msg', error)}", FORM) from None
     if not isinstance(record, dict):
-        raise PyPruneError(option, where, "is not a JSON object", FORM)
+        raise PyPruneError("tasks", where, "is not a JSON object", FORM)
     for field in FIELDS:
         if field not in record:
             has = f"It has: {', '.join(map(str, record))}. " if record else ""
-            raise PyPruneError(option, where, f"has no field {field!r}", has + FORM)
+            raise PyPruneError("tasks", where, f"has no field {field!r}", has + FORM)
     context, choices, label = (record[field] for field in FIELDS)
     if not isinstance(context, str):
-        raise PyPruneError(option, where, "field 'context' is not text", FORM)
+        raise PyPruneError("tasks", where, "field 'context' is not text", FORM)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise PyPruneError(
-            option, where, "field 'choices' is not a list of two or more texts, none of them empty", FORM
+            "tasks", where, "field 'choices' is not a list of two or more texts, none of them empty", FORM
         )
     if isinstance(label, bool) or not isinstance(label, int):
         problem = f"field 'label' is {label!r}, not the index of a choice"
-        raise PyPruneError(option, where, problem, "Count choices from 0.")
+        raise PyPruneError("tasks", where, problem, "Count choices from 0.")
     if not 0 <= label < len(choices):
         problem = f"field 'label' is {label}, and there are {len(choices)} choices"
-        raise PyPruneError(option, where, problem, f"Count from 0: 0 to {len(choices) - 1}.")
+        raise PyPruneError("tasks", where, problem, f"Count from 0: 0 to {len(choices) - 1}.")
     return Question(context, tuple(choices), label)
 
 

@@ -23,14 +23,14 @@ from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.registry import Criterion
 from pyprune.importance.steps import Forward, make_steps
 from pyprune.importance.taps import Key
-from pyprune.importance.walk import SAMPLES, Walk, token_weights, walking, weights_for
+from pyprune.importance.walk import SAMPLES, Walk, walking, weigh_tokens, weights_for
 
 STEP_TOKENS = 4096
 
 
 @dataclass
 class InputStatistics:
-    """Weighted sums over the inputs x_t of one matrix, the weights being those of :func:`token_weights`.
+    """Weighted sums over the inputs x_t of one matrix, the weights being those of :func:`weigh_tokens`.
 
     Attributes:
         transposed: the matrix is stored [inputs, outputs].
@@ -86,6 +86,7 @@ def score_inputs(
     with walking(model, matrices), torch.no_grad():
         walk = Walk(model, make_steps(calibration, device, tokens=STEP_TOKENS))
         details["engine"] = "one block at a time" if walk.whole is None else f"the model as a whole: {walk.whole}"
+        details["token_weights"] = weighting = walk.weighting(weighting)
         parts: dict[str, dict[int, Tensor]] = {g.name: {} for g in groups}
         with bars.bar("scoring", len(walk.blocks) * len(walk.steps)) as bar:
             for i, block in enumerate(walk.blocks):
@@ -132,7 +133,7 @@ def _statistics(
 ) -> dict[Key, InputStatistics]:  # fmt: skip
     found: dict[Key, InputStatistics] = {}
     for number, uses, stream in walk.run(i, matrices):
-        weights = token_weights(walk.steps[number], stream, weighting)
+        weights = weigh_tokens(walk.steps[number], stream, weighting)
         for use in uses:
             if (use.key.name, use.input_dim(matrices[use.key.name].dim())) not in wanted:
                 continue

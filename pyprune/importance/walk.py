@@ -64,10 +64,15 @@ class Walk:
             self.blocks = [model]
             log.info("the model is run as a whole: %s", reason)
 
+    def weighting(self, asked: str) -> str:
+        """How tokens count then: streams behind blocks, of which ``inverse`` speaks, are seen block by block only."""
+        return "equal" if self.whole is not None and asked == "inverse" else asked
+
     def _tried(self, model: nn.Module) -> list[nn.Module]:
         step = self.steps[0]
-        batch = {**step.inputs, "labels": step.inputs.get("labels")}
-        batch = {k: v for k, v in batch.items() if v is not None}
+        batch = dict(step.inputs)
+        if "input_ids" not in batch:
+            batch["labels"] = step.targets.roll(1, dims=1)  # which nothing predicts at the end
         with torch.enable_grad():
             return plan_sweep(model, self._forward, {}, batch, step.targets.device).blocks
 
@@ -179,7 +184,7 @@ def walking(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterato
                 p.requires_grad_(flag)
 
 
-def token_weights(step: Step, stream: Tensor | None, how: str) -> Tensor:
+def weigh_tokens(step: Step, stream: Tensor | None, how: str) -> Tensor:
     """What each token counts, float32 [tokens of the step]; padding counts nothing.
 
     Args:

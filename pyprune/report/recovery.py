@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyprune.report.units import seconds
+from pyprune.report.units import perplexity, seconds
 
 
 def recovery_tables(report: Mapping[str, Any]) -> list[RenderableType]:
@@ -37,7 +37,7 @@ def _figures(report: Mapping[str, Any]) -> Table:
     for label, key in (("validation", "validation"), ("evaluation text", "perplexity")):
         pair = report.get(key)
         if pair:
-            shown = [_perplexity(pair[k]["perplexity"]) for k in ("before", "after")]
+            shown = [perplexity(pair[k]["perplexity"]) for k in ("before", "after")]
             table.add_row(label, *shown, f"{pair['after']['nll'] - pair['before']['nll']:+.3f} nats")
     if report.get("perplexity"):
         table.caption = Text(report["perplexity"]["after"]["protocol"])
@@ -58,7 +58,3 @@ def _validations(report: Mapping[str, Any]) -> Table:
 def _pace(report: Mapping[str, Any]) -> str:
     speed = report["tokens"] / max(report["seconds"], 1e-9)
     return f"* kept. {seconds(report['seconds'])}, {speed:,.0f} learned tokens a second, validations included"
-
-
-def _perplexity(value: float | None) -> str:
-    return "overflow" if value is None else f"{value:.2f}"

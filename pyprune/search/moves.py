@@ -95,7 +95,7 @@ class Moves:
         with depth; first and last layers spared; and, where several roles are cut, the finest alone.
         """
         found = {name: ALLOCATIONS[name].allocate(self.groups, scores, self.budget) for name in MEASURED}
-        found["linear_depth"] = self._by_depth(self.groups, lambda depth: 0.5 + depth)
+        found["linear"] = self._by_depth(self.groups, lambda depth: 0.5 + depth)
         found["spared_ends"] = self._by_depth(self.groups, lambda depth: float(0.1 < depth < 0.99))
         others = [g for g in self.groups if g.role != "vo_dim"]
         found |= {f"{n}, vo_dim whole": w for n, w in self._alone(others, MEASURED, scores).items()}
@@ -103,7 +103,7 @@ class Moves:
         alone = self._alone(fine, ("uniform", "log_depth", "knapsack"), scores)
         found |= {f"{n}, {fine[0].role} only": w for n, w in alone.items()}
         if alone:
-            found[f"linear_depth, {fine[0].role} only"] = self._by_depth(fine, lambda depth: 0.5 + depth)
+            found[f"linear, {fine[0].role} only"] = self._by_depth(fine, lambda depth: 0.5 + depth)
         misses = {name: abs(self.miss(widths)) for name, widths in found.items() if name in MEASURED}
         self.tolerance = max(self.tolerance, min(misses.values()))
         out: dict[str, Widths] = {}

@@ -82,7 +82,7 @@ def search_plan(
     budget: Quantity | str = "parameters",
     allocation: str = "search",
     compensation: str = "least-squares",
-    token_weighting: str = "inverse",
+    token_weights: str = "inverse",
     steps: int | None = None,
     minutes: float | None = None,
     seed: int = 0,
@@ -112,7 +112,7 @@ def search_plan(
             ``file``.
         compensation: what the plan will be applied with: candidates are measured so. ``least-squares``, ``obs``
             (measured as least squares), ``bias`` or ``none``.
-        token_weighting: of the refits, as in :func:`pyprune.compensation.compensate`.
+        token_weights: of the refits, as in :func:`pyprune.compensation.compensate`.
         steps: generations; of 8 children each. None: no limit but ``minutes``, and 40 without any.
         minutes: time, of all runs of the same search together.
         seed: of the moves. With a limit in steps alone the plan is the same whenever the seed is.
@@ -134,7 +134,7 @@ def search_plan(
             raise PyPruneError(name, str(value), "is for allocation search", "Leave it out.")
     for option, value, known in (
         ("compensation", compensation, MODES),
-        ("token_weights", token_weighting, TOKEN_WEIGHTS),
+        ("token_weights", token_weights, TOKEN_WEIGHTS),
         ("allocation", allocation, ON_MODEL),
     ):
         if value not in known:
@@ -144,7 +144,7 @@ def search_plan(
     check_samples(calibration)
     check_vocabulary(calibration, model)
     searcher = _Searcher(
-        model, groups, scores, calibration, compensation, token_weighting, Limit(steps, minutes), seed,
+        model, groups, scores, calibration, compensation, token_weights, Limit(steps, minutes), seed,
         None if file is None else Path(file), overwrite, None if cache is None else Path(cache),
     )  # fmt: skip
     ways = {"search": searcher.allocate, "divergence": searcher.by_divergence, "descent": searcher.by_descent}
@@ -363,4 +363,4 @@ def split(calibration: Calibration, device: torch.device) -> tuple[list[Step], l
 
 def _anchor(seeds: Mapping[str, Widths]) -> Widths:
     """The widths that the refits' inputs are collected at: the first of the seeds that falls with depth."""
-    return next((seeds[n] for n in ("log_depth", "linear_depth") if n in seeds), next(iter(seeds.values())))
+    return next((seeds[n] for n in ("log_depth", "linear") if n in seeds), next(iter(seeds.values())))

@@ -16,7 +16,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance.memory import trim_heap
 from pyprune.importance.steps import Step
 from pyprune.importance.taps import Key
-from pyprune.importance.walk import Walk, token_weights, weights_for
+from pyprune.importance.walk import Walk, weigh_tokens, weights_for
 from pyprune.search.masking import Exchanged, Masking, zero_columns
 from pyprune.search.sites import Sites
 
@@ -107,7 +107,7 @@ class Refits:
     def _add(self, walk: Walk, i: int, name: str, p: nn.Parameter, weighting: str) -> None:
         found: dict[Key, Sums] = {}
         for number, uses, stream in walk.run(i, {name: p}):
-            weights = token_weights(walk.steps[number], stream, weighting if self.mode != "bias" else "equal")
+            weights = weigh_tokens(walk.steps[number], stream, weighting if self.mode != "bias" else "equal")
             for use in uses:
                 x = use.x if use.bias is None else torch.cat([use.x, use.x.new_ones(len(use.x), 1)], dim=1)
                 if use.key not in found:

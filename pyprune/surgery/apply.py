@@ -39,8 +39,8 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
             ``forward`` computes with the old numbers after such a cut is checked in any case, without weights.
         stock_only: refuse cuts that no configuration of the model's class expresses. Otherwise the modules that they
             touch are resized (:mod:`pyprune.surgery.resize`), or where that is impossible their linear layers become
-            narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by :func:`pyprune.load`
-            only.
+            narrow ones (:mod:`pyprune.surgery.narrow`), with a warning: the result is opened by :func:`pyprune.load`,
+            and by plain transformers after ``export(..., "hetero-hf")``.
 
     Returns:
         The smaller model.
@@ -50,7 +50,7 @@ def apply(model: Any, plan: Plan, *, copy: bool = False, verify: bool = True, st
             carries what cannot be pruned (adapters, quantised weights, hooks, a compiled wrapper).
     """
     model = bare(model)
-    _refuse(model)
+    check_model(model)
     tensors = Tensors.of(model)
     _check_plan(plan, tensors)
     rebuilt = rebuild(model, plan, stock_only)
@@ -102,7 +102,8 @@ def bare(model: Any) -> Any:
     return model
 
 
-def _refuse(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raises PyPruneError: the model carries what would be lost in a cut, or cannot be cut."""
     name = type(model).__name__
     if getattr(model, "is_quantized", False) and not is_from_gguf(model):
         raise PyPruneError("model", name, "has quantised weights", "Load it in bfloat16 or float32 and prune that.")
@@ -128,7 +129,8 @@ def _gradient_hooks(parameter: torch.Tensor) -> int:
 
 def _users_hooks(module: Any) -> int:
     """Hooks that somebody added; transformers' own come back by themselves."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
     return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
@@ -136,15 +138,18 @@ def _check_plan(plan: Plan, tensors: Tensors) -> None:
     for cut in plan.cuts:
         for member in cut.group.members:
             shape = tensors.shapes.get(member.tensor)
+            there = shape[member.dim] if shape is not None and member.dim < len(shape) else None
             top = int(member.index.positions().max())
-            if shape is None or member.dim >= len(shape) or top >= shape[member.dim]:
-                raise PyPruneError(
-                    "plan",
-                    cut.group.name,
-                    f"speaks of {member.tensor} dimension {member.dim} position {top}; this model has "
-                    f"{'no such tensor' if shape is None else list(shape)}",
-                    "The plan was made for another model.",
-                )
+            if there is not None and top < there and member.size in (None, there):
+                continue
+            spoken = f"position {top}" if member.size is None else f"of {member.size}"
+            raise PyPruneError(
+                "plan",
+                cut.group.name,
+                f"speaks of {member.tensor} dimension {member.dim} {spoken}; this model has "
+                f"{'no such tensor' if shape is None else list(shape)}",
+                "The plan was made for another model.",
+            )
 
 
 def carry(old: Any, new: Any, old_name: Any) -> None:

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pyprune import families
+from pyprune.errors import PyPruneError
 from pyprune.surgery import narrow, resize, skip
 from pyprune.surgery.decoder import text_config
 
@@ -40,3 +41,11 @@ def stand_in(config: Config) -> tuple[type, Config] | None:
 def can_be_saved(config: Config) -> bool:
     """Whether ``config``, or its stand-in, can be written and read again."""
     return refusal(config) is None or stand_in(config) is not None
+
+
+def check_writable(config: Config) -> None:
+    """Raises PyPruneError: a model of this configuration cannot be saved."""
+    if not can_be_saved(config):
+        problem = f"would hold a configuration that {type(config).__name__} refuses: {refusal(config)}"
+        hint = "Choose other widths or roles (round_to rounds widths), or leave it out and keep the model in memory."
+        raise PyPruneError("output_dir", None, problem, hint)

@@ -188,7 +188,7 @@ def test_markup_in_an_answer_is_text(speaker) -> None:
         (("dense", "--prompt", " "), "--prompt ' ': is empty."),
         (("dense", "--json"), "--json: is for the answers to one prompt. Give prompt too."),
         (("dense", "--web", "--prompt", "x"), "--web: opens a page, where prompts are typed."),
-        (("dense", "--device", "gpu", "--prompt", "x"), "--device 'gpu': must be auto, cpu, mps, cuda or cuda:N."),
+        (("dense", "--device", "gpu", "--prompt", "x"), "--device 'gpu': must be auto, cpu, cuda or cuda:N."),
         (("dense", "--max_new_tokens", "0", "--prompt", "x"), "0 is not in the range x>=1"),
         (("dense", "--seed", str(2**63), "--prompt", "x"), "is not in the range 0<=x<="),
     ],

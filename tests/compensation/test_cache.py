@@ -201,7 +201,7 @@ def test_mean_biases_are_read_and_models_without_are_still_refused(tmp_path: Pat
 CHANGES = {
     "other text": {"batches": ids(seed=4)},
     "fewer samples": {"batches": ids(39)},
-    "equal tokens": {"token_weighting": "equal"},
+    "equal tokens": {"token_weights": "equal"},
     "another target": {"target": "stream"},
     "padding": {"batches": [{"input_ids": ids(), "attention_mask": (torch.arange(16) < 15).long().expand(40, 16)}]},
 }
@@ -240,7 +240,7 @@ DAMAGES = {
 def test_a_damaged_file_is_named_and_made_anew(kind: str, damage: Any, tmp_path: Path) -> None:
     dense = tiny_llama()
     plan = planned(dense, ffn=14)
-    fitted(dense, plan, tmp_path / "other", token_weighting="equal")
+    fitted(dense, plan, tmp_path / "other", token_weights="equal")
     plain, _ = fitted(dense, plan, tmp_path / "c")
     file = sorted((tmp_path / "c").glob(kind))[0]
     file.write_bytes(damage(file.read_bytes(), sorted((tmp_path / "other").glob(kind))[0].read_bytes()))
@@ -286,10 +286,10 @@ def test_sums_keep_to_the_limit_and_the_beginning_of_a_run_stays(tmp_path: Path)
     before = sums(tmp_path / "c")
     for name in before:
         os.utime(tmp_path / "c" / name, (1, 1))
-    model, _ = fitted(dense, plan, tmp_path / "c", cache_limit=limit, token_weighting="equal")
+    model, _ = fitted(dense, plan, tmp_path / "c", cache_limit=limit, token_weights="equal")
     after = sums(tmp_path / "c")
     assert not set(before) & set(after) and sum(after.values()) <= 2.2 * one
-    assert same(model, fitted(dense, plan, None, token_weighting="equal")[0])
+    assert same(model, fitted(dense, plan, None, token_weights="equal")[0])
     fitted(dense, plan, tmp_path / "none", cache_limit=0.0)
     assert not sums(tmp_path / "none")
 

@@ -202,7 +202,7 @@ def refused(option: str, part: str, **given: object) -> None:
 def test_mistakes_are_named() -> None:
     refused("compensation", "not known", mode="least_squares")
     refused("compensation_target", "not known", target="dense")
-    refused("token_weights", "not known", token_weighting="norm")
+    refused("token_weights", "not known", token_weights="norm")
     refused("samples", "leave none to choose", batches=ids(1))
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())

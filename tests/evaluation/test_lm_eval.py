@@ -57,7 +57,7 @@ def test_acc_and_acc_norm_are_those_of_the_harness(tmp_path: Path, bos: bool) ->
     assert [f.total for f in found] == pytest.approx([v for q in their_values for v in q], rel=1e-5)
 
 
-def test_a_task_of_the_harness_is_scored_as_the_harness_scores_it(tmp_path: Path) -> None:
+def test_a_task_of_the_harness_is_scored_as_the_harness_scores_it() -> None:
     model, tokenizer = tiny_llama(2, vocab_size=400, bos_token_id=0, eos_token_id=1), trained_tokenizer()
     theirs, _ = by_harness(model, tokenizer, records())
     (ours,) = stock_accuracies(lambda pairs, _: loglikelihoods(model, tokenizer, pairs), [harness_task(records())])

@@ -51,7 +51,7 @@ def test_one_file_under_two_names_and_one_dataset_are_the_same_source(tmp_path) 
     assert same_source(ids, ids) == "the same object" and same_source(ids, ids.clone()) is None
 
 
-def test_prune_notes_one_corpus_and_stays_silent_on_two(tmp_path) -> None:
+def test_prune_notes_one_corpus_and_stays_silent_on_two() -> None:
     text = stream(5, 2048).reshape(16, 128)
     options = {"ratio": 0.2, "criterion": "param_first", "eval_length": 128}
     said = pyprune.prune(tiny_llama(), calibration=text[:8], eval_text=text.clone(), **options).report.warnings

@@ -135,7 +135,7 @@ def test_pyprune_opens_it_when_its_code_is_allowed(tmp_path) -> None:
     assert torch.equal(h.logits(load(tmp_path / "out", trust_remote_code=True)), h.logits(model))
 
 
-def test_fewer_kv_heads_in_some_layers_are_groups_of_other_sizes(tmp_path) -> None:
+def test_fewer_kv_heads_in_some_layers_are_groups_of_other_sizes() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pyprune.surgery import skeleton

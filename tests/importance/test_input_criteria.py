@@ -14,7 +14,7 @@ from pyprune.errors import PyPruneError
 from pyprune.importance import score
 from pyprune.importance.criteria.obs import DAMPING
 from pyprune.importance.steps import make_steps
-from pyprune.importance.walk import token_weights
+from pyprune.importance.walk import weigh_tokens
 
 LAYER = 1
 FFN, HEADS = f"model.layers.{LAYER}.mlp:ffn", f"model.layers.{LAYER}.self_attn:kv_heads"
@@ -161,7 +161,29 @@ def test_the_first_token_behind_padding_is_the_sink() -> None:
     batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     (step,) = make_steps([batch], torch.device("cpu"), tokens=96)
     stream = 1 + torch.rand(3, 32, 5, generator=torch.Generator().manual_seed(0))
-    plain, found = (token_weights(step, stream, how).view(3, 32) for how in ("inverse", "sink"))
+    plain, found = (weigh_tokens(step, stream, how).view(3, 32) for how in ("inverse", "sink"))
     want = torch.ones(3, 32)
     want[0, 0], want[1, 8] = 32 / 8, 24 / 8  # of four tokens an eighth is less than one: no less than before
     assert torch.equal(found, plain * want) and (plain[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "obs"])
+def test_scores_say_how_tokens_counted_where_blocks_cannot_be_run_alone(criterion: str, ids: Tensor) -> None:
+    """Streams behind blocks, which the default looks at, are not to be seen then."""
+    model = tiny_llama()
+    groups, roles = llama_groups(model.config, model), ["ffn", "kv_heads"]
+    equal = score(model, groups, ids, criterion, roles=roles, token_weights="equal")
+    model.model.layers[0].register_full_backward_hook(lambda module, given, taken: None)
+    got = score(model, groups, ids, criterion, roles=roles)
+    assert got.details["engine"].startswith("the model as a whole") and got.details["token_weights"] == "equal"
+    for name in equal:
+        torch.testing.assert_close(got[name], equal[name], rtol=1e-4, atol=1e-6)
+
+
+def test_embeddings_with_labels_are_scored_as_their_tokens(model: nn.Module, groups: Groups, ids: Tensor) -> None:
+    embeds = model.get_input_embeddings()(ids).detach()
+    batches = [{"inputs_embeds": e, "labels": t} for e, t in zip(embeds.split(4), ids.split(4), strict=True)]
+    expected, got = (score(model, groups, given, "wanda", roles=["ffn", "kv_heads"]) for given in (ids, batches))
+    assert got.details["engine"] == "one block at a time"
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)

@@ -136,7 +136,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-def test_gradient_checkpointing_recomputes_the_layers(monkeypatch) -> None:
+def test_gradient_checkpointing_recomputes_the_layers() -> None:
     model = small_llama()
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(torch.is_grad_enabled()))
@@ -181,7 +181,7 @@ def test_a_short_time_is_not_spent_on_validation(monkeypatch) -> None:
         assert list(unhurried.validation_rows) == validation and not unhurried.history.notes
 
 
-def test_validations_are_fewer_when_they_would_take_more_than_a_tenth_of_the_time(monkeypatch) -> None:
+def test_validations_are_fewer_when_they_would_take_more_than_a_tenth_of_the_time() -> None:
     with adapted(small_llama(), LORA, 0) as wrapped:
         run = trainer(wrapped, max_minutes=10.0)
         run.history.validations.append({"seconds": 20.0})

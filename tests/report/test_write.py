@@ -119,6 +119,7 @@ def test_prompts_that_nobody_asked_for_stop_after_a_while(monkeypatch) -> None:
 def test_prompts_come_from_a_file_one_a_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("One \n\n  Two\nThree\n", encoding="utf-8")
     assert sample_prompts(str(tmp_path / "p.txt"), None) == ["One", "Two", "Three"]
+    assert sample_prompts(tmp_path / "p.txt", None) == ["One", "Two", "Three"]
     assert sample_prompts(str(tmp_path / "p.txt"), 2) == ["One", "Two"]
     with pytest.raises(PyPruneError, match="generations 4: there are 3 prompts"):
         sample_prompts(str(tmp_path / "p.txt"), 4)

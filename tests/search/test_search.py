@@ -170,7 +170,7 @@ def test_a_model_that_runs_as_a_whole_only_is_searched_too(case, monkeypatch) ->
     assert kept(case.search(compensation="none")) == kept(expected)
 
 
-def test_a_time_limit_ends_it(case, monkeypatch) -> None:
+def test_a_time_limit_ends_it(case) -> None:
     plan = case.search(steps=None, minutes=0.0001)
     assert plan.details["search"]["generations"] == 0
     assert plan.details["search"]["history"]
@@ -228,7 +228,7 @@ def test_unknown_names(case) -> None:
     with pytest.raises(PyPruneError, match="Did you mean 'least-squares'"):
         case.search(compensation="least-square")
     with pytest.raises(PyPruneError, match="Did you mean 'inverse'"):
-        case.search(token_weighting="invers")
+        case.search(token_weights="invers")
 
 
 def test_tokens_of_another_vocabulary(case) -> None:

@@ -193,7 +193,7 @@ def test_the_whole_line_prunes_to_a_budget_and_says_so() -> None:
     assert "memory with 64 cached tokens" in _printed(out.report)
 
 
-def test_the_search_keeps_to_the_budget(tmp_path: Path) -> None:
+def test_the_search_keeps_to_the_budget() -> None:
     out = pyprune.prune(
         tiny_llama(intermediate_size=96), ratio=0.2, budget="macs", calibration=ids(16), criterion="l2", roles="ffn",
         allocation="search", search_steps=1,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaModel
 
+from pyprune.discovery import discover
 from pyprune.errors import PyPruneError
 from pyprune.selection.plan import Cut, Plan
 from pyprune.surgery import apply
@@ -273,6 +274,17 @@ def test_a_plan_for_another_model_is_refused():
     assert caught.value.option == "plan"
     with pytest.raises(PyPruneError, match="no such tensor"):
         apply(h.tiny("gpt2"), plan)
+
+
+def test_a_plan_for_a_narrower_model_is_refused_while_the_weights_are_there():
+    found = discover(h.tiny("llama"))
+    plan = Plan.from_json(h.uniform_plan(found, ffn=20).to_json())
+    wider = h.tiny("llama", intermediate_size=96)
+    with pytest.raises(PyPruneError, match=r"made for another model") as caught:
+        apply(wider, plan)
+    assert "dimension 0 of 40; this model has [96, 48]" in str(caught.value)
+    assert not any(p.is_meta for p in wider.parameters())
+    assert apply(h.tiny("llama"), plan).config.intermediate_size == 20
 
 
 def test_what_cannot_be_pruned_is_refused_by_name():

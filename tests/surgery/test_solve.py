@@ -240,7 +240,7 @@ def test_a_refused_value_is_an_answer():
     assert structure(nn.Linear(2, 3)) == {"weight": (3, 2), "bias": (3,)}
 
 
-def test_a_vocabulary_masked_by_infinities_is_no_reason_not_to_compare(plain, monkeypatch):
+def test_a_vocabulary_masked_by_infinities_is_no_reason_not_to_compare(plain):
     masked = check.logits(plain)
     masked[..., 3] = -torch.inf
     check.compare(masked, plain, torch.float32)
