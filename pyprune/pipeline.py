@@ -38,11 +38,11 @@ from pyprune.selection.requests import parse_layers
 from pyprune.selection.scope import layer_count, roles_to_share
 from pyprune.selection.searched import ON_MODEL
 from pyprune.selection.select import goal_of
-from pyprune.stage_options import AUTO
+from pyprune.stage_options import AUTO, SaveConfig
 from pyprune.streaming.run import prune_from_disk
 from pyprune.surgery.apply import bare, check_model
 from pyprune.surgery.skeleton import is_stock
-from pyprune.surgery.writable import check_writable
+from pyprune.surgery.writable import check_writable, saved_as
 from pyprune.texts import evaluation_windows, page_prompts
 from pyprune.trial import first_that_fits
 
@@ -145,7 +145,7 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
             *overlap_notes(recipe.calibration.calibration, job.batches, recipe.evaluation.eval_text, texts.windows),
             *notes,
             *cut.notes,
-            *_how_to_open(cut.model, recipe.save.profile),
+            *_how_to_open(cut.model, recipe.save),
         ],
     )
     if recipe.save.output_dir is not None:
@@ -294,7 +294,10 @@ def _save(model: Any, tokenizer: Any, plan: Plan, report: Report, recipe: PruneC
     report.stages = stages.to_list()
 
 
-def _how_to_open(model: Any, profile: str | None) -> list[str]:
-    if is_stock(model.config) or profile is not None:
+def _how_to_open(model: Any, config: SaveConfig) -> list[str]:
+    other = saved_as(model) if config.is_folder else None
+    if other is not None:
+        return [other[2]]
+    if is_stock(model.config) or config.profile is not None:
         return []
     return ["Layers have sizes that plain transformers cannot build, so only pyprune.load opens the result."]

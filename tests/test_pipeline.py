@@ -298,3 +298,11 @@ def test_a_model_that_cannot_be_saved_is_refused_before_weights_change(
         )  # fmt: skip
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:LlamaForCausalLM cannot be saved as it is")
+def test_the_report_says_that_another_class_stands_for_the_models_own(tmp_path: Path) -> None:
+    out = pyprune.prune(tiny_llama(), criterion="l2", widths={"hidden": 93}, output_dir=str(tmp_path / "out"))
+    told = [w for w in out.report.warnings if "saved as MistralForCausalLM, the same network" in w]
+    assert len(told) == 1
+    assert told[0] in json.loads((tmp_path / "out" / "pyprune_report.json").read_text())["warnings"]

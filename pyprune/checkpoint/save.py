@@ -24,7 +24,7 @@ from pyprune.selection.plan import Plan
 from pyprune.surgery import gguf, skeleton
 from pyprune.surgery.apply import bare
 from pyprune.surgery.decoder import structure
-from pyprune.surgery.writable import refusal, stand_in
+from pyprune.surgery.writable import saved_as
 
 PLAN = "pyprune_plan.json"
 REPORT = "pyprune_report.json"
@@ -136,16 +136,11 @@ def check_ties(model: Any) -> None:
 
 def _writable(model: Any) -> Any:
     """``model``, or a twin with the same weights whose configuration can be saved and read again."""
-    problem = refusal(model.config)
-    if problem is None:
-        return model
-    name, other = type(model).__name__, stand_in(model.config)
+    other = saved_as(model)
     if other is None:
-        raise PyPruneError("model", name, f"has a configuration that {type(model.config).__name__} refuses: {problem}")
-    cls, config = other
-    warnings.warn(
-        f"{name} cannot be saved as it is ({problem}); saved as {cls.__name__}, the same network.", stacklevel=3
-    )
+        return model
+    cls, config, said = other
+    warnings.warn(said, stacklevel=3)
     return _with_weights_of(model, cls, config)
 
 

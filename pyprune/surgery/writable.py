@@ -38,6 +38,22 @@ def stand_in(config: Config) -> tuple[type, Config] | None:
     return found
 
 
+def saved_as(model: Any) -> tuple[type, Config, str] | None:
+    """What a model is saved as, where its own configuration class refuses it: class, configuration, and a sentence for
+    the user. None where it is saved as it is.
+
+    Raises:
+        PyPruneError: nothing that there is computes the same.
+    """
+    problem = refusal(model.config)
+    if problem is None:
+        return None
+    name, other = type(model).__name__, stand_in(model.config)
+    if other is None:
+        raise PyPruneError("model", name, f"has a configuration that {type(model.config).__name__} refuses: {problem}")
+    return *other, f"{name} cannot be saved as it is ({problem}); saved as {other[0].__name__}, the same network."
+
+
 def can_be_saved(config: Config) -> bool:
     """Whether ``config``, or its stand-in, can be written and read again."""
     return refusal(config) is None or stand_in(config) is not None
