@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TOKENS = "token_fisher"  # expected loss of a unit that a linear layer reads
 LOSS = "group_fisher"  # of any unit
-CHANNELS = ("ffn", "expert_ffn")
+FFN_ROLES = ("ffn", "expert_ffn")
 LIGHT_UP_TO = 0.35  # of the parameters that are counted
 MEASURED_UP_TO = 1 << 30  # bytes of the sums that refits of candidates are made from
 SCORE_TOKENS = 8192  # what criteria read where they order units that nothing is measured with
@@ -64,7 +64,7 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     asked = recipe.select
     goes = _share_that_goes(asked, groups)
     sized = asked.widths is None and (asked.ratio or asked.target_params) is not None
-    roles = tuple(r for r in CHANNELS if groups.prunable([r]))
+    roles = tuple(r for r in FFN_ROLES if groups.prunable([r]))
     heavy = goes > LIGHT_UP_TO
     if heavy or not channels_only or asked.budget != "parameters":
         # Where all queries share one KV head, that cannot go.
@@ -83,7 +83,7 @@ def _settled(recipe: PruneConfig, groups: Groups, samples: int, channels_only: b
     recipe = replace(recipe, compensate=how)
     unmeasured = "log_depth" if heavy else "knapsack"
     recipe = _allocated(recipe, "descent" if _can_measure(recipe, cut, samples) else unmeasured)
-    channels = all(g.role in CHANNELS for g in cut)
+    channels = all(g.role in FFN_ROLES for g in cut)
     by_tokens = recipe.select.allocation == "knapsack" and not heavy and channels
     if how.compensation_criterion == AUTO:
         judge = TOKENS if by_tokens and how.compensation == "obs" else "none"
@@ -187,7 +187,7 @@ def _can_measure(recipe: PruneConfig, cut: list[Group], samples: int) -> bool:
 
 def _sums(group: Group) -> int:
     """Bytes of half the products of what a matrix reads from the units: every expert's alone, all heads' together."""
-    if group.role in CHANNELS:
+    if group.role in FFN_ROLES:
         return 2 * group.outer * group.units**2
     return 2 * max(m.index.positions().size for m in group.members) ** 2
 

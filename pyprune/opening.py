@@ -13,7 +13,6 @@ from pyprune.checkpoint.load import check_finite, open_model
 from pyprune.discovery.discover import discover
 from pyprune.discovery.groups import Groups
 from pyprune.discovery.roles import HEADS
-from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import continuation
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.perplexity import perplexity
@@ -50,13 +49,6 @@ class Opened:
         return model
 
 
-def named(model_name_or_path: str | None) -> str:
-    """Raises PyPruneError: no model is given."""
-    if model_name_or_path is None:
-        raise PyPruneError("model_name_or_path", None, "no model is given", "Name a folder or a model on the hub.")
-    return model_name_or_path
-
-
 def open_or_take(config: ModelConfig, stages: Stages, model: Any = None, tokenizer: Any = None) -> Opened:
     """The model that ``config`` names, or ``model`` itself.
 
@@ -65,7 +57,7 @@ def open_or_take(config: ModelConfig, stages: Stages, model: Any = None, tokeniz
             object.
     """
     if model is None:
-        name = named(config.model_name_or_path)
+        name = preflight.named(config.model_name_or_path)
         device = preflight.device(config.device)
         with stages("load"):
             model, own = open_model(name, config.dtype, None if device == "cpu" else device, config.trust_remote_code)

@@ -26,7 +26,7 @@ from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import Calibration
 from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.scores import Scores
-from pyprune.opening import Opened, calibration_for, groups_of, measure, named, open_or_take, tensor_bytes
+from pyprune.opening import Opened, calibration_for, groups_of, measure, open_or_take, tensor_bytes
 from pyprune.report.data import Report, versions
 from pyprune.report_pipeline import add_page, ask
 from pyprune.schedule import forget_search
@@ -235,7 +235,7 @@ def _complete(plan: Plan, recipe: PruneConfig) -> list[str]:
 
 def inspect_model(recipe: InspectConfig) -> tuple[str, Groups]:
     """Class name and groups of a model; only its configuration is read."""
-    model = open_outline(named(recipe.model.model_name_or_path), recipe.model.trust_remote_code)
+    model = open_outline(preflight.named(recipe.model.model_name_or_path), recipe.model.trust_remote_code)
     return type(model).__name__, groups_of(model)
 
 

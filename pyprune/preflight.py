@@ -36,6 +36,13 @@ def renamed(**options: str) -> Iterator[None]:
         raise PyPruneError(options[error.option], error.value, error.problem, error.hint) from error
 
 
+def named(model_name_or_path: str | None) -> str:
+    """Raises PyPruneError: no model is given."""
+    if model_name_or_path is None:
+        raise PyPruneError("model_name_or_path", None, "no model is given", "Name a folder or a model on the hub.")
+    return model_name_or_path
+
+
 _LOSS = "group_fisher"  # reads what any criterion reads that method best may settle
 
 

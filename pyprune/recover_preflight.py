@@ -126,9 +126,7 @@ def open_start(
         name = getattr(model, "name_or_path", "") or type(model).__name__
         check_finite(model, name)
         return Start(model, tokenizer, name, next(model.parameters()).device)
-    name = recipe.model.model_name_or_path
-    if name is None:
-        raise PyPruneError("model_name_or_path", None, "no model is given", "Name a folder or a model on the hub.")
+    name = preflight.named(recipe.model.model_name_or_path)
     device = processes.device(wanted)
     with stages("load"):
         model, own = open_model(

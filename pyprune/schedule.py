@@ -13,13 +13,12 @@ import torch
 
 from pyprune.config import PruneConfig
 from pyprune.discovery.groups import Groups
+from pyprune.discovery.roles import INSIDE_HEADS
 from pyprune.errors import PyPruneError
 from pyprune.selection.allocation import ALLOCATIONS
 from pyprune.selection.requests import units_of
 from pyprune.selection.select import select
 from pyprune.stage_options import SelectConfig
-
-WITHIN_HEADS = {"qk_dim", "vo_dim"}  # few configurations express them, so that surgery may leave narrow linear layers
 
 
 def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
@@ -51,8 +50,9 @@ def requests(config: SelectConfig, dense: Groups) -> Iterator[dict[str, Any]]:
     if config.widths is not None and config.allocation != "uniform":
         raise PyPruneError("iterative_steps", count, f"widths with allocation {config.allocation} are cut in one step")
     roles = {*(config.roles or ()), *(config.widths or ())}
-    if roles & WITHIN_HEADS:
-        problem = f"{' and '.join(sorted(roles & WITHIN_HEADS))} may leave layers that cannot be cut again"
+    inside = roles.intersection(INSIDE_HEADS)
+    if inside:  # few configurations express them, so that surgery may leave narrow linear layers
+        problem = f"{' and '.join(sorted(inside))} may leave layers that cannot be cut again"
         raise PyPruneError("iterative_steps", count, problem, "Leave them out, or use iterative_steps 1.")
     if config.layers is not None and "layers" in roles:
         problem = "whole layers out of some layers are removed in one step"

@@ -28,6 +28,7 @@ from pyprune.discovery.lattice import Occurrence
 HEADS = ("kv_heads", "query_heads")
 # Roles whose units may be chosen separately in every head.
 PER_HEAD = ("query_heads", "qk_dim", "vo_dim")
+INSIDE_HEADS = ("qk_dim", "vo_dim")
 
 
 @dataclass

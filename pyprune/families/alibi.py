@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from pyprune.families import KEPT
 
 
+def alibi_heads(config: Any) -> int:
+    """Heads that slopes are computed for."""
+    return getattr(config, "alibi_heads", None) or config.num_attention_heads
+
+
+def stock(config: Any) -> None:
+    """The stock constructor computes slopes for all the heads that there were. In place."""
+    config.num_attention_heads = alibi_heads(config)
+
+
 def take_rows(attention: nn.Module, argument: str, position: int, heads: int, batched: bool) -> None:
     """Makes ``attention`` take its own rows of the table that its ``forward`` is given. In place.
 

@@ -11,22 +11,14 @@ from typing import Any
 from torch import nn
 
 from pyprune.families import Family, register
-from pyprune.families.alibi import take_rows
+from pyprune.families.alibi import alibi_heads, stock, take_rows
 from pyprune.families.linear import linear
-
-
-def _alibi_heads(config: Any) -> int:
-    return getattr(config, "alibi_heads", None) or config.num_attention_heads
-
-
-def _stock(config: Any) -> None:
-    config.num_attention_heads = _alibi_heads(config)
 
 
 def _resize(module: nn.Module, config: Any) -> None:
     from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 
-    if isinstance(module, BloomAttention) and config.num_attention_heads != _alibi_heads(config):
+    if isinstance(module, BloomAttention) and config.num_attention_heads != alibi_heads(config):
         heads = config.num_attention_heads
         module.num_heads = heads
         module.split_size = inner = heads * config.head_dim
@@ -48,7 +40,7 @@ register(
             "alibi_heads": lambda config: config.num_attention_heads,
             "intermediate_size": lambda config: 4 * config.hidden_size,
         },
-        stock=_stock,
+        stock=stock,
         resize=_resize,
         tables=("kv_heads",),
     )

@@ -10,11 +10,7 @@ from typing import Any
 from torch import nn
 
 from pyprune.families import Family, register
-from pyprune.families.linear import linear
-
-
-def _stock(config: Any) -> None:
-    config.num_attention_heads = config.hidden_size // config.head_dim
+from pyprune.families.linear import dividing_heads, linear
 
 
 def _resize(module: nn.Module, config: Any) -> None:
@@ -31,7 +27,7 @@ register(
         name="gpt_neox",
         model_types=("gpt_neox",),
         explicit={"head_dim": lambda config: config.hidden_size / config.num_attention_heads},
-        stock=_stock,
+        stock=dividing_heads,
         resize=_resize,
     )
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyprune.discovery.groups import Group, Groups
+from pyprune.discovery.roles import INSIDE_HEADS
 from pyprune.importance.scores import Scores
 from pyprune.selection.plan import Cut, Plan
 
@@ -15,7 +16,6 @@ BINS = 40
 MOST_UNITS = 128  # of a role in a layer that are kept one by one
 LONGEST_SCALE = 12.0  # decades of scores that a logarithmic scale spans
 NO_WIDTH = ("vocab",)
-INSIDE_HEADS = ("qk_dim", "vo_dim")  # counted within one head
 FORMAT = {"format": "pyprune-importance", "version": 1}
 
 
@@ -87,7 +87,7 @@ def _widths(found: Iterable[tuple[Group, np.ndarray]]) -> list[dict[str, Any]]:
                 sums[group.role, i] = [1, int(stays)]
             continue
         entry = sums.setdefault((group.role, group.layer), [0, 0])
-        if group.role in INSIDE_HEADS:
+        if group.role in INSIDE_HEADS:  # counted within one head
             entry[:] = group.units, int(mask.sum(axis=1).max())
             continue
         entry[0] += mask.size

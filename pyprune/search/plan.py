@@ -199,10 +199,7 @@ class _Searcher:
     def allocate(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
         """Widths of ``groups``; see :data:`pyprune.selection.allocation.Allocate`."""
         started = time.monotonic()
-        before = [self.groups[name] for name in budget.kept]
-        check_roles([g.role for g in (*groups, *before)])
-        which = checked_scores([*groups, *before], self.scores)
-        orders = {name: removal_order(values) for name, values in which.items()}
+        every, orders = self._orders(groups, budget)
         moves = Moves(groups, budget)
         seeds = moves.seeds(costs)
         file = self.file
@@ -212,7 +209,7 @@ class _Searcher:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         state = load_state(file, fingerprint(self.model, settings), self.overwrite)
-        with self._measuring([*groups, *before], orders) as (fitness, refits, masking, sites, fit):
+        with self._measuring(every, orders) as (fitness, refits, masking, sites, fit):
             measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             search = Evolution(moves, measure, state, self.seed, file, started)
             search.start(seeds, _anchor(seeds))
@@ -225,10 +222,8 @@ class _Searcher:
     def by_divergence(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
         """Widths of ``groups`` by how far each of them alone, at several widths, takes the model from the dense one."""
         started = time.monotonic()
-        before = [self.groups[name] for name in budget.kept]
-        check_roles([g.role for g in (*groups, *before)])
-        orders = {n: removal_order(v) for n, v in checked_scores([*groups, *before], self.scores).items()}
-        with self._measuring([*groups, *before], orders) as (fitness, refits, masking, _, fit):
+        every, orders = self._orders(groups, budget)
+        with self._measuring(every, orders) as (fitness, refits, masking, _, fit):
             refits.collect(fit, masking, self.weighting, dict(budget.kept))
             curves = measure_curves(groups, budget, fitness)
             best = allocate_by_curves(groups, curves, budget)
@@ -252,12 +247,10 @@ class _Searcher:
 
     def by_descent(self, groups: Sequence[Group], costs: Mapping[str, np.ndarray], budget: Budget) -> Widths:
         """Widths of ``groups`` from the best plain allocation along measured slopes."""
-        before = [self.groups[name] for name in budget.kept]
-        check_roles([g.role for g in (*groups, *before)])
-        orders = {n: removal_order(v) for n, v in checked_scores([*groups, *before], self.scores).items()}
+        every, orders = self._orders(groups, budget)
         moves = Moves(groups, budget)
         seeds = moves.seeds(costs)
-        with self._measuring([*groups, *before], orders) as (fitness, refits, masking, sites, fit):
+        with self._measuring(every, orders) as (fitness, refits, masking, sites, fit):
             measure: Measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             if self.cache is not None:
                 of = fingerprint(self.model, self._settings(groups, orders, budget, seeds))
@@ -276,6 +269,12 @@ class _Searcher:
             [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), seeds,
             list(self.calibration.batches), self.mode, self.weighting, self.seed, WORDS,
         ]  # fmt: skip
+
+    def _orders(self, groups: Sequence[Group], budget: Budget) -> tuple[list[Group], dict[str, np.ndarray]]:
+        """``groups`` and those whose widths are settled already, and the order in which the units of each go."""
+        every = [*groups, *(self.groups[name] for name in budget.kept)]
+        check_roles([g.role for g in every])
+        return every, {name: removal_order(values) for name, values in checked_scores(every, self.scores).items()}
 
     @contextmanager
     def _measuring(

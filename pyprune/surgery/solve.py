@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 
 from pyprune import families
+from pyprune.discovery.roles import INSIDE_HEADS
 from pyprune.selection.plan import Cut
 from pyprune.surgery.attributes import HEAD_SIZE, Attribute, Built, Dim, Scope, candidates, unset, without_kept
 
@@ -32,7 +33,6 @@ STEPS = (
 
 _WIDTH_ROLES = frozenset({"qk_dim", "vo_dim", "latent", "state", "channels"})
 
-_INSIDE_HEADS = frozenset({"qk_dim", "vo_dim"})
 """Roles whose cuts make heads narrower and leave as many as there are."""
 
 _HEAD_COUNTS = ("heads", "n_head", "num_head")
@@ -89,7 +89,7 @@ def solve(scope: Scope, values: Values, cuts: Sequence[Cut], wanted: Shapes, lay
 
     roles = {c.group.role for c in cuts}
     widths_may_change = bool(roles & _WIDTH_ROLES)
-    counts_may_change = not roles & _INSIDE_HEADS
+    counts_may_change = roles.isdisjoint(INSIDE_HEADS)
     options: dict[Attribute, list[int]] = {}
     for attribute in _ordered([*candidates(scope.config, layer), *written], cuts, scope, values):
         now = values.get(attribute, attribute.get(scope.config))
