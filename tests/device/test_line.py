@@ -52,6 +52,19 @@ def everywhere(model: Any) -> set[str]:
     return {t.device.type for t in tensors}
 
 
+def test_the_device_is_another_one() -> None:
+    """The check of the check."""
+    there, here = torch.arange(4.0, device="cuda"), torch.arange(4.0)
+    for mistake in (lambda: there + here, lambda: torch.cat([there, here]), lambda: there[None] @ here[:, None]):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            mistake()
+    with pytest.raises(RuntimeError):
+        there.index_select(0, torch.tensor([1]))
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    assert torch.equal((there + 1).cpu(), here + 1) and torch.equal(there[torch.tensor([1, 2])].cpu(), here[1:3])
+
+
 @pytest.mark.parametrize("options", FOLDER_OPTIONS.values(), ids=FOLDER_OPTIONS)
 def test_a_folder_is_pruned_as_on_the_cpu(options: dict[str, Any], place: Path, tmp_path: Path) -> None:
     given = {"ratio": 0.2, "calibration": str(place / "train.txt"), "samples": 8, "length": 32, **options}
