@@ -192,3 +192,19 @@ def test_defaults_of_select_are_those_of_the_function() -> None:
     for f in fields(PruneConfig().select):
         if f.name in parameters:
             assert f.default == parameters[f.name].default, f.name
+
+
+def test_options_offer_the_names_that_the_stages_know() -> None:
+    """They are written twice, so that help does not import what needs PyTorch."""
+    from pyprune.compensation import checks
+    from pyprune.importance import depth, walk
+    from pyprune.selection import layers, quantities
+
+    offered = {f.name: f.metadata["parse"].choices for stage in PruneConfig.stages().values() for f in fields(stage)}
+    known = {
+        "token_weights": walk.TOKEN_WEIGHTS, "compensation": checks.MODES, "compensation_target": checks.TARGETS,
+        "compensation_scope": checks.SCOPES, "layer_criterion": depth.LAYER_CRITERIA, "layer_part": layers.PARTS,
+        "budget": quantities.BUDGETS,
+    }  # fmt: skip
+    for name, names in known.items():
+        assert set(offered[name]) == set(names), name
