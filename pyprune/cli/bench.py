@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pyprune.cli.options import CONTEXT, Verb
+from pyprune.cli.options import add_verb, common
 from pyprune.cli.output import emit, reporting
 
 HELP = """Measure kernels and scoring on this machine.
@@ -59,16 +59,9 @@ def register(cli: click.Group) -> None:
         click.Option(
             ["--output"], type=str, metavar="FOLDER", help="Write results.csv, results.md and results.png there."
         ),
-        click.Option(["--json", "json"], is_flag=True, help="Print the result as JSON, and nothing else."),
-        click.Option(["--quiet", "-q", "quiet"], is_flag=True, help="No progress, no warnings."),
+        *common(),
     ]  # fmt: skip
-    text = "\b\n" + EXAMPLES.strip("\n").replace("\n\n", "\n\n\b\n")
-    cli.add_command(
-        Verb(
-            "bench", context_settings=CONTEXT, callback=_run, params=options, help=HELP,
-            short_help=HELP.strip().splitlines()[0], epilog=text,
-        )
-    )  # fmt: skip
+    add_verb(cli, "bench", _run, options, HELP, EXAMPLES)
 
 
 def _run(

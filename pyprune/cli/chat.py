@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pyprune.cli.options import CONTEXT, Verb
+from pyprune.cli.options import add_verb, common
 from pyprune.cli.output import emit, reporting
 from pyprune.errors import PyPruneError
 from pyprune.parsing import DTYPES, MAX_SEED
@@ -66,15 +66,9 @@ def register(cli: click.Group) -> None:
         click.Option(
             ["--port"], type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port of the page."
         ),
-        click.Option(["--json", "json"], is_flag=True, help="Print the answers as JSON, and nothing else."),
-        click.Option(["--quiet", "-q", "quiet"], is_flag=True, help="No progress, no warnings."),
+        *common(),
     ]  # fmt: skip
-    cli.add_command(
-        Verb(
-            "chat", context_settings=CONTEXT, callback=_run, params=params, help=HELP,
-            short_help=HELP.strip().splitlines()[0], epilog="\b\n" + EXAMPLES.strip("\n"),
-        )
-    )  # fmt: skip
+    add_verb(cli, "chat", _run, params, HELP, EXAMPLES)
 
 
 def _run(

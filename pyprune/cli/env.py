@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pyprune.cli.options import verb
+from pyprune.cli.options import add_verb, json_flag
 
 HELP = "Show versions, devices and kernels."
 
@@ -16,14 +16,16 @@ Examples:
 
 
 def register(cli: click.Group) -> None:
-    @verb(cli, None, "env", HELP, EXAMPLES)
-    def run(json: bool) -> None:
-        from pyprune import environment
+    add_verb(cli, "env", _run, [json_flag()], HELP, EXAMPLES)
 
-        facts = environment.collect()
-        if json:
-            from json import dumps
 
-            click.echo(dumps(facts, indent=2))
-        else:
-            click.echo(environment.format_text(facts))
+def _run(json: bool) -> None:
+    from pyprune import environment
+
+    facts = environment.collect()
+    if json:
+        from json import dumps
+
+        click.echo(dumps(facts, indent=2))
+    else:
+        click.echo(environment.format_text(facts))

@@ -38,19 +38,33 @@ class Verb(click.Command):
                 formatter.write_dl(records, col_max=36)
 
 
+def add_verb(
+    group: click.Group, name: str, callback: Callable[..., Any], params: list[click.Parameter], help: str, examples: str
+) -> click.Command:
+    """Add a verb to ``group``. The first line of ``help`` stands in the list of verbs; ``examples`` are printed as they
+    stand."""
+    text = "\b\n" + examples.strip("\n").replace("\n\n", "\n\n\b\n")  # \b: click leaves the lines as they are
+    command = Verb(
+        name, context_settings=CONTEXT, callback=callback, params=params, help=help,
+        short_help=help.strip().splitlines()[0], epilog=text,
+    )  # fmt: skip
+    group.add_command(command)
+    return command
+
+
 def verb(
-    group: click.Group, recipe: type[Recipe] | None, name: str, help: str, examples: str
+    group: click.Group, recipe: type[Recipe], name: str, help: str, examples: str
 ) -> Callable[[Callable[..., Any]], click.Command]:
-    """Register a function as a verb of ``group``.
+    """Register a function as a verb of ``group``, whose options are those of ``recipe``.
 
     The function gets ``flags`` (option name -> what was given, None where nothing was), ``config`` (recipe file or
-    None), ``json`` and ``quiet``. The first line of ``help`` stands in the list of verbs; ``examples`` are printed as
-    they stand.
+    None), ``json`` and ``quiet``.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        params: list[click.Parameter] = [*_options(recipe), *_run()] if recipe else [_json()]
-        names = {f.name for _, f in recipe.options()} if recipe else set()
+        config = click.Option(["--config"], type=str, metavar="YAML", help="Recipe file; flags win over it.")
+        params = [*_options(recipe), config, *common()]
+        names = {f.name for _, f in recipe.options()}
 
         def callback(**values: Any) -> None:
             positional = values.pop("model", None)
@@ -59,22 +73,9 @@ def verb(
                 if flags.get("model_name_or_path") not in (None, positional):
                     raise click.UsageError("The model is given twice, as argument and as --model_name_or_path.")
                 flags["model_name_or_path"] = positional
-            if recipe:
-                values["flags"] = flags
-            function(**values)
+            function(flags=flags, **values)
 
-        text = "\b\n" + examples.strip("\n").replace("\n\n", "\n\n\b\n")  # \b: click leaves the lines as they are
-        command = Verb(
-            name,
-            context_settings=CONTEXT,
-            callback=callback,
-            params=params,
-            help=help,
-            short_help=help.strip().splitlines()[0],
-            epilog=text,
-        )
-        group.add_command(command)
-        return command
+        return add_verb(group, name, callback, params, help, examples)
 
     return decorate
 
@@ -100,13 +101,10 @@ def _plain(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _run() -> list[click.Parameter]:
-    return [
-        click.Option(["--config"], type=str, metavar="YAML", help="Recipe file; flags win over it."),
-        _json(),
-        click.Option(["--quiet", "-q", "quiet"], is_flag=True, help="No progress, no warnings."),
-    ]
+def common() -> list[click.Parameter]:
+    """What every verb takes."""
+    return [json_flag(), click.Option(["--quiet", "-q", "quiet"], is_flag=True, help="No progress, no warnings.")]
 
 
-def _json() -> click.Option:
+def json_flag() -> click.Option:
     return click.Option(["--json", "json"], is_flag=True, help="Print the result as JSON, and nothing else.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pyprune.cli.options import CONTEXT, Verb
+from pyprune.cli.options import add_verb, common
 from pyprune.cli.output import emit, reporting
 
 HELP = """Run RECIPE: prune, recover, evaluate, export, report.
@@ -47,16 +47,9 @@ def register(cli: click.Group) -> None:
             help="Run this stage, changed or not, and those that read from it; may be given several times.",
         ),
         click.Option(["--dry_run"], is_flag=True, help="Say what would run and why, and do nothing."),
-        click.Option(["--json", "json"], is_flag=True, help="Print the result as JSON, and nothing else."),
-        click.Option(["--quiet", "-q", "quiet"], is_flag=True, help="No progress, no warnings."),
+        *common(),
     ]  # fmt: skip
-    cli.add_command(
-        Verb(
-            "run", context_settings=CONTEXT, callback=_run, params=params, help=HELP,
-            short_help="Run a recipe: prune, recover, evaluate, export, report.",
-            epilog="\b\n" + EXAMPLES.strip("\n"),
-        )
-    )  # fmt: skip
+    add_verb(cli, "run", _run, params, HELP, EXAMPLES)
 
 
 def _run(
