@@ -27,8 +27,9 @@ GIB = 2**30
 def _library(torch_folder: Path) -> Path:
     """The compiled source, made anew where it or PyTorch has changed."""
     said = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"pyprune-pretended-gpu-{said}.so"
+    path = SOURCE.parents[2] / "build" / f"pretended-gpu-{said}.so"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         include, libraries = torch_folder / "include", torch_folder / "lib"
         compiler = shutil.which("c++") or shutil.which("g++") or "c++"
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
