@@ -30,9 +30,9 @@ from pyprune.compensation.gather import split_rows
 from pyprune.compensation.reconstruction import share_of_step
 from pyprune.errors import PyPruneError
 from pyprune.importance.blocks import NotSweepable, find_blocks
-from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary
 from pyprune.importance.divergence import divergence, divergence_and_seed, real_tokens, scored, summary
+from pyprune.importance.fingerprint import fingerprint_of_model
 from pyprune.importance.inputs import InputTaps, read_product, with_input
 from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.recomputing import recomputed

@@ -29,8 +29,8 @@ from pyprune.compensation.refit import PENALTIES, Sums, fits, refit
 from pyprune.compensation.removal import removed_units
 from pyprune.compensation.result import Compensated, Compensation
 from pyprune.errors import PyPruneError
-from pyprune.importance.cache import fingerprint_of_model
 from pyprune.importance.calibration import Calibration, check_vocabulary, load_calibration
+from pyprune.importance.fingerprint import fingerprint_of_model
 from pyprune.importance.inputs import InputTaps, Use
 from pyprune.importance.modes import in_memory, own_modes
 from pyprune.importance.steps import Forward

@@ -15,10 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import torch
-
 from pyprune.errors import PyPruneError
 from pyprune.files import lock
+from pyprune.importance.fingerprint import fingerprint_of_model
 
 OPTION = "resume_file"
 HEADER = {"format": "pyprune-loglikelihoods", "version": 1}
@@ -34,7 +33,7 @@ class Store:
     def __init__(self, file: str | Path, model: Any) -> None:
         self._path = Path(file)
         check_file(self._path)
-        self._model = fingerprint(model)
+        self._model = fingerprint_of_model(model)
         self._known: dict[str, tuple[float, bool]] = {}
         self._out: IO[str] | None = None
         self.reused = 0
@@ -103,21 +102,6 @@ def check_file(path: Path) -> None:
         ours = False
     if not ours:
         raise PyPruneError(OPTION, str(path), "is no file of log-likelihoods", "Name another file.")
-
-
-def fingerprint(model: Any) -> str:
-    """A hash of a model's class, configuration and every byte of its parameters and buffers, in hexadecimal.
-
-    One pass over the weights, a tensor at a time on the CPU. Where the model lies and which transformers wrote it are
-    left out of the configuration.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
-    for name, p in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {p.dtype} {list(p.shape)}".encode())
-        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, tuple[float, bool]]:

@@ -8,7 +8,6 @@ rounding changes none of these.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import warnings
@@ -22,13 +21,12 @@ from torch import nn
 
 from pyprune.errors import PyPruneError
 from pyprune.files import whole_file
-from pyprune.importance.fingerprint import fingerprint
+from pyprune.importance.fingerprint import fingerprint, fingerprint_of_model
 from pyprune.importance.scores import Scores
 
 log = logging.getLogger(__name__)
 
 _CODE = (".py", ".so", ".pyd", ".dylib")
-_NAMES = ("_name_or_path", "name_or_path", "_commit_hash", "dtype")  # of a configuration: they say nothing of results
 
 
 def check_folder(folder: str) -> None:
@@ -44,16 +42,6 @@ def check_folder(folder: str) -> None:
         raise PyPruneError("cache", folder, f"cannot be a folder: {path} is a file", "Name another folder.")
     if not os.access(path, os.W_OK):
         raise PyPruneError("cache", folder, f"cannot be written: {path} is read-only", "Name another folder.")
-
-
-def fingerprint_of_model(model: nn.Module) -> str:
-    """SHA-256 of a model's class, configuration, and every parameter and buffer."""
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    given: dict[str, Any] = to_dict()
-    config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    device = next(model.parameters()).device.type
-    return fingerprint([type(model).__name__, device, config, tensors])
 
 
 def cached(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_NAMES = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype")
+"""Of a configuration: they say nothing of results."""
 
 
 def fingerprint(values: Any) -> str:
@@ -15,6 +19,19 @@ def fingerprint(values: Any) -> str:
     digest = hashlib.sha256()
     _feed(digest, values)
     return digest.hexdigest()
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """SHA-256 of a model's class, configuration, device, and every parameter and buffer.
+
+    Where the model lies and which transformers wrote it are left out of the configuration.
+    """
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    given: dict[str, Any] = to_dict()
+    config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    device = next(model.parameters()).device.type
+    return fingerprint([type(model).__name__, device, config, tensors])
 
 
 def _feed(digest: Any, value: Any) -> None:

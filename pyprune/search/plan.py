@@ -39,7 +39,7 @@ from pyprune.search.measurements import Remembered
 from pyprune.search.moves import Moves, Widths
 from pyprune.search.refits import PENALTY, Refits
 from pyprune.search.sites import Sites, find_sites
-from pyprune.search.state import State, fingerprint, load_state
+from pyprune.search.state import State, fingerprint_of_search, load_state
 from pyprune.selection.allocation import ALLOCATIONS, Allocation, Budget
 from pyprune.selection.plan import Plan
 from pyprune.selection.quantities import Quantity
@@ -208,7 +208,7 @@ class _Searcher:
         settings = self._settings(groups, orders, budget, seeds)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        state = load_state(file, fingerprint(self.model, settings), self.overwrite)
+        state = load_state(file, fingerprint_of_search(self.model, settings), self.overwrite)
         with self._measuring(every, orders) as (fitness, refits, masking, sites, fit):
             measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             search = Evolution(moves, measure, state, self.seed, file, started)
@@ -253,7 +253,7 @@ class _Searcher:
         with self._measuring(every, orders) as (fitness, refits, masking, sites, fit):
             measure: Measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             if self.cache is not None:
-                of = fingerprint(self.model, self._settings(groups, orders, budget, seeds))
+                of = fingerprint_of_search(self.model, self._settings(groups, orders, budget, seeds))
                 measure = Remembered(measure, self.cache / f"measured-{of[:32]}.json", of)
             best, found = descend(moves, measure, seeds, _anchor(seeds))
         self.reports.append({**found, **self._protocol(fitness, sites, fit)})

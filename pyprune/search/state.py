@@ -11,8 +11,8 @@ from torch import nn
 
 from pyprune.errors import PyPruneError
 from pyprune.files import write_text
-from pyprune.importance.cache import fingerprint_of_model, running_versions
-from pyprune.importance.fingerprint import fingerprint as fingerprint_of
+from pyprune.importance.cache import running_versions
+from pyprune.importance.fingerprint import fingerprint, fingerprint_of_model
 
 FORMAT = "pyprune-search"
 VERSION = 1
@@ -97,6 +97,6 @@ def load_state(file: Path | None, fingerprint: str, overwrite: bool = False) -> 
     raise PyPruneError("search_file", str(file), problem, hint)
 
 
-def fingerprint(model: nn.Module, values: Any) -> str:
+def fingerprint_of_search(model: nn.Module, values: Any) -> str:
     """SHA-256 over the model, the versions that run, and nested plain values and tensors."""
-    return fingerprint_of([fingerprint_of_model(model), running_versions(), values])
+    return fingerprint([fingerprint_of_model(model), running_versions(), values])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,17 +52,18 @@ def test_each_model_has_its_own_history_and_one_answers_after_the_other(speaker)
 
 def test_text_grows_and_the_clock_runs(speaker, monkeypatch) -> None:
     one = speaker("plain")
-    real = one.model.forward
+    real, clock = one.model.forward, SimpleNamespace(now=40.0)
 
     def slow(*args, **more):
-        time.sleep(0.02)
+        clock.now += 0.25
         return real(*args, **more)
 
+    monkeypatch.setattr("pyprune.chat.speaker.time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(one.model, "forward", slow)
     seen = [(a.tokens, a.first_token) for a in one.stream([], "The", Sampling(6))]
     assert [n for n, _ in seen] == list(range(1, 7))
     last = list(one.stream([], "The", Sampling(6)))[-1]
-    assert last.first_token >= 0.02 and 5 < last.rate < 50 and last.ended in ("end", "length")
+    assert last.first_token == 0.25 and last.rate == 4 and last.ended in ("end", "length")
 
 
 def test_temperature_draws_by_the_seed(speaker) -> None:

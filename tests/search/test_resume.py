@@ -12,7 +12,7 @@ from helpers_search import ids, make
 from pyprune.errors import PyPruneError
 from pyprune.search import evolution, state
 from pyprune.search.fitness import Fitness
-from pyprune.search.state import State, fingerprint
+from pyprune.search.state import State, fingerprint_of_search
 
 
 def kept(plan) -> list:
@@ -119,8 +119,8 @@ def test_a_model_that_is_the_same_made_anew_goes_on(tmp_path: Path) -> None:
 
 def test_a_model_that_differs_in_one_weight_is_another() -> None:
     model = make().model
-    before = fingerprint(model, [])
+    before = fingerprint_of_search(model, [])
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
         weight[weight.shape[0] // 2 + 1, 3] += 1e-6
-    assert fingerprint(model, []) != before
+    assert fingerprint_of_search(model, []) != before
