@@ -27,7 +27,7 @@ class Table {
 
   // To the device, whose size() bytes begin at a multiple of 16. The table may go when the call returns. A small one,
   // and any that a graph captures, travels in arguments of launches, which a graph keeps; a larger one is copied from
-  // pageable memory, which has been read by then.
+  // pageable memory, which has been read by then, and a long one from page-locked memory of this library's own.
   cudaError_t send(cudaStream_t stream) const { return send_to(device_, stream); }
 
   // The same for a table that was begun before its place was known, at null: its addresses are offsets.

@@ -176,6 +176,34 @@ def test_a_graph_holds_all_that_its_calls_read_of_host_memory(count: int, librar
             w.mul_(0.5 + i), g.add_(1.0)
 
 
+def test_long_tables_go_by_page_locked_memory(library: ctypes.CDLL) -> None:
+    """Of 72 KB and then of more, in all of its parts."""
+    for length in (9000, 9000, 9000, 9000, 20_000):
+        source, kept = torch.randn(length, 3), np.random.default_rng(length).permutation(length)
+        place = torch.empty(source.numel() * 4, dtype=torch.uint8)
+        emulation.gather(library, [(source[None], [None, kept, None], place)])
+        assert torch.equal(place.view(torch.float32), source[torch.from_numpy(kept)].flatten())
+
+
+@pytest.mark.slow
+def test_the_emulator_notices_page_locked_memory_that_is_written_too_soon(
+    tmp_path: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five calls are prepared before the first is launched: one more than there are parts of that memory."""
+
+    def assert_all_arrive(library: ctypes.CDLL) -> None:
+        given = [inputs([(3 + i, 5)] * 420, torch.float32, seed=i) for i in range(5)]
+        calls = [emulation.prepared_salience(library, "mixed", *tensors) for tensors in given]
+        for tensors, call in zip(given, calls, strict=True):
+            assert_salience("mixed", *tensors, call())
+
+    assert_all_arrive(library)
+    good, bad = "if (cudaEventSynchronize(slot.sent) != cudaSuccess) return false;", ""
+    broken = emulation.build_changed(tmp_path, monkeypatch, "workspace.cu", good, bad)
+    with pytest.raises(AssertionError):
+        assert_all_arrive(broken)
+
+
 @pytest.mark.slow
 def test_the_emulator_notices_a_table_that_a_graph_would_read_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

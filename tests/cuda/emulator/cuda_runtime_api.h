@@ -38,6 +38,9 @@ enum cudaDeviceAttr {
 };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum { cudaEnableDefault };
+using cudaEvent_t = uint64_t*;  // how many copies were on their way when it was recorded
+enum { cudaEventDisableTiming };
+enum { cudaHostAllocDefault };
 
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -47,8 +50,14 @@ cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
   return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
-// A graph would read the host's memory again whenever it is run, and is not to: refused where it is captured.
+// A graph would read the host's memory again whenever it is run, and is not to: refused where it is captured. A copy of
+// page-locked memory is made when something waits for it: a launch, an event behind it, or another copy.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, cudaStream_t stream);
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, int flags);
+cudaError_t cudaFreeHost(void* memory);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, int flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

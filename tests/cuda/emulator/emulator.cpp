@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <cstdlib>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -35,8 +36,26 @@ struct Graph {
 Graph graph;
 bool capturing;
 
+// Page-locked memory and its bytes, and copies of it that nothing has waited for.
+std::map<const char*, size_t> page_locked;
+std::vector<std::function<void()>> on_their_way;
+uint64_t copies_made;
+
+bool is_page_locked(const char* at) {
+  const auto after = page_locked.upper_bound(at);
+  return after != page_locked.begin() && at < std::prev(after)->first + std::prev(after)->second;
+}
+
+void wait_for_copies() {
+  for (const auto& copy : on_their_way) copy();
+  copies_made += on_their_way.size();
+  on_their_way.clear();
+}
+
 void run_or_capture(const std::function<void()>& work) {
-  capturing ? graph.work.push_back(work) : work();
+  if (capturing) return graph.work.push_back(work);
+  wait_for_copies();
+  work();
 }
 
 // Device memory of one call, or of the graph.
@@ -227,7 +246,39 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   if (emulator::capturing) return cudaErrorStreamCaptureUnsupported;
+  if (emulator::is_page_locked(static_cast<const char*>(from))) {
+    emulator::on_their_way.push_back([=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+  }
+  emulator::wait_for_copies();
   std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, int) {
+  *memory = std::malloc(bytes);
+  emulator::page_locked[static_cast<char*>(*memory)] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  emulator::page_locked.erase(static_cast<char*>(memory));
+  std::free(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, int) {
+  *event = new uint64_t{0};
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *event = emulator::copies_made + emulator::on_their_way.size();
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (*event > emulator::copies_made) emulator::wait_for_copies();
   return cudaSuccess;
 }
 
