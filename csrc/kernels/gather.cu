@@ -4,7 +4,7 @@
 //          whole rows go as 16-byte words and scattered channels as single elements. Narrow words are stored in pairs
 //          or fours where the destination's rows allow.
 // Tile     TX units of a row (a unit is what a thread stores at once) x a number of rows, about 64 KiB of destination.
-// Thread   one unit: it looks its words' positions up once, then walks the rows, four or eight loads in flight.
+// Thread   one unit: it looks its words' positions up once, then walks the rows, two to eight of them in flight.
 // Bytes    kept bytes read and written once, plus 4 bytes of position per word and tile.
 // Floor    kept bytes twice over the memory bandwidth; scattered channels also read what shares their 32-byte sectors.
 
@@ -54,7 +54,8 @@ __device__ void move_tile(const Entry& e, int64_t tile) {
     const int64_t i = unit * PACK + p;
     word[p] = e.words != nullptr ? __ldg(e.words + i) : i;
   }
-  constexpr int ROWS = sizeof(Word) * PACK <= 4 ? 8 : 4;  // loads in flight
+  // Loads in flight: of single bytes fewer, which would take the registers that let three blocks share a processor.
+  constexpr int ROWS = sizeof(Word) == 1 ? 2 : sizeof(Word) * PACK <= 4 ? 8 : 4;
   const int64_t begin = tile / e.unit_tiles * e.tile_rows;
   const int64_t end = begin + e.tile_rows < e.all_rows ? begin + e.tile_rows : e.all_rows;
   for (int64_t row = begin + threadIdx.x / lanes; row < end; row += ROWS * rows_at_once) {
@@ -97,7 +98,9 @@ __device__ void move_tile(const Entry& e, int64_t tile) {
 }
 
 // grid: the tiles of all entries; first [count + 1]: tiles before each entry. The switch is the same for a whole block.
-__global__ void __launch_bounds__(kThreads, 2) gather_tiles(const Entry* entries, const int64_t* first, int count) {
+// Three blocks on a processor: of scattered 16-bit channels a warp has 1.4 KB on their way, and 16 warps' 22 KB are
+// what the memory's bandwidth takes at its latency, without a rest for addresses and stores.
+__global__ void __launch_bounds__(kThreads, 3) gather_tiles(const Entry* entries, const int64_t* first, int count) {
   const int index = tensor_of(first, count, blockIdx.x);
   const Entry e = entries[index];  // a copy: stores to the destination could change what a reference reads
   const int64_t tile = static_cast<int64_t>(blockIdx.x) - first[index];
