@@ -4,9 +4,11 @@
 #
 #     bash benchmarks/gpu.sh [FOLDER]
 #
-# FOLDER (or $OUT; default benchmarks/results/<date>-<card>) gets fourteen files: log.txt, summary.md, and the CSV, page
-# and plot of each benchmark. A section that fails or runs out of time leaves the others alone; the status is the number of
-# sections that failed.
+# FOLDER (default benchmarks/results/<date>-<card>) gets fourteen files: log.txt, summary.md, and the CSV, page and plot
+# of each benchmark. Without FOLDER, but with $OUT in the environment, $OUT gets three: log.txt, summary.md, and
+# results.tar.gz, which holds the others; a machine that is lent sends few files back. A section that fails or runs out of
+# time leaves the others alone, but without kernels that run there is nothing to measure. The sections that others could
+# stand in for come last. The status is the number of sections that failed.
 #
 # Environment: PYTHON (default python3), BUDGET (seconds for everything, default 570), WORK (default build/gpu).
 set -uo pipefail
@@ -19,9 +21,13 @@ WORK=${WORK:-$ROOT/build/gpu}
 START=$SECONDS
 failed=0
 
+PACK=
+[[ -z ${1:-} && -n ${OUT:-} ]] && PACK=$OUT/results.tar.gz
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -c 'A-Za-z0-9\n' '-')
 OUT=${1:-${OUT:-$ROOT/benchmarks/results/$(date +%F)-${card:-no-card}}}
 mkdir -p "$OUT" "$WORK" || exit 1
+RESULTS=$OUT
+[[ -n $PACK ]] && RESULTS=$WORK/results && rm -rf "$RESULTS" && mkdir -p "$RESULTS"
 LOG=$OUT/log.txt
 SUMMARY=$OUT/summary.md
 : >"$LOG"
@@ -51,6 +57,7 @@ section() {
     timeout --kill-after=5 "$limit" "$@" >"$file" 2>&1
     status=$?
     cat "$file" >>"$LOG"
+    [[ -n $PACK ]] && tar -C "$RESULTS" -czf "$WORK/results.tar.gz" . && mv "$WORK/results.tar.gz" "$PACK"
     case $status in
         0) word=passed ;;
         124 | 137) word="stopped after $limit s" ;;
@@ -89,9 +96,14 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 COLUMNS=
 
 arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null || echo 90)
 [[ $arch == 90 ]] && arch=90a
+give_up() {
+    cat "$SUMMARY"
+    exit 1
+}
 section "build" 150 env PYPRUNE_CUDA=ON PYPRUNE_CUDA_ARCHS="$arch-real" MAX_JOBS="$(nproc)" \
-    "$PYTHON" setup.py build_ext --inplace
-section "kernels usable" 60 "$PYTHON" -c 'from pyprune import ops; info = ops.backend_info(); print(info); assert info["cuda_usable"]'
+    "$PYTHON" setup.py build_ext --inplace || give_up
+section "kernels usable" 60 "$PYTHON" -c 'from pyprune import ops; info = ops.backend_info(); print(info); assert info["cuda_usable"]' ||
+    give_up
 
 # A kernel that hangs or fails here would take the time of all that follows, which the other one can do.
 real='test_a_layer_of_a_real_size or test_infinity'
@@ -103,39 +115,41 @@ fi
 
 section "tests" 150 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/cuda tests/ops
 
+kernels=()
+for what in salience many slice moments activations; do kernels+=(--what "$what"); done
+section "bench llama-7b" 170 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b "${kernels[@]}" \
+    --output "$RESULTS/llama-7b"
+whole=
+section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
+    whole=$WORK/whole-prune.log
+section "bench scoring" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --what scoring \
+    --output "$RESULTS/llama-7b-scoring"
+[[ ${PYPRUNE_WGMMA:-1} != 0 ]] && section "bench llama-7b, products of one warp" 60 env PYPRUNE_WGMMA=0 "$PYTHON" \
+    -m pyprune bench --device cuda --shapes llama-7b --what activations --no_compile --rounds 5 --output "$RESULTS/llama-7b-one-warp"
+section "line" 90 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/device
+
 sanitizer=$(command -v compute-sanitizer)
 for found in /usr/local/cuda*/bin/compute-sanitizer; do
     [[ -z $sanitizer && -x $found ]] && sanitizer=$found
 done
-for tool in memcheck racecheck; do
+sanitize() {
     # Every tensor is an allocation of its own there, or the checker sees PyTorch's pools of megabytes only.
-    options=(--tool "$tool" --kernel-name kernel_substring=pyprune --error-exitcode 9)
-    [[ $tool == memcheck ]] && options+=(--report-api-errors no) # those of PyTorch's own probing
+    local options=(--tool "$1" --kernel-name kernel_substring=pyprune --error-exitcode 9)
+    [[ $1 == memcheck ]] && options+=(--report-api-errors no) # those of PyTorch's own probing
     if [[ -z $sanitizer ]]; then
-        echo "| $tool | compute-sanitizer is not installed | 0 | |" >>"$SUMMARY"
+        echo "| $1 | compute-sanitizer is not installed | 0 | |" >>"$SUMMARY"
     else
-        section "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" "${options[@]}" "$PYTHON" \
-            tests/cuda/small_calls.py
+        section "$1" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" "${options[@]}" "$PYTHON" tests/cuda/small_calls.py
     fi
-done
-
-kernels=()
-for what in salience many slice moments activations; do kernels+=(--what "$what"); done
-section "bench llama-7b" 170 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b "${kernels[@]}" \
-    --output "$OUT/llama-7b"
-section "bench scoring" 90 "$PYTHON" -m pyprune bench --device cuda --shapes llama-7b --what scoring \
-    --output "$OUT/llama-7b-scoring"
-[[ ${PYPRUNE_WGMMA:-1} != 0 ]] && section "bench llama-7b, products of one warp" 60 env PYPRUNE_WGMMA=0 "$PYTHON" \
-    -m pyprune bench --device cuda --shapes llama-7b --what activations --no_compile --rounds 5 --output "$OUT/llama-7b-one-warp"
-whole=
-section "whole prune" 60 "$PYTHON" benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 &&
-    whole=$WORK/whole-prune.log
+}
+sanitize memcheck
 section "bench llama-3-8b" 60 "$PYTHON" -m pyprune bench --device cuda --shapes llama-3-8b "${kernels[@]}" --no_compile \
-    --rounds 5 --output "$OUT/llama-3-8b"
-section "line" 90 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider tests/device
+    --rounds 5 --output "$RESULTS/llama-3-8b"
+sanitize racecheck
 
 {
-    for part in "$OUT/llama-7b/results.md" "$OUT/llama-7b-one-warp/results.md" "$OUT/llama-7b-scoring/results.md" "$whole" "$OUT/llama-3-8b/results.md"; do
+    for part in "$RESULTS/llama-7b/results.md" "$RESULTS/llama-7b-one-warp/results.md" "$RESULTS/llama-7b-scoring/results.md" "$whole" \
+        "$RESULTS/llama-3-8b/results.md"; do
         [[ -f $part ]] && echo && sed 's/^# /## /' "$part"
     done
     echo
