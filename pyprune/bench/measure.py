@@ -33,26 +33,35 @@ class Timing:
 
 
 AHEAD = 50_000_000  # clock cycles of a GPU, about 25 ms
+MOST_AHEAD = 16 * AHEAD  # for what waits for the GPU itself, which no time is enough for
 
 
-def seconds(work: Work, device: torch.device, ahead: bool = False) -> float:
+def seconds(work: Work, device: torch.device, ahead: int = 0) -> tuple[float, int]:
     """How long one run takes: by events on the current stream of a GPU, by the clock elsewhere.
 
-    With ``ahead`` the GPU is kept busy until the host has queued the run: the GPU's own time, without the host's.
+    With ``ahead`` the GPU is kept busy until the host has queued the run: the GPU's own time, without the host's. That
+    many clock cycles are tried first, and twice as many where the GPU came to the run before the host was done with it.
+
+    Returns:
+        the seconds, and the cycles that were enough.
     """
     if device.type != "cuda":
         start = time.perf_counter()
         work()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, ahead
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    if ahead:
-        torch.cuda._sleep(AHEAD)
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    while True:
+        torch.cuda.synchronize(device)
+        if ahead:
+            torch.cuda._sleep(ahead)
+        begin.record()
+        work()
+        end.record()
+        late = bool(ahead) and begin.query()
+        end.synchronize()
+        if not late or ahead >= MOST_AHEAD:
+            return begin.elapsed_time(end) / 1000, ahead
+        ahead *= 2
 
 
 def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device, ahead: bool = False) -> dict[str, Timing]:
@@ -60,9 +69,11 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device, ah
     for work in works.values():
         work()
     taken: dict[str, list[float]] = {name: [] for name in works}
+    enough = dict.fromkeys(works, AHEAD if ahead else 0)
     for _ in range(rounds):
         for name, work in works.items():
-            taken[name].append(seconds(work, device, ahead))
+            once, enough[name] = seconds(work, device, enough[name])
+            taken[name].append(once)
     return {name: Timing.of(values) for name, values in taken.items()}
 
 

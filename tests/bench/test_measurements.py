@@ -174,6 +174,45 @@ def test_results_are_written_as_csv_page_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_gpu_is_kept_busy_until_the_host_has_queued_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host takes 60 ms, the GPU one: which alone is what a run takes, however long the host must be waited for."""
+    now = busy = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = max(now, busy)
+
+        def query(self) -> bool:
+            return self.at <= now
+
+        def synchronize(self) -> None:
+            nonlocal now
+            now = max(now, self.at)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    def sleep(cycles: int) -> None:
+        nonlocal busy
+        busy = max(now, busy) + cycles / 2e6
+
+    def work() -> None:
+        nonlocal now, busy
+        now += 60
+        busy = max(now, busy) + 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    assert measure.seconds(work, torch.device("cuda")) == (pytest.approx(0.061), 0)
+    assert measure.seconds(work, torch.device("cuda"), measure.AHEAD) == (pytest.approx(0.001), 4 * measure.AHEAD)
+    timings = measure.interleaved({"a": work}, 3, torch.device("cuda"), ahead=True)
+    assert timings["a"] == measure.Timing(pytest.approx(0.001), pytest.approx(0.0))
+
+
 def test_a_missing_plot_library_is_named_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PyPruneError, match=r"output 'x': .*matplotlib.*pip install"):
