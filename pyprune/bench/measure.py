@@ -80,7 +80,8 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device, ah
 def copy_work(device: torch.device) -> tuple[Work, int]:
     """A copy in memory, and the bytes that it reads and writes."""
     size = COPY_BYTES[device.type]
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    # Bits as they come: a memory, too, is at its best with nothing but zeros.
+    source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size
 
