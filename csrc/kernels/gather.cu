@@ -212,6 +212,8 @@ std::vector<Entry> entries_of(Table& table, const GatherTensor* tensors, int64_t
     e.units = e.row_bytes / (word * e.pack);
     e.lanes = 1;
     while (e.lanes < kThreads && e.lanes < e.units) e.lanes *= 2;
+    // Fewer, down to a warp's, where more than one in 32 would find no unit at the end of the row.
+    while (e.lanes > 32 && ceil_div(e.units, e.lanes) * e.lanes - e.units > e.units / 32) e.lanes /= 2;
     e.unit_tiles = ceil_div(e.units, e.lanes);
     e.tile_rows = std::max<int64_t>(kThreads / e.lanes, kTileBytes / (e.lanes * word * e.pack));
     entries.push_back(e);
