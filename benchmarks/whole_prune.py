@@ -2,7 +2,8 @@
 
     python benchmarks/whole_prune.py --shapes llama-7b --device cuda --dtype bfloat16 [--ratio 0.2]
 
-Nothing is read from disk or written to it. Ten samples of 128 random tokens calibrate.
+Nothing is read from disk or written to it. Ten samples of 128 random tokens calibrate. The first line is no stage: all
+samples forward and backward in one batch, to which the others may be compared.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def main() -> None:
 
         # Streams, libraries and memory pools are made on first use, and belong to no stage.
         model, ids = make_model(args.shapes, getattr(torch, args.dtype), device)
-        with torch.no_grad():
-            model(input_ids=ids[:1])
+        model.requires_grad_(False)
+        forward_and_backward(model, ids)
+        stage("forward and backward", lambda model=model, ids=ids: forward_and_backward(model, ids))
         before = sum(p.numel() for p in model.parameters())
         groups = stage("discover", lambda model=model: discover(model))
         batches = [{"input_ids": ids}]
@@ -70,6 +72,12 @@ def main() -> None:
         del model, smaller, scores
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{datetime.date.today()}, {place}, {versions}.")
+
+
+def forward_and_backward(model: Any, ids: torch.Tensor) -> None:
+    """What scores from activations cannot do without, and a scale for what kernels add: no weight's gradient."""
+    embedded = model.get_input_embeddings()(ids).requires_grad_()
+    model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
 
 
 if __name__ == "__main__":
