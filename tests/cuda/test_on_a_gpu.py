@@ -129,6 +129,23 @@ def test_the_host_does_not_wait_for_the_kernel() -> None:
     torch.cuda.synchronize()
 
 
+def test_the_host_does_not_wait_for_long_tables() -> None:
+    """Of 80 KB and more, each of its own, on their way behind other work."""
+    source = torch.randn(40_000, 8, device="cuda")
+    kept = [torch.randperm(len(source))[: 10_000 + 1000 * i] for i in range(4)]
+
+    def call() -> list[Tensor]:
+        return [ops.gather([source], [{0: places}])[0] for places in kept]
+
+    call()  # takes all memory
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    got = call()
+    assert not torch.cuda.current_stream().query()
+    for result, places in zip(got, kept, strict=True):
+        assert torch.equal(result.cpu(), source.cpu()[places])
+
+
 def test_activations_of_more_than_two_to_the_31_elements() -> None:
     room_for(12)
     tokens = 2**31 // 4096 + 40
