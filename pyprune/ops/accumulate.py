@@ -47,6 +47,9 @@ def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], sc
 
 def _rounds(numbers: Sequence[int], curvatures: Sequence[Tensor]) -> Iterator[list[int]]:
     """``numbers`` in lists in which no curvature comes twice: those of one call are written at the same time."""
+    if torch.compiler.is_compiling():  # addresses are nothing that every PyTorch can trace: one call for each
+        yield from ([i] for i in numbers)
+        return
     left = list(numbers)
     while left:
         first: dict[int, int] = {}
