@@ -9,6 +9,9 @@ from torch import Tensor
 
 from pyprune.ops import _check, _native, reference
 
+_ADDRESSES_STOP_THE_COMPILER = torch.__version__ < (2, 13)
+"""``torch.compile`` does not hash what ``data_ptr()`` gives in 2.10 and 2.11, and was not tried in 2.12."""
+
 
 def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
     """``h += scale * g^2`` in place: the running diagonal of the empirical Fisher matrix.
@@ -47,7 +50,7 @@ def accumulate_square_(curvatures: Sequence[Tensor], grads: Sequence[Tensor], sc
 
 def _rounds(numbers: Sequence[int], curvatures: Sequence[Tensor]) -> Iterator[list[int]]:
     """``numbers`` in lists in which no curvature comes twice: those of one call are written at the same time."""
-    if torch.compiler.is_compiling():  # addresses are nothing that every PyTorch can trace: one call for each
+    if _ADDRESSES_STOP_THE_COMPILER and torch.compiler.is_compiling():  # one call for each
         yield from ([i] for i in numbers)
         return
     left = list(numbers)
