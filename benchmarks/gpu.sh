@@ -6,7 +6,7 @@
 #
 # FOLDER (default benchmarks/results/<date>-<card>) gets fourteen files: log.txt, summary.md, and the CSV, page and plot
 # of each benchmark. Without FOLDER, but with $OUT in the environment, $OUT gets three: log.txt, summary.md, and
-# results.tar.gz, which holds the others; a machine that is lent sends few files back. A section that fails or runs out of
+# results.tar.gz, which holds the others, for a machine that gives back few files. A section that fails or runs out of
 # time leaves the others alone, but without kernels that run there is nothing to measure. The sections that others could
 # stand in for come last. The status is the number of sections that failed.
 #
