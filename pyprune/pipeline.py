@@ -30,7 +30,7 @@ from pyprune.opening import Opened, calibration_for, groups_of, measure, open_or
 from pyprune.report.data import Report, versions
 from pyprune.report_pipeline import add_page, ask
 from pyprune.schedule import forget_search
-from pyprune.score_files import check_file, read_scores, write_scores
+from pyprune.score_files import check_file, scores_of, write_scores
 from pyprune.search.plan import check_roles
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.plan import Plan
@@ -173,7 +173,7 @@ def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _
     Raises:
         PyPruneError: something does.
     """
-    ready = None if recipe.select.scores_file is None else read_scores(recipe.select.scores_file)
+    recipe, ready = scores_of(recipe)
     with stages("read text"):
         batches = None
         if _reads_batches(recipe, scored=ready is None):

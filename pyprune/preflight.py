@@ -199,14 +199,14 @@ def check_effect(config: Stage, missing: str, options: Sequence[str]) -> None:
 
 
 def check_apart(output_dir: str | Path, read: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    """Nothing that is read or kept lies in the output folder, which is made whole in the end, and replaced whole.
+    """Nothing that is read or kept is or lies in the output folder, which is made whole in the end, and replaced whole.
 
     Args:
         read: option -> its value, or a list of values; those that name nothing on the disk do not matter.
         kept: option -> a file or folder that is written on the way, or None.
 
     Raises:
-        PyPruneError: something does.
+        PyPruneError: something is or does.
     """
     target = Path(output_dir).expanduser().resolve()
     for option, value in (*read.items(), *kept.items()):
@@ -214,9 +214,10 @@ def check_apart(output_dir: str | Path, read: Mapping[str, Any], kept: Mapping[s
             if not isinstance(one, str | Path):
                 continue
             path = Path(one).expanduser().resolve()
-            if path.is_relative_to(target) if option in kept else (path.exists() and target in path.parents):
+            if path.is_relative_to(target) and (option in kept or path.exists()):
+                lies = "is" if path == target else "lies in"
                 hint = "Name another place for one of them."
-                raise PyPruneError(option, str(one), f"lies in the output folder, {output_dir}", hint)
+                raise PyPruneError(option, str(one), f"{lies} the output folder, {output_dir}", hint)
 
 
 def check_budget(recipe: PruneConfig) -> None:

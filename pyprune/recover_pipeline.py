@@ -216,8 +216,10 @@ def _has_modelling_file(name: str) -> bool:
     """Whether a model, in a folder or on the hub, is one of profile ``hetero-hf``."""
     from transformers import PretrainedConfig
 
-    folder = Path(name).expanduser()
-    return BUILD in (read_config(folder) if folder.is_dir() else PretrainedConfig.get_config_dict(name)[0])
+    path = Path(name).expanduser()
+    if path.is_file():  # a GGUF file
+        return False
+    return BUILD in (read_config(path) if path.is_dir() else PretrainedConfig.get_config_dict(name)[0])
 
 
 def _save(
@@ -229,9 +231,7 @@ def _save(
         has_code: plain transformers opens it with the modelling file of profile ``hetero-hf``, which is written again.
     """
     whole = copy.copy(start.report)
-    if "model" in whole:  # the card names the dense model that all began with, not the folder in between
-        start.model.config.name_or_path = whole["model"]
-    whole.setdefault("model", start.name)
+    whole.setdefault("model", start.name)  # else the card names the dense model that all began with
     whole["recovery"] = dict(report)
     plain = recipe.to_dict()
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from pyprune.config import PruneConfig
 from pyprune.errors import PyPruneError
 from pyprune.files import whole_file
+from pyprune.importance.registry import ALIASES, CRITERIA
 from pyprune.importance.scores import Scores
-from pyprune.stage_options import ScoreFileConfig
+from pyprune.stage_options import ScoreConfig, ScoreFileConfig
 
 
 def check_file(config: ScoreFileConfig) -> None:
@@ -39,6 +42,24 @@ def read_scores(file: str) -> Scores:
         raise PyPruneError("scores_file", file, "is not there", hint) from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         raise PyPruneError("scores_file", file, "is not a file of scores", hint) from None
+
+
+def scores_of(recipe: PruneConfig) -> tuple[PruneConfig, Scores | None]:
+    """The scores in the recipe's file, None where it names none, and the recipe as it is with their criterion.
+
+    Raises:
+        PyPruneError: the file cannot be read, or holds scores of another criterion than the one that is asked for.
+    """
+    file, asked = recipe.select.scores_file, recipe.score.criterion
+    if file is None:
+        return recipe, None
+    scores = read_scores(file)
+    if asked != ScoreConfig().criterion and ALIASES.get(asked, asked) != scores.criterion:
+        problem = f"is another criterion than that of the scores in {file}, {scores.criterion}"
+        raise PyPruneError("criterion", asked, problem, "Leave criterion out, or score anew.")
+    if scores.criterion not in CRITERIA:  # somebody's own: no recipe could name it
+        return recipe, scores
+    return replace(recipe, score=replace(recipe.score, criterion=scores.criterion)), scores
 
 
 def write_scores(scores: Scores, file: str) -> None:

@@ -22,10 +22,11 @@ def model_card(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md of a saved model, in Markdown with the hub's header."""
-    name = str(getattr(model.config, "_name_or_path", "") or (report or {}).get("model") or "")
-    parts = [_header(name), f"# {_title(name)}", _what(model, name, plan)]
+    """README.md of a saved model, in Markdown with the hub's header, of which ``terms`` become a part."""
+    name = str((report or {}).get("model") or getattr(model.config, "_name_or_path", "") or "")
+    parts = [_header(name, terms or {}), f"# {_title(name)}", _what(model, name, plan)]
     for heading, text in (
         (_OPEN, _opening(model)),
         ("Figures", _figures(report)),
@@ -46,13 +47,14 @@ def set_opening(card: Path, text: str) -> None:
         card.write_text(changed.rstrip("\n") + "\n" if changed != content else content, encoding="utf-8")
 
 
-def _header(name: str) -> str:
+def _header(name: str, terms: Mapping[str, Any]) -> str:
     header: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "pyprune"],
+        **terms,
     }
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
         header["base_model"] = name
     return f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---"
 

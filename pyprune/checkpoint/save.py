@@ -18,6 +18,7 @@ from pyprune.checkpoint.card import model_card
 from pyprune.checkpoint.files import SINGLE
 from pyprune.checkpoint.load import check_finite
 from pyprune.checkpoint.quiet import quiet
+from pyprune.checkpoint.terms import keep_terms
 from pyprune.errors import PyPruneError
 from pyprune.importance.modes import check_weights
 from pyprune.selection.plan import Plan
@@ -96,7 +97,8 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         write_records(work, plan, details, recipe)
-        (work / "README.md").write_text(model_card(written, plan, details, recipe), encoding="utf-8")
+        card = model_card(written, plan, details, recipe, keep_terms(model, work))
+        (work / "README.md").write_text(card, encoding="utf-8")
         _check_reopens(written, work)
         if finish is not None:
             finish(work)

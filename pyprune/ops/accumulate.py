@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyprune.ops import _check, _native, reference
 
-_ADDRESSES_STOP_THE_COMPILER = torch.__version__ < (2, 13)
+_ADDRESSES_STOP_THE_COMPILER = torch.__version__ < "2.13"
 """``torch.compile`` does not hash what ``data_ptr()`` gives in 2.10 and 2.11, and was not tried in 2.12."""
 
 

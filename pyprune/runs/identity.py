@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from pyprune import progress
+from pyprune.checkpoint import terms
 from pyprune.runs.record import write_json
 
 Identity = dict[str, str]
 """Path within a folder -> SHA-256 of the file; {"": ...} for a single file or a name."""
 
 NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")  # weights that are never opened here
-NOTES = ("README.md", "LICENSE", "LICENSE.txt", "USE_POLICY.md", "report.html", "pyprune_eval*.json")
+NOTES = ("README.md", *terms.FILES, "report.html", "pyprune_eval*.json")
 """For people, or laid there by them: no stage reads these."""
 _SETTLED = 2_000_000_000  # ns after which a file that changes has another time for sure
 _BLOCK = 1 << 22

@@ -84,7 +84,8 @@ def read_recipe(file: str | Path, model: str | None = None, output_dir: str | Pa
 
     Raises:
         PyPruneError: the file cannot be read, has an unknown section or option (with the nearest name), a value that
-            its option refuses, an option that the run sets itself, or neither model, work folder nor stage.
+            its option refuses, an option that the run sets itself, or neither model, work folder nor stage; or the
+            work folder lies in the model's.
     """
     data = _read(file)
     shared, name = _model(data.pop("model", None), file)
@@ -95,6 +96,9 @@ def read_recipe(file: str | Path, model: str | None = None, output_dir: str | Pa
         raise _wrong(file, "names no model", "Write 'model: FOLDER', or give --model.")
     if not isinstance(target, (str, Path)) or not str(target):
         raise _wrong(file, "says not where to work", "Write 'output_dir: FOLDER', or give --output_dir.")
+    if Path(target).expanduser().resolve().is_relative_to(Path(name).expanduser().resolve()):
+        problem = f"works in {target}, within the model, which would then be another one with every run"
+        raise _wrong(file, problem, "Name a folder beside the model.")
     sections = {s: _section(s, data[s], shared, file) for s in SECTIONS if s in data}
     if not sections:
         raise _wrong(file, "has no stage", f"Sections: {', '.join(SECTIONS)}.")

@@ -25,7 +25,7 @@ from pyprune.importance.scores import Scores
 from pyprune.opening import groups_of
 from pyprune.report.data import Report, versions
 from pyprune.schedule import equal_scores, requests, without_scores
-from pyprune.score_files import read_scores
+from pyprune.score_files import scores_of
 from pyprune.selection.plan import Plan
 from pyprune.selection.select import select
 from pyprune.streaming.disk import DiskModel
@@ -79,7 +79,7 @@ def prune_from_disk(recipe: PruneConfig, model: Any = None, tokenizer: Any = Non
     """
     folder = check(recipe, model)
     target = check_target(str(recipe.save.output_dir), recipe.save.overwrite)
-    ready = None if recipe.select.scores_file is None else read_scores(recipe.select.scores_file)
+    recipe, ready = scores_of(recipe)
     stages = Stages()
     with stages("open"):
         options = recipe.model

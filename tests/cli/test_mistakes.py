@@ -305,6 +305,13 @@ def test_a_model_in_the_output_folder(call, place) -> None:
     assert (place / "model/inner/config.json").exists()
 
 
+def test_the_model_as_the_output_folder(call, place) -> None:
+    before = (place / "model/config.json").read_text()
+    ended = call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "--output_dir", "./model", "--overwrite")
+    assert ended.status == 2 and "model_name_or_path 'model': is the output folder, ./model. Name another" in ended.err
+    assert (place / "model/config.json").read_text() == before
+
+
 def test_token_ids_of_another_tokenizer(call, place) -> None:
     np.save(place / "big.npy", np.full((6, 16), 3000))
     line = refused(call, place, "prune", "model", "--ratio", "0.1", "--calibration", "big.npy")

@@ -84,6 +84,11 @@ def test_what_is_kept_or_read_in_the_output_folder(call, place, option: str) -> 
     assert f"--{option} '{kept}': lies in the output folder, out" in line and (place / "out/config.json").exists()
 
 
+def test_the_model_as_the_output_folder(call, place) -> None:
+    line = refused(call, place, *TRAIN, "--output_dir", "model", "--overwrite")
+    assert "model_name_or_path 'model': is the output folder, model" in line and (place / "model/config.json").exists()
+
+
 def test_records_without_the_fields_name_file_line_and_fields(call, place) -> None:
     (place / "d.jsonl").write_text('{"text": "a"}\n{"question": "b"}\n')
     line = refused(call, place, "recover", "model", "--data", "d.jsonl", "--output_dir", "out")

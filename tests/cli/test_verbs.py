@@ -153,6 +153,17 @@ def test_scores_from_a_file_give_the_same_model_as_scoring(call, place) -> None:
     assert (place / "one" / "model.safetensors").read_bytes() == (place / "two" / "model.safetensors").read_bytes()
 
 
+def test_scores_from_a_file_keep_the_name_of_their_criterion(call, place) -> None:
+    assert call("score", "model", "--criterion", "l2", "--output_file", "s.safetensors").status == 0
+    prune = ("prune", "model", "--scores_file", "s.safetensors", "--ratio", "0.3")
+    ended = call(*prune, "--criterion", "wanda", "--output_dir", "out")
+    assert ended.status == 2 and not (place / "out").exists()
+    assert "--criterion 'wanda': is another criterion than that of the scores in s.safetensors, l2." in ended.err
+    for folder, more in (("one", ()), ("two", ("--criterion", "l2"))):
+        assert call(*prune, *more, "--output_dir", folder).status == 0
+        assert json.loads((place / folder / "pyprune_report.json").read_text())["recipe"]["criterion"] == "l2"
+
+
 def test_score_prints_a_row_for_each_group(call, place) -> None:
     ended = call("score", "model", "--criterion", "l2", "--roles", "ffn", "--layers", "1-2")
     assert ended.status == 0

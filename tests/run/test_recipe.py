@@ -34,6 +34,12 @@ def test_there_is_a_recipe_for_a_large_llama_and_one_for_the_demo() -> None:
     assert {f.name for f in (ROOT / "recipes").glob("*.yaml")} >= {"llama-20.yaml", "smollm2-20.yaml"}
 
 
+def test_a_work_folder_within_the_model_is_refused(tmp_path) -> None:
+    inside = {**SMALL, "model": str(tmp_path), "output_dir": str(tmp_path / "work")}
+    with pytest.raises(PyPruneError, match="within the model, which would then be another one with every run"):
+        read_recipe(written(tmp_path, inside))
+
+
 def test_the_resolved_recipe_reads_back_equal(tmp_path) -> None:
     recipe = read_recipe(ROOT / "recipes" / "llama-20.yaml")
     again = read_recipe(written(tmp_path, recipe.to_dict()))

@@ -25,6 +25,7 @@ from pyprune.checkpoint.profiles.source import Source, of_model, open_source
 from pyprune.checkpoint.profiles.weights import cast_folder, copy_weights
 from pyprune.checkpoint.quiet import quiet
 from pyprune.checkpoint.save import save, write_records
+from pyprune.checkpoint.terms import keep_terms
 from pyprune.errors import PyPruneError, unknown_name
 from pyprune.selection.plan import Plan
 from pyprune.surgery.skeleton import is_stock
@@ -166,7 +167,8 @@ def save_as(
     with atomic.complete_folder(path, overwrite) as work, quiet():
         _write_gguf(source, work / GGUF_NAME, None)
         write_records(work, plan, details, recipe)
-        (work / "README.md").write_text(model_card(model, plan, details, recipe), encoding="utf-8")
+        card = model_card(model, plan, details, recipe, keep_terms(model, work))
+        (work / "README.md").write_text(card, encoding="utf-8")
         set_opening(work / "README.md", f"llama.cpp opens it: `llama-cli -m {GGUF_NAME}`.")
     return path
 
