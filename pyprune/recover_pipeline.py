@@ -184,12 +184,16 @@ def _merge(wrapped: Any, trainer: Trainer, before: float, history: History) -> f
     """
     layers = {n: m for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
     old = {n: m.get_base_layer().weight.detach().to("cpu", copy=True) for n, m in layers.items()}
-    adapter.merge(wrapped)
-    after = trainer.nll()
+    after = math.inf
+    try:
+        adapter.merge(wrapped)
+        after = trainer.nll()
+    finally:  # an interrupt, too, leaves the model that came
+        if not after <= before:
+            for name, layer in layers.items():
+                layer.get_base_layer().weight.data.copy_(old[name])
     if after <= before:
         return after
-    for name, layer in layers.items():
-        layer.get_base_layer().weight.data.copy_(old[name])
     history.best_step = 0
     history.notes.append("The merged weights, rounded to their type, were no better; the model stays as it came.")
     return before

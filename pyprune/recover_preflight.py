@@ -22,6 +22,7 @@ from pyprune.evaluation.generation import sample_prompts
 from pyprune.evaluation.loglikelihood import known_positions
 from pyprune.evaluation.stages import Stages
 from pyprune.importance.calibration import check_ids
+from pyprune.importance.fingerprint import fingerprint_of_weights
 from pyprune.importance.modes import in_memory
 from pyprune.ops.product import fast_bf16
 from pyprune.recovery import adapter
@@ -206,7 +207,7 @@ def prepare(recipe: RecoverConfig, start: Start, stages: Stages) -> Ready:
     adapter.targets_of(start.model, lora.targets)  # for its errors
     identity = adapter.fingerprint(start.model)
     teacher = _teacher(recipe, start, settings, positions, stages) if taught else None
-    unfinished = _unfinished(recipe, text, settings, lora, identity, teacher)
+    unfinished = _unfinished(recipe, text, settings, lora, start.model, teacher)
     return Ready(text, settings, lora, cutoff, positions, teacher, unfinished, identity, notes)
 
 
@@ -233,21 +234,22 @@ def _teacher(recipe: RecoverConfig, start: Start, settings: Training, positions:
     if folder is None:
         hint = "Give distill_cache, or output_dir."
         raise PyPruneError("distill_cache", None, "there is no folder for the teacher's answers", hint)
-    identity, k = adapter.fingerprint(model), recipe.distill.distill_top_k
+    identity = fingerprint_of_weights(model)[:16] + ("-bf16" if settings.bf16 else "")
     return Teacher(
-        model, identity, folder, k, settings.distill_temperature, positions,
+        model, identity, folder, recipe.distill.distill_top_k, settings.distill_temperature, positions,
         lambda: autocast(start.device, settings.bf16),
     )  # fmt: skip
 
 
 def _unfinished(
-    recipe: RecoverConfig, text: Text, settings: Training, lora: adapter.Lora, identity: str, teacher: Teacher | None
+    recipe: RecoverConfig, text: Text, settings: Training, lora: adapter.Lora, model: Any, teacher: Teacher | None
 ) -> Unfinished | None:
     work = work_folder(recipe)
     if work is None:
         return None
     depends = {
-        "model": identity,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model": fingerprint_of_weights(model)[:16],
         "text": text.fingerprint(),
         "epochs": recipe.train.epochs,
         **{k: v for k, v in asdict(settings).items() if k not in ("micro_batch_size", "gradient_checkpointing")},

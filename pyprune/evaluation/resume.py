@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from pyprune.errors import PyPruneError
 from pyprune.files import lock
-from pyprune.importance.fingerprint import fingerprint_of_model
+from pyprune.importance.fingerprint import fingerprint_of_weights
 
 OPTION = "resume_file"
 HEADER = {"format": "pyprune-loglikelihoods", "version": 1}
@@ -33,7 +33,7 @@ class Store:
     def __init__(self, file: str | Path, model: Any) -> None:
         self._path = Path(file)
         check_file(self._path)
-        self._model = fingerprint_of_model(model)
+        self._model = fingerprint_of_weights(model)
         self._known: dict[str, tuple[float, bool]] = {}
         self._out: IO[str] | None = None
         self.reused = 0

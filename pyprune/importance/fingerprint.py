@@ -22,7 +22,12 @@ def fingerprint(values: Any) -> str:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """SHA-256 of a model's class, configuration, device, and every parameter and buffer.
+    """SHA-256 of a model (:func:`fingerprint_of_weights`) and the device that it computes on."""
+    return fingerprint([fingerprint_of_weights(model), next(model.parameters()).device.type])
+
+
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """SHA-256 of a model's class, configuration, and every parameter and buffer, wherever they are.
 
     Where the model lies and which transformers wrote it are left out of the configuration.
     """
@@ -30,8 +35,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
     given: dict[str, Any] = to_dict()
     config = json.dumps({k: v for k, v in given.items() if k not in _NAMES}, sort_keys=True, default=str)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    device = next(model.parameters()).device.type
-    return fingerprint([type(model).__name__, device, config, tensors])
+    return fingerprint([type(model).__name__, config, tensors])
 
 
 def _feed(digest: Any, value: Any) -> None:

@@ -26,7 +26,7 @@ class Teacher:
 
     Args:
         model: a causal LM in evaluation mode, on the device of the training.
-        identity: its :func:`pyprune.recovery.adapter.fingerprint`.
+        identity: of its weights and the types that it computes in, a part of a folder's name.
         folder: where the cache lies.
         k: tokens kept of each position.
         temperature: that its distribution is softened with.

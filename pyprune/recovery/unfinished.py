@@ -7,6 +7,7 @@ Beside them ``log.jsonl`` gets a line for every step.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -159,8 +160,11 @@ class Unfinished:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
 
     def _sweep(self, folders: Iterable[Path]) -> None:
-        """Removes checkpoints, and what a killed process left of one that it was writing."""
-        for folder in (*folders, *self.folder.glob(".step-*")):
+        """Removes checkpoints, and what a killed process left of one that it was writing or removing."""
+        for folder in folders:
+            with suppress(OSError):  # under its own name half of it would pass for a checkpoint
+                folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.old"))
+        for folder in self.folder.glob(".step-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _last(self) -> Path | None:

@@ -24,7 +24,8 @@ def compose(groups: Groups, first: Plan, second: Plan) -> Plan:
     Returns:
         A plan over the dense model's groups. Its details speak of the dense model (``"achieved"``, ``"roles"``,
         ``"widths"``); what was asked in each step, and how far it was missed, stands in ``"steps"``, the details of
-        every plan it is made of.
+        every plan it is made of; what the second one's allocation found (``"search"``, ``"descent"``,
+        ``"divergence"``) stands here too.
 
     Raises:
         PyPruneError: ``second`` cuts a group that the dense model does not have, or that has another number of units
@@ -54,6 +55,7 @@ def compose(groups: Groups, first: Plan, second: Plan) -> Plan:
         "allocation": second.details.get("allocation"),
         "criterion": second.details.get("criterion"),
         "count_embeddings": second.details.get("count_embeddings"),
+        **{k: second.details[k] for k in ("search", "descent", "divergence") if k in second.details},
         "notes": list(dict.fromkeys(n for s in steps for n in s.get("notes", ()) if n not in s.get("missed", ()))),
         "steps": steps,
     }

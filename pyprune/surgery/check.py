@@ -44,7 +44,11 @@ def masked_logits(model: Any, plan: Plan, restore: bool) -> Tensor | None:
 
     Args:
         restore: put the removed weights back afterwards (they are kept aside meanwhile).
+
+    Raises:
+        PyPruneError: the model does not run as it is; nothing was changed.
     """
+    _run_dense(model)
     parameters = dict(model.named_parameters())
     aside = []
     with torch.no_grad():
@@ -98,6 +102,16 @@ def compare_cached(model: Any, dtype: torch.dtype) -> None:
             "the smaller model says other things with a KV cache: a cache is measured by the first layer of a kind"
         )
         raise PyPruneError("plan", None, problem, "Keep the attention of the first layer of each kind (layers=).")
+
+
+def _run_dense(model: Any) -> None:
+    """What no cut is to blame for is told before weights change."""
+    try:
+        logits(model)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        hint = "See that it runs in transformers: one data type everywhere (model.to(...)), or verify=False."
+        raise PyPruneError("model", type(model).__name__, f"does not run on token ids: {reason}", hint) from error
 
 
 def run(model: Any) -> Tensor:

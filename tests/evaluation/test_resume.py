@@ -12,7 +12,7 @@ from helpers_tasks import records, trained_tokenizer
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.loglikelihood import loglikelihoods
 from pyprune.evaluation.resume import Store
-from pyprune.importance.fingerprint import fingerprint_of_model
+from pyprune.importance.fingerprint import fingerprint_of_weights
 
 PAIRS = [(r["context"], " " + c) for r in records(12) for c in r["choices"]]
 
@@ -71,21 +71,21 @@ def test_one_file_serves_several_models_and_another_model_uses_nothing_of_the_fi
 
 
 def test_the_fingerprint_changes_with_a_weight_a_buffer_a_type_and_the_configuration_and_not_with_the_place() -> None:
-    marks = [fingerprint_of_model(model())]
+    marks = [fingerprint_of_weights(model())]
     one = model()
     one.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-3
-    marks.append(fingerprint_of_model(one))
-    marks.append(fingerprint_of_model(model().to(torch.bfloat16)))
+    marks.append(fingerprint_of_weights(one))
+    marks.append(fingerprint_of_weights(model().to(torch.bfloat16)))
     buffered = model()
     buffered.register_buffer("correction", torch.ones(3))
-    marks.append(fingerprint_of_model(buffered))
+    marks.append(fingerprint_of_weights(buffered))
     one = model()
     one.config.rms_norm_eps = 1e-3
-    marks.append(fingerprint_of_model(one))
+    marks.append(fingerprint_of_weights(one))
     assert len(set(marks)) == 5
     one = model()
     one.config._name_or_path = "elsewhere"
-    assert fingerprint_of_model(one) == marks[0]
+    assert fingerprint_of_weights(one) == marks[0]
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:

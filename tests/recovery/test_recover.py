@@ -188,6 +188,54 @@ def test_weights_that_rounding_makes_worse_come_back_bit_for_bit(monkeypatch) ->
     assert any("were no better" in w for w in out.report["warnings"])
 
 
+@pytest.mark.parametrize("moment", ["merge", "validation"])
+def test_an_interrupted_merge_leaves_the_model_that_came(monkeypatch, moment: str) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    from pyprune.recovery.train import Trainer
+
+    merge, nll = Linear.merge, Trainer.nll
+    merged = []
+
+    def merging(self, *arguments, **options):
+        merge(self, *arguments, **options)
+        merged.append(self)
+        if moment == "merge" and len(merged) == 5:
+            raise KeyboardInterrupt
+
+    def measuring(self):
+        if merged:
+            raise KeyboardInterrupt
+        return nll(self)
+
+    monkeypatch.setattr(Linear, "merge", merging)
+    monkeypatch.setattr(Trainer, "nll", measuring)
+    model = small_llama()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        quick(model)
+    assert len(merged) >= 5 and before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_training_goes_on_in_the_type_in_which_it_was_begun(pruned, tmp_path, monkeypatch) -> None:
+    from pyprune.recovery.train import Trainer
+
+    real = Trainer._step
+
+    def step(self, *arguments):
+        if self.history.step == 4:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    options = {"output_dir": tmp_path / "out", "eval_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", step)
+        quick(pruned, dtype="bfloat16", **options)
+    with pytest.raises(PyPruneError, match="begun otherwise: dtype was bfloat16 and is float32"):
+        quick(pruned, dtype="float32", resume=True, **options)
+
+
 def test_a_kept_adapter_merged_into_the_pruned_model_gives_the_recovered_one(pruned, tmp_path) -> None:
     quick(pruned, output_dir=tmp_path / "out", keep_adapter=True)
     recover(pruned, adapter=tmp_path / "out" / "adapter", output_dir=tmp_path / "merged")

@@ -94,6 +94,21 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next_one(tmp_path) -> No
     assert not list(tmp_path.glob(".step-*"))
 
 
+def test_a_kill_while_checkpoints_are_removed_leaves_none_or_whole_ones(tmp_path, monkeypatch) -> None:
+    interrupted(tmp_path, 5)
+
+    def killed(folder: Path, **options) -> None:
+        (Path(folder) / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pyprune.recovery.unfinished.shutil.rmtree", killed)
+        place(tmp_path).remove()
+    assert not place(tmp_path).exists() and place(tmp_path).load() is None
+    place(tmp_path).remove()
+    assert not tmp_path.exists()
+
+
 def test_resuming_under_other_settings_says_what_differs(tmp_path) -> None:
     interrupted(tmp_path, 5)
     other = Unfinished(tmp_path, {"seed": 1, "text": "x"}, complete_folder)

@@ -12,6 +12,7 @@ from helpers_run import byte_tokenizer
 
 from pyprune import recover, save
 from pyprune.errors import PyPruneError
+from pyprune.importance.fingerprint import fingerprint_of_weights
 from pyprune.recovery import adapter
 from pyprune.recovery.adapter import adapted
 from pyprune.recovery.loss import teacher_answers
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 def teacher(folder: Path, model=None, k: int = 8, temperature: float = 1.0) -> Teacher:
     model = small_llama(7) if model is None else model
     return Teacher(
-        model, adapter.fingerprint(model), folder, k, temperature, True, lambda: autocast(CPU, False)
+        model, fingerprint_of_weights(model), folder, k, temperature, True, lambda: autocast(CPU, False)
     )  # fmt: skip
 
 
@@ -130,3 +131,18 @@ def test_a_run_with_a_teacher_reuses_a_kept_cache_and_otherwise_leaves_none(tmp_
     assert reports[0]["losses"] == reports[1]["losses"]
     recover(small_llama(), tokenizer=byte_tokenizer(), **options, output_dir=tmp_path / "c")
     assert {p.name for p in tmp_path.iterdir()} == {"dense", "cache", "a", "b", "c"}
+
+
+def test_answers_are_those_of_the_very_weights_and_their_precision(tmp_path) -> None:
+    """A single number of the teacher's largest matrix is another."""
+    options = {
+        "data": sentences(40), "cutoff": 64, "lora_r": 2, "val_tokens": 128, "distill_cache": tmp_path / "cache",
+    }  # fmt: skip
+    dense = small_llama(7)
+    one = save(dense, byte_tokenizer(), tmp_path / "one")
+    with torch.no_grad():
+        dense.model.embed_tokens.weight[5, 3] += 1
+    other = save(dense, byte_tokenizer(), tmp_path / "other")
+    for teacher, more in ((one, {"bf16": False}), (other, {"bf16": False}), (one, {"bf16": True})):
+        report = recover(small_llama(), tokenizer=byte_tokenizer(), teacher=teacher, **options, **more).report
+        assert report["teacher"]["reused"] == 0 < report["teacher"]["computed"]

@@ -93,6 +93,15 @@ def test_three_steps_compose_and_keep_their_details() -> None:
     assert Plan.from_json(total.to_json()) == total
 
 
+def test_what_the_second_allocation_found_stands_in_the_details() -> None:
+    dense = llama_groups(**SIZES)
+    first = select(dense, random_scores(dense), widths={"layers": 3})
+    smaller, _ = pruned(first, SIZES)
+    second = select(smaller, random_scores(smaller), 0.2, roles="ffn")
+    second.details["search"] = {"kl": 0.5}
+    assert compose(dense, first, second).details["search"] == {"kl": 0.5}
+
+
 def test_a_step_that_cuts_nothing_changes_nothing() -> None:
     dense = llama_groups(**SIZES)
     plan = select(dense, random_scores(dense), 0.2)

@@ -323,3 +323,14 @@ def test_head_counts_that_a_configuration_class_refuses_are_no_obstacle():
         small = apply(model, h.uniform(model))
     assert small.config.num_attention_heads == 6
     assert torch.equal(generate(small, True), generate(small, False))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_model_that_does_not_run_is_told_before_its_weights_change(copied):
+    model = h.tiny("llama")
+    plan = h.uniform(model)
+    model.model.layers[1].mlp.to(torch.bfloat16)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(PyPruneError, match=r"model 'LlamaForCausalLM': does not run on token ids: .* one data type"):
+        apply(model, plan, copy=copied)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
