@@ -159,7 +159,7 @@ def check(recipe: EvaluationConfig) -> list[Task | str]:
         raise PyPruneError("eval_text", None, "there is nothing to measure on", hint)
     preflight.check_evaluation(asked)
     if asked.prompt is None:
-        preflight.check_effect(asked, "prompt", ["prompt_tokens"])
+        preflight.check_effect(asked, "prompt", ["max_new_tokens"])
     for part, switch in ((recipe.tasks, "tasks"), (recipe.speed, "speed")):
         if not getattr(part, switch):
             preflight.check_effect(part, switch, list(vars(part)))

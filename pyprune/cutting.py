@@ -169,7 +169,7 @@ class _Cutting:
                 self._own()
                 self.made.append(self._compensate(plan, worth))
                 plan = self.made[-1].plan
-        with self.stages("prune" + step):
+        with self.stages("apply" + step):
             self._apply(plan)
         self.scores = scores if number == 1 else self.scores
 

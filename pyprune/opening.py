@@ -108,7 +108,7 @@ def measure(
         out["perplexity"] = found.to_dict()
     if config.prompt is not None:
         with stages("generate" + when):
-            out["continuation"] = continuation(model, tokenizer, config.prompt, config.prompt_tokens)
+            out["continuation"] = continuation(model, tokenizer, config.prompt, config.max_new_tokens)
     return out
 
 

@@ -34,7 +34,7 @@ EVALUATED = ("model", "parameters", "perplexity", "tasks", "speed")  # keys of e
 def write_report(
     folder: str | Path, *, dense: str | Path | None = None, recovered: str | Path | None = None,
     evaluations: Sequence[str | Path | Mapping[str, Any]] = (), output: str | Path | None = None,
-    overwrite: bool = False, generations: int | None = None, prompts: Any = None, prompt_tokens: int = 32,
+    overwrite: bool = False, generations: int | None = None, prompts: Any = None, max_new_tokens: int = 32,
     dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False,
 ) -> Path:  # fmt: skip
     """Write the page of a folder that ``prune`` or ``recover`` wrote: one self-contained HTML file.
@@ -51,7 +51,7 @@ def write_report(
         generations: prompts that the models continue; their answers are in the page only. None and 0 open no model
             unless ``prompts`` are given.
         prompts: other prompts: a text file with one a line, or a list.
-        prompt_tokens: tokens of each continuation.
+        max_new_tokens: tokens of each continuation.
         dtype, device, trust_remote_code: how models are opened for that.
 
     Returns:
@@ -76,7 +76,7 @@ def write_report(
     sources.commands = [*sources.commands, *_evaluation_commands(one for _, one in sources.evaluations)]
     if asked:
         opening = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        sources.samples = _ask(columns, sources.samples, asked, prompt_tokens, opening)
+        sources.samples = _ask(columns, sources.samples, asked, max_new_tokens, opening)
     try:
         write_text(target, page(sources))
     except OSError as error:
@@ -93,7 +93,7 @@ def run(recipe: ReportingConfig) -> Path:
         return write_report(
             recipe.model.model_name_or_path, dense=asked.dense, recovered=asked.recovered,
             evaluations=asked.eval or (), output=asked.output, overwrite=asked.overwrite,
-            generations=asked.generations, prompts=asked.prompts, prompt_tokens=asked.prompt_tokens,
+            generations=asked.generations, prompts=asked.prompts, max_new_tokens=asked.max_new_tokens,
             dtype=recipe.model.dtype, device=recipe.model.device, trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ def ask(model: Any, tokenizer: Any, prompts: list[str], recipe: Any, stages: Sta
     asked = recipe.page.generations is not None or recipe.page.prompts is not None
     patience = PATIENCE if when == " before" and not asked else math.inf
     with stages("samples" + when, bar=False):
-        tokens = recipe.evaluation.prompt_tokens
+        tokens = recipe.evaluation.max_new_tokens
         return continuations(model, tokenizer, prompts, tokens, "samples" + when, patience)
 
 

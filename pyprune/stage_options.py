@@ -29,7 +29,7 @@ GENERATIONS_HELP = (
     "prompt, else those that prompts gives."
 )
 PROMPTS_HELP = "Other prompts for that: a text file, one a line; in YAML and Python also a list."
-PROMPT_TOKENS_HELP = "Tokens generated after a prompt."
+MAX_NEW_TOKENS_HELP = "Tokens generated after a prompt."
 AUTO = "auto"  # what a method settles when it knows the model and the size
 METHODS: dict[str, dict[str, Any]] = {
     "best": {
@@ -330,7 +330,7 @@ class EvalConfig(Stage):
     )
     eval_batch_size: int = option(1, parsing.integer(1), "Windows in one forward pass.")
     prompt: str | None = option(None, parsing.text(), "Text that the model continues greedily, shown in the report.")
-    prompt_tokens: int = option(32, parsing.integer(1), PROMPT_TOKENS_HELP)
+    max_new_tokens: int = option(32, parsing.integer(1), MAX_NEW_TOKENS_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -423,7 +423,7 @@ class ReportConfig(Stage):
     )
     generations: int | None = option(None, parsing.integer(0), GENERATIONS_HELP)
     prompts: Any = option(None, parsing.prompts(), PROMPTS_HELP)
-    prompt_tokens: int = option(32, parsing.integer(1), PROMPT_TOKENS_HELP)
+    max_new_tokens: int = option(32, parsing.integer(1), MAX_NEW_TOKENS_HELP)
     output: str | None = option(None, parsing.path(), OUTPUT_HELP)
     overwrite: bool = option(False, parsing.flag(), "Replace what is there.")
 

@@ -232,7 +232,7 @@ def test_saved_and_reported(tmp_path: Path) -> None:
     model, text = write_model(tmp_path / "model"), str(write_text(tmp_path / "t.txt"))
     out = pyprune.prune(
         model, ratio=0.3, criterion="param_first", calibration=text, samples=2, length=32, eval_text=text,
-        eval_length=64, eval_windows=3, prompt="for", prompt_tokens=3, output_dir=tmp_path / "out",
+        eval_length=64, eval_windows=3, prompt="for", max_new_tokens=3, output_dir=tmp_path / "out",
     )  # fmt: skip
     assert torch.equal(logits(pyprune.load(tmp_path / "out")), logits(out.model))
     report = json.loads((tmp_path / "out" / "pyprune_report.json").read_text())

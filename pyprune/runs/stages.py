@@ -332,7 +332,7 @@ class WriteReport(RunStage):
             pruned(self.run) if "prune" in sections else recovered(self.run), dense=self.run.model,
             recovered=recovered(self.run) if both else None, evaluations=[*measured, *(own.eval or ())],
             output=self.outputs()[0], overwrite=True, generations=own.generations, prompts=own.prompts,
-            prompt_tokens=own.prompt_tokens, dtype=opening.dtype, device=opening.device,
+            max_new_tokens=own.max_new_tokens, dtype=opening.dtype, device=opening.device,
             trust_remote_code=opening.trust_remote_code,
         )  # fmt: skip
         return f"{file.stat().st_size / 1e3:,.0f} kB"

@@ -128,7 +128,7 @@ def _finish(
             disk, groups, batches, space, recipe.score.criterion, recipe.score.aggregation, trial.details["roles"],
             trial.details["layers"], route=recipe.score.route, seed=recipe.calibration.seed,
         )  # fmt: skip
-    with stages("prune"):
+    with stages("apply"):
         plan = select(groups, scores, **asked)
         slicer = Slicer(disk, plan)
         kinds = ((slicer.resized, "modules are resized"), (slicer.narrowed, "layers become narrow"))

@@ -240,13 +240,13 @@ def test_a_second_model_that_cannot_be_opened_is_called_by_its_option(call, plac
     weights = load_file(place / "nan/model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, place / "nan/model.safetensors", metadata={"format": "pt"})
-    line = refused(call, place, "--prompt", "if", "--prompt_tokens", "2", "--compare", "nan")
+    line = refused(call, place, "--prompt", "if", "--max_new_tokens", "2", "--compare", "nan")
     assert "--compare 'nan'" in line and "not finite" in line
 
 
 def test_the_result_file_is_not_replaced_unless_told(call, place) -> None:
     (place / "o.json").write_text("mine")
-    ask = ("--prompt", "if", "--prompt_tokens", "2", "--output", "o.json")
+    ask = ("--prompt", "if", "--max_new_tokens", "2", "--output", "o.json")
     assert "--output 'o.json': exists already" in refused(call, place, *ask)
     assert "--output" in refused(call, place, "--prompt", "if", "--output", "absent/o.json")
     assert "is a folder" in refused(call, place, "--prompt", "if", "--output", "model")

@@ -31,7 +31,7 @@ def test_a_fifth_of_smollm2_goes_and_it_still_speaks_english(
     ended = call(
         "prune", str(smollm2_path), "--ratio", "0.2", "--calibration", str(train), "--samples", "3", "--length", "170",
         "--eval_text", str(test), "--eval_length", "128", "--eval_windows", "4", "--prompt", "The for statement is",
-        "--prompt_tokens", "12", "--output_dir", str(tmp_path / "out"), "--json", *how,
+        "--max_new_tokens", "12", "--output_dir", str(tmp_path / "out"), "--json", *how,
     )  # fmt: skip
     assert ended.status == 0, ended.err
     report = json.loads(ended.out)

@@ -15,7 +15,7 @@ TRAIN = ("recover", "model", "--data", "train.txt", "--cutoff", "64", "--lora_r"
 def test_the_tables_show_before_and_after_and_the_way_there(call, place) -> None:
     ended = call(
         *TRAIN, "--epochs", "0.3", "--eval_text", "test.txt", "--eval_length", "64", "--eval_windows", "2",
-        "--prompt", "for", "--prompt_tokens", "4", "--output_dir", "out",
+        "--prompt", "for", "--max_new_tokens", "4", "--output_dir", "out",
     )  # fmt: skip
     assert ended.status == 0, ended.err
     for part in (

@@ -92,7 +92,7 @@ def test_dashes_and_the_named_model_are_accepted(call, place) -> None:
 def test_the_table_shows_before_and_after(call, place) -> None:
     ended = call(
         *PRUNE, "--ratio", "0.2", "--eval_text", "test.txt", "--eval_length", "64", "--eval_windows", "4",
-        "--prompt", "for", "--prompt_tokens", "4", "--output_dir", "out",
+        "--prompt", "for", "--max_new_tokens", "4", "--output_dir", "out",
     )  # fmt: skip
     assert ended.status == 0, ended.err
     for part in (
@@ -104,7 +104,7 @@ def test_the_table_shows_before_and_after(call, place) -> None:
         "prompt",
     ):
         assert part in ended.out, part
-    for stage in ("load", "discover", "perplexity before", "score", "prune", "perplexity after", "save"):
+    for stage in ("load", "discover", "perplexity before", "score", "apply", "perplexity after", "save"):
         assert f"│ {stage} " in ended.out, stage
     assert ended.err == ""
 

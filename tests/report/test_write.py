@@ -21,7 +21,7 @@ from pyprune import report_pipeline
 from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import DEFAULT_PROMPTS, sample_prompts
 
-MEASURED = {"eval_length": 64, "eval_windows": 2, "prompt_tokens": 6}
+MEASURED = {"eval_length": 64, "eval_windows": 2, "max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_samples_come_by_themselves_only_where_both_models_run_anyway(tmp_path: 
     def samples(**options) -> list | None:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         out = pyprune.prune(
-            tiny_llama(), ratio=0.2, criterion="l2", prompt_tokens=2, tokenizer=byte_tokenizer(), output_dir=folder,
+            tiny_llama(), ratio=0.2, criterion="l2", max_new_tokens=2, tokenizer=byte_tokenizer(), output_dir=folder,
             **options,
         )  # fmt: skip
         return out.report.samples
@@ -109,7 +109,7 @@ def test_samples_come_by_themselves_only_where_both_models_run_anyway(tmp_path: 
 
 def test_prompts_that_nobody_asked_for_stop_after_a_while(monkeypatch) -> None:
     monkeypatch.setattr(report_pipeline, "PATIENCE", 0.0)
-    options = {"ratio": 0.2, "criterion": "l2", "prompt_tokens": 2, "prompt": "Once", "tokenizer": byte_tokenizer()}
+    options = {"ratio": 0.2, "criterion": "l2", "max_new_tokens": 2, "prompt": "Once", "tokenizer": byte_tokenizer()}
     for asked, samples in ({}, 1), ({"generations": 2}, 2):
         with TemporaryDirectory() as folder:
             out = pyprune.prune(tiny_llama(), **options, **asked, output_dir=Path(folder) / "out")
@@ -194,7 +194,7 @@ def test_a_folder_that_was_renamed_keeps_the_evaluations_in_it(smaller: Path) ->
 
 def test_generations_open_the_models_for_answers_that_are_missing(smaller: Path, place: Path, call, tmp_path) -> None:
     (tmp_path / "p.txt").write_text("Hello there\n")
-    asked = ("--prompts", tmp_path / "p.txt", "--prompt_tokens", "4", "--output", tmp_path / "said.html")
+    asked = ("--prompts", tmp_path / "p.txt", "--max_new_tokens", "4", "--output", tmp_path / "said.html")
     ended = call("report", smaller, "--dense", place / "model", *asked, "-q")
     assert ended.status == 0, ended.err
     said = read_page(tmp_path / "said.html").texts["samples"]
@@ -207,7 +207,7 @@ def test_recover_writes_the_page_of_all_three_models(place: Path, tmp_path: Path
     ended = call(
         "recover", place / "smaller", "--data", place / "train.txt", "--cutoff", 32, "--max_tokens", "2k",
         "--lora_r", 2, "--eval_text", place / "train.txt", "--eval_length", 64, "--eval_windows", 2,
-        "--prompt_tokens", 6, "--output_dir", out, "-q",
+        "--max_new_tokens", 6, "--output_dir", out, "-q",
     )  # fmt: skip
     assert ended.status == 0, ended.err
     page = read_page(out / "report.html")
@@ -294,6 +294,6 @@ def test_an_output_is_replaced_when_asked(smaller: Path, tmp_path: Path) -> None
 
 def test_a_recipe_file_with_a_list_of_prompts_serves_the_verb(smaller: Path, call, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(yaml.safe_dump({"prompts": ["From the recipe"], "prompt_tokens": 2}))
+    recipe.write_text(yaml.safe_dump({"prompts": ["From the recipe"], "max_new_tokens": 2}))
     assert call("report", smaller, "--config", recipe, "-q").status == 0
     assert "From the recipe" in read_page(smaller / "report.html").texts["samples"]
