@@ -75,9 +75,9 @@ def main() -> None:
         print(f"| {name} | {plan.details['achieved']['without_embeddings']['ratio']:.2%} | {values} |", flush=True)
     report = found.details["search"]
     print(f"\nWidths: {found.details['widths']}")
-    print({k: v for k, v in report.items() if k not in ("seeds", "history")})
-    for seed in report["seeds"]:
-        print(f"{seed['name']}: screening {seed['screening']}, all {seed['divergence']}")
+    print({k: v for k, v in report.items() if k not in ("starts", "history")})
+    for start in report["starts"]:
+        print(f"{start['name']}: screening {start['screening']}, all {start['divergence']}")
     for entry in report["history"]:
         print(entry)
     print(f"{datetime.date.today()}, CPU, torch {torch.__version__}, transformers {transformers.__version__}.")

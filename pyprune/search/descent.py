@@ -30,7 +30,7 @@ REACH = 0.1  # of a group's units: how far a round moves a width at most
 
 
 def descend(
-    moves: Moves, measure: Measure, seeds: Mapping[str, Widths], anchor: Widths
+    moves: Moves, measure: Measure, starts: Mapping[str, Widths], anchor: Widths
 ) -> tuple[Widths, dict[str, Any]]:
     """Widths of least divergence that at most :data:`ROUNDS` rounds find, and what a report says of the way there.
 
@@ -40,11 +40,11 @@ def descend(
     Args:
         moves: the groups and their budget.
         measure: what is minimised.
-        seeds: name -> widths to start from; the best on half of the tokens is taken.
+        starts: name -> widths to start from; the best on half of the tokens is taken.
         anchor: widths where these are measured exactly.
 
     Raises:
-        PyPruneError: no seed's divergence is finite.
+        PyPruneError: no start's divergence is finite.
     """
     started = time.monotonic()
     screen, last = (len(measure.steps) + 1) // 2, len(measure.steps)
@@ -63,11 +63,11 @@ def descend(
     measure.anchor(anchor)
     tried = {
         name: measure.total(widths, 0, screen) / sum(measure.tokens[:screen])
-        for name, widths in bars.track(list(seeds.items()), "first candidates")
+        for name, widths in bars.track(list(starts.items()), "first candidates")
     }
     best, kl = dict(anchor), math.inf
     for name in sorted(tried, key=lambda name: _finite(tried[name])):
-        best = dict(seeds[name])
+        best = dict(starts[name])
         kl = settle(best)
         if math.isfinite(kl):  # with refits of its own, too
             break
@@ -95,7 +95,7 @@ def descend(
         if not worth:
             break
     told = {name: figure(value) for name, value in tried.items()}
-    return best, {"divergence": kl, "seeds": told, "rounds": rounds, "seconds": round(time.monotonic() - started, 1)}
+    return best, {"divergence": kl, "starts": told, "rounds": rounds, "seconds": round(time.monotonic() - started, 1)}
 
 
 def neighbours(moves: Moves, group: Group, width: int) -> list[int]:

@@ -26,7 +26,7 @@ from pyprune.search.surrogate import sample_slopes
 CHILDREN = 8  # a generation
 PROPOSALS = 24  # random moves that a child is chosen from
 CONFIRMED = 2  # best children of a generation, measured on all tokens
-SEEDS_CONFIRMED = 3
+STARTS_CONFIRMED = 3
 SCALES = (0.125, 4.0)
 VERIFIED = 10  # generations between two times that the best is measured as compensation will treat it
 
@@ -78,33 +78,33 @@ class Evolution:
         self._seen = {tuple(point) for point in state.points}
         self._exact = True
 
-    def start(self, seeds: Mapping[str, Widths], anchor: Widths) -> None:
-        """Try every seed on the screening tokens, the best of them on all; the best is the first parent.
+    def start(self, starts: Mapping[str, Widths], anchor: Widths) -> None:
+        """Try every start on the screening tokens, the best of them on all; the best is the first parent.
 
         Args:
-            seeds: name -> genome.
+            starts: name -> genome.
             anchor: where measures are exact at first.
 
         Raises:
-            PyPruneError: no seed's divergence is finite.
+            PyPruneError: no start's divergence is finite.
         """
         state = self.state
         state.anchor = state.anchor or self._list(anchor)
         self._exact = not self.measure.anchor(self._widths(state.anchor))
-        done = {seed["name"] for seed in state.seeds}
-        for name, widths in bars.track(list(seeds.items()), "first candidates"):
+        done = {start["name"] for start in state.starts}
+        for name, widths in bars.track(list(starts.items()), "first candidates"):
             if name not in done:
                 point, found = self._list(widths), self._screened(widths)
-                state.seeds.append({"name": name, "widths": point, "screening": found, "divergence": None})
+                state.starts.append({"name": name, "widths": point, "screening": found, "divergence": None})
                 self._save()
         if not state.best:
-            ranked = sorted(state.seeds, key=lambda seed: seed["screening"])
+            ranked = sorted(state.starts, key=lambda start: start["screening"])
             first: dict[str, Any] = {"divergence": math.inf}
-            for number, seed in enumerate(ranked):
-                if number >= SEEDS_CONFIRMED and math.isfinite(first["divergence"]):
+            for number, start in enumerate(ranked):
+                if number >= STARTS_CONFIRMED and math.isfinite(first["divergence"]):
                     break
-                seed["divergence"] = self._confirmed(self._widths(seed["widths"]), seed["screening"])
-                first = min(first, seed, key=lambda seed: seed["divergence"])
+                start["divergence"] = self._confirmed(self._widths(start["widths"]), start["screening"])
+                first = min(first, start, key=lambda start: start["divergence"])
             check_finite(first["divergence"])
             state.best, state.kl, state.screened = list(first["widths"]), first["divergence"], first["screening"]
             self._mark()
@@ -149,9 +149,9 @@ class Evolution:
             if 0 < factor < math.inf:
                 state.kls = [k * factor for k in state.kls]
             state.anchor, state.kl, state.screened = list(state.best), kl, screened
-            for seed in state.seeds:
-                if seed["widths"] == state.best and seed["divergence"] is not None:
-                    seed["divergence"] = kl  # as what it became
+            for start in state.starts:
+                if start["widths"] == state.best and start["divergence"] is not None:
+                    start["divergence"] = kl  # as what it became
         now = {"widths": list(state.best), "divergence": state.kl, "screening": state.screened}
         if now != state.verified:
             state.verified = now

@@ -88,7 +88,7 @@ class Moves:
             out = self.mended(out, others)
         return out if out != dict(widths) and self.fits(out) else None
 
-    def seeds(self, scores: Mapping[str, np.ndarray]) -> dict[str, Widths]:
+    def starts(self, scores: Mapping[str, np.ndarray]) -> dict[str, Widths]:
         """Name -> genome to start from; each meets the size, and no two are the same.
 
         The plain allocations, also with the dimensions of values whole where those are cut; widths that fall linearly

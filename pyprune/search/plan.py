@@ -201,18 +201,18 @@ class _Searcher:
         started = time.monotonic()
         every, orders = self._orders(groups, budget)
         moves = Moves(groups, budget)
-        seeds = moves.seeds(costs)
+        starts = moves.starts(costs)
         file = self.file
         if file is not None and self.reports:  # a second search, when widths name several roles
             file = file.with_name(f"{file.name}.{len(self.reports) + 1}")
-        settings = self._settings(groups, orders, budget, seeds)
+        settings = self._settings(groups, orders, budget, starts)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         state = load_state(file, fingerprint_of_search(self.model, settings), self.overwrite)
         with self._measuring(every, orders) as (fitness, refits, masking, sites, fit):
             measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             search = Evolution(moves, measure, state, self.seed, file, started)
-            search.start(seeds, _anchor(seeds))
+            search.start(starts, _anchor(starts))
             search.run(self.limit)
         best = dict(zip([g.name for g in groups], state.best, strict=True))
         self.reports.append(self._report(state, fitness, sites, fit))
@@ -249,24 +249,24 @@ class _Searcher:
         """Widths of ``groups`` from the best plain allocation along measured slopes."""
         every, orders = self._orders(groups, budget)
         moves = Moves(groups, budget)
-        seeds = moves.seeds(costs)
+        starts = moves.starts(costs)
         with self._measuring(every, orders) as (fitness, refits, masking, sites, fit):
             measure: Measure = _Measure(fitness, refits, masking, fit, self.weighting, budget.kept)
             if self.cache is not None:
-                of = fingerprint_of_search(self.model, self._settings(groups, orders, budget, seeds))
+                of = fingerprint_of_search(self.model, self._settings(groups, orders, budget, starts))
                 measure = Remembered(measure, self.cache / f"measured-{of[:32]}.json", of)
-            best, found = descend(moves, measure, seeds, _anchor(seeds))
+            best, found = descend(moves, measure, starts, _anchor(starts))
         self.reports.append({**found, **self._protocol(fitness, sites, fit)})
         log.info("descent: divergence %.4f after %d rounds", found["divergence"], len(found["rounds"]) - 1)
         return best
 
     def _settings(
-        self, groups: Sequence[Group], orders: Mapping[str, np.ndarray], budget: Budget, seeds: Mapping[str, Widths]
+        self, groups: Sequence[Group], orders: Mapping[str, np.ndarray], budget: Budget, starts: Mapping[str, Widths]
     ) -> list[Any]:
         """All that a measurement depends on beside the model."""
         return [
             {n: torch.from_numpy(o.copy()) for n, o in orders.items()}, {n: vars(v) for n, v in budget.limits.items()},
-            [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), seeds,
+            [g.name for g in groups], dict(budget.kept), budget.target, dict(budget.cost), starts,
             list(self.calibration.batches), self.mode, self.weighting, self.seed, WORDS,
         ]  # fmt: skip
 
@@ -298,8 +298,8 @@ class _Searcher:
     def _report(self, state: State, fitness: Fitness, sites: Sites, fit: Sequence[Step]) -> dict[str, Any]:
         return {
             "divergence": state.kl,
-            "seeds": [
-                {**s, "screening": figure(s["screening"]), "divergence": figure(s["divergence"])} for s in state.seeds
+            "starts": [
+                {**s, "screening": figure(s["screening"]), "divergence": figure(s["divergence"])} for s in state.starts
             ],
             "generations": state.generation,
             "evaluations": state.evaluations,
@@ -360,6 +360,6 @@ def split(calibration: Calibration, device: torch.device) -> tuple[list[Step], l
     return make_steps(fit, device, tokens=8 * STEP_TOKENS), make_steps(held, device, tokens=STEP_TOKENS)
 
 
-def _anchor(seeds: Mapping[str, Widths]) -> Widths:
-    """The widths that the refits' inputs are collected at: the first of the seeds that falls with depth."""
-    return next((seeds[n] for n in ("log_depth", "linear") if n in seeds), next(iter(seeds.values())))
+def _anchor(starts: Mapping[str, Widths]) -> Widths:
+    """The widths that the refits' inputs are collected at: the first of the starts that falls with depth."""
+    return next((starts[n] for n in ("log_depth", "linear") if n in starts), next(iter(starts.values())))

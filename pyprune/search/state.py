@@ -24,7 +24,7 @@ class State:
 
     Attributes:
         fingerprint: of model, calibration, order of removal, limits, target and options.
-        seeds: name, widths and divergence on the screening tokens and on all (None where screening sufficed), in the
+        starts: name, widths and divergence on the screening tokens and on all (None where screening sufficed), in the
             order in which they were tried.
         best: widths of the best genome, in the order of the groups.
         anchor: widths at which the inputs of refits were collected.
@@ -42,7 +42,7 @@ class State:
     """
 
     fingerprint: str
-    seeds: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)
     best: list[int] = field(default_factory=list)
     anchor: list[int] = field(default_factory=list)
     verified: dict[str, Any] | None = None

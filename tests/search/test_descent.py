@@ -112,7 +112,7 @@ def test_it_starts_from_the_best_seed_and_ends_where_nothing_is_better() -> None
     bowl = Bowl(dict.fromkeys(names, 1.0))
     uneven = dict(zip(names, (60, 70, 80), strict=True))
     found, report = descend(where, bowl, {"uneven": uneven, "even": even(where)}, uneven)
-    assert report["seeds"]["even"] < report["seeds"]["uneven"]
+    assert report["starts"]["even"] < report["starts"]["uneven"]
     assert found == even(where) and report["divergence"] == report["rounds"][0]["divergence"]
 
 
@@ -136,7 +136,7 @@ def test_a_seed_that_breaks_with_refits_of_its_own_gives_way_to_the_next() -> No
 
     bowl = Breaks(dict.fromkeys(names, 1.0))
     found, report = descend(where, bowl, {"even": even(where), "uneven": uneven}, uneven)
-    assert report["seeds"]["even"] < report["seeds"]["uneven"] == report["rounds"][0]["divergence"]
+    assert report["starts"]["even"] < report["starts"]["uneven"] == report["rounds"][0]["divergence"]
     assert where.fits(found) and np.isfinite(report["divergence"])
 
 

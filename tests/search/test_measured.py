@@ -104,7 +104,7 @@ def test_candidates_that_break_the_model_have_no_figure_in_the_report(
         **({"steps": 2} if allocation == "search" else {}),
     )  # fmt: skip
     text = json.dumps(plan.details, allow_nan=False)
-    assert "null" in json.dumps(plan.details[allocation]["curves" if allocation == "divergence" else "seeds"])
+    assert "null" in json.dumps(plan.details[allocation]["curves" if allocation == "divergence" else "starts"])
     assert json.loads(text)[allocation]["divergence"] > 0
 
 

@@ -23,9 +23,9 @@ def moves_of(check, ratio: float = 0.5, **request) -> None:
 
     def allocate(groups, scores, budget):
         moves = Moves(groups, budget)
-        seeds = moves.seeds(scores)
-        check(moves, seeds)
-        return next(iter(seeds.values()))
+        starts = moves.starts(scores)
+        check(moves, starts)
+        return next(iter(starts.values()))
 
     select(GROUPS, SCORES, ratio, allocation=Allocation("test", allocate, True), count_embeddings=False, **request)
 
@@ -39,18 +39,18 @@ def moves_of(check, ratio: float = 0.5, **request) -> None:
 def test_seeds_and_children_meet_the_size_within_allowed_widths(request_: dict) -> None:
     seen = []
 
-    def check(moves, seeds) -> None:
-        assert len(seeds) >= 2
+    def check(moves, starts) -> None:
+        assert len(starts) >= 2
         rng = Random(3)
-        widths = next(iter(seeds.values()))
-        children = list(seeds.values())
+        widths = next(iter(starts.values()))
+        children = list(starts.values())
         for _ in range(60):
             found = moves.mutated(widths, rng, rng.choice([0.125, 1.0, 4.0]))
             if found is not None:
                 assert found != widths
                 widths = found
                 children.append(found)
-        assert len(children) > len(seeds) + 20
+        assert len(children) > len(starts) + 20
         for child in children:
             assert child.keys() == {g.name for g in moves.groups}
             assert abs(moves.budget.count(child) - moves.budget.target) <= moves.tolerance
@@ -64,8 +64,8 @@ def test_seeds_and_children_meet_the_size_within_allowed_widths(request_: dict) 
 
 
 def test_a_size_is_met_as_nearly_as_by_the_plain_allocations() -> None:
-    def check(moves, seeds) -> None:
-        nearest = min(abs(moves.miss(w)) for w in seeds.values())
+    def check(moves, starts) -> None:
+        nearest = min(abs(moves.miss(w)) for w in starts.values())
         half = min(moves.step.values()) / 2
         assert nearest <= moves.tolerance
         assert moves.tolerance <= max(half, 30 * 3 * 576 / 2)  # uniform: one unit in every layer
@@ -74,9 +74,9 @@ def test_a_size_is_met_as_nearly_as_by_the_plain_allocations() -> None:
 
 
 def test_moves_reach_heads_and_channels_both_ways() -> None:
-    def check(moves, seeds) -> None:
+    def check(moves, starts) -> None:
         rng = Random(1)
-        start = seeds["uniform"]
+        start = starts["uniform"]
         seen = set()
         for _ in range(300):
             child = moves.mutated(start, rng, 1.0)
@@ -113,9 +113,9 @@ def test_without_evidence_there_are_no_slopes() -> None:
 
 def test_values_stay_whole_in_some_of_the_seeds_where_other_roles_make_up_the_size() -> None:
     seen: list[dict[str, dict[str, int]]] = []
-    moves_of(lambda moves, seeds: seen.append(seeds), ratio=0.3, roles=["vo_dim", "ffn"])
-    moves_of(lambda moves, seeds: seen.append(seeds), ratio=0.3, roles=["kv_heads", "ffn"])
-    spared, none = ({name: w for name, w in seeds.items() if name.endswith("whole")} for seeds in seen)
+    moves_of(lambda moves, starts: seen.append(starts), ratio=0.3, roles=["vo_dim", "ffn"])
+    moves_of(lambda moves, starts: seen.append(starts), ratio=0.3, roles=["kv_heads", "ffn"])
+    spared, none = ({name: w for name, w in starts.items() if name.endswith("whole")} for starts in seen)
     assert spared and not none
     for widths in spared.values():
         assert {w for name, w in widths.items() if name.endswith(":vo_dim")} == {64}
@@ -123,7 +123,7 @@ def test_values_stay_whole_in_some_of_the_seeds_where_other_roles_make_up_the_si
 
 def test_channels_alone_are_among_the_seeds_where_heads_go_too() -> None:
     seen: list[dict[str, dict[str, int]]] = []
-    moves_of(lambda moves, seeds: seen.append(seeds), ratio=0.2, roles=["kv_heads", "ffn"])
+    moves_of(lambda moves, starts: seen.append(starts), ratio=0.2, roles=["kv_heads", "ffn"])
     alone = {name: widths for name, widths in seen[0].items() if name.endswith(", ffn only")}
     assert "knapsack, ffn only" in alone
     for widths in alone.values():

@@ -27,7 +27,7 @@ class Killed(BaseException):
 def test_a_killed_search_finds_what_an_uninterrupted_one_finds(
     case, tmp_path: Path, monkeypatch, compensation: str, after: int
 ) -> None:
-    """Killed while a seed is tried, while seeds are confirmed, and in several generations."""
+    """Killed while a start is tried, while starts are confirmed, and in several generations."""
     monkeypatch.setattr(evolution, "VERIFIED", 3)
     file, options = tmp_path / "state.json", {"compensation": compensation, "steps": 5}
     whole = case.search(**options)
@@ -47,7 +47,7 @@ def test_a_killed_search_finds_what_an_uninterrupted_one_finds(
     assert len(before["points"]) <= after
     resumed = case.search(**options, file=file)
     assert kept(resumed) == kept(whole)
-    for name in ("divergence", "generations", "seeds"):
+    for name in ("divergence", "generations", "starts"):
         assert resumed.details["search"][name] == whole.details["search"][name]
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 

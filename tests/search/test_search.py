@@ -37,7 +37,7 @@ def test_the_best_never_gets_worse_and_ends_below_every_seed(case, compensation:
     verified = [e["divergence"] for e in found["history"] if e["verified"]]
     assert verified == sorted(verified, reverse=True) and len(verified) >= 2
     assert found["divergence"] == verified[-1] < verified[0]
-    assert found["divergence"] < min(s["divergence"] for s in found["seeds"] if s["divergence"] is not None)
+    assert found["divergence"] < min(s["divergence"] for s in found["starts"] if s["divergence"] is not None)
     if compensation == "none":  # every measure is exact: all improvements fall
         steps = [e["divergence"] for e in found["history"]]
         assert steps == sorted(steps, reverse=True)
@@ -152,7 +152,7 @@ def test_other_families_are_searched(make_model, roles, vocabulary: int) -> None
     found = report(plan)
     verified = [e["divergence"] for e in found["history"] if e["verified"]]  # others are measured with refits of these
     assert found["divergence"] == min(verified)
-    assert found["divergence"] <= min(s["divergence"] for s in found["seeds"] if s["divergence"] is not None)
+    assert found["divergence"] <= min(s["divergence"] for s in found["starts"] if s["divergence"] is not None)
     assert found["masked_matrices"] >= 2
     assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
 
