@@ -25,6 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         yield work
+        set_permissions(work)
         sync_file(work)
         os.replace(work, path)
     finally:
@@ -36,6 +37,14 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file in UTF-8. Raises OSError when it cannot be written."""
     with whole_file(path) as work:
         work.write_text(text, encoding="utf-8")
+
+
+def set_permissions(*files: str | Path) -> None:
+    """The usual ones, for files of libraries that write for their user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        os.chmod(file, 0o666 & ~mask)
 
 
 def sync_file(path: str | Path) -> None:

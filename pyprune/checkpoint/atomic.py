@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyprune.errors import PyPruneError
-from pyprune.files import PARTIAL, lock, sync_file
+from pyprune.files import PARTIAL, lock, set_permissions, sync_file
 
 OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -145,14 +145,11 @@ def full_disk_reported(path: Path) -> Iterator[None]:
 
 def sync(folder: Path) -> None:
     """Gives every file below ``folder`` the usual permissions, and waits until all of it is on the disk."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for root, _, files in os.walk(folder):
-        for name in files:
-            path = os.path.join(root, name)
-            os.chmod(path, 0o666 & ~mask)
+    for root, _, names in os.walk(folder):
+        files = [os.path.join(root, name) for name in names]
+        set_permissions(*files)
+        for path in (*files, root):
             sync_file(path)
-        sync_file(root)
 
 
 def _swap(work: Path, folder: Path, overwrite: bool) -> None:

@@ -38,4 +38,5 @@ def register(cli: click.Group) -> None:
             "output_file": recipe.save.output_file,
             "scores": {name: values.tolist() for name, values in scores.items()},
         }
-        emit(data, json, lambda: [report.score_table(groups, scores)])
+        saved = [] if recipe.save.output_file is None else [f"saved in {recipe.save.output_file}"]
+        emit(data, json, lambda: [report.score_table(groups, scores), *saved])

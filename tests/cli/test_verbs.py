@@ -154,7 +154,8 @@ def test_scores_from_a_file_give_the_same_model_as_scoring(call, place) -> None:
 
 
 def test_scores_from_a_file_keep_the_name_of_their_criterion(call, place) -> None:
-    assert call("score", "model", "--criterion", "l2", "--output_file", "s.safetensors").status == 0
+    ended = call("score", "model", "--criterion", "l2", "--output_file", "s.safetensors")
+    assert ended.status == 0 and ended.out.endswith("saved in s.safetensors\n")
     prune = ("prune", "model", "--scores_file", "s.safetensors", "--ratio", "0.3")
     ended = call(*prune, "--criterion", "wanda", "--output_dir", "out")
     assert ended.status == 2 and not (place / "out").exists()
