@@ -28,6 +28,7 @@ from pyprune.evaluation.stock import STOCK, check_installed, stock_accuracies
 from pyprune.evaluation.tasks import Accuracy, Task, accuracy, is_task_file, read_task, requests_of
 from pyprune.files import write_text
 from pyprune.importance.modes import own_modes
+from pyprune.importance.sources import NO_TOKENIZER
 from pyprune.opening import Opened, measure, open_or_take
 from pyprune.report.data import versions
 from pyprune.stage_options import ModelConfig, ResultConfig, SpeedConfig, TaskConfig
@@ -256,7 +257,7 @@ def _check_prompt(config: SpeedConfig, model: Any) -> None:
 def _accuracies(config: TaskConfig, one: Opened, tasks: Sequence[Task | str], stages: Stages) -> list[dict[str, Any]]:
     """Accuracy.to_dict() of each task, in order."""
     if one.tokenizer is None:
-        raise PyPruneError("tasks", None, f"{one.name} has no tokenizer to read them with", "Give tokenizer=.")
+        raise PyPruneError("tasks", None, f"{one.name} has no tokenizer to read them with", NO_TOKENIZER)
     found: dict[str, Accuracy] = {}
     with nullcontext() if config.resume_file is None else Store(config.resume_file, one.model) as store:
 

@@ -256,6 +256,9 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise PyPruneError("config", str(file), "holds no options", "Write one 'option: value' a line.")
     known = {f.name for recipe in RECIPES for _, f in recipe.options()}
     for key in data:
+        if key not in known and any(isinstance(value, dict) for name, value in data.items() if name not in known):
+            problem = "holds sections of stages, not options"
+            raise PyPruneError("config", str(file), problem, "It looks like a file for `pyprune run`.")
         if key not in known:
             raise PyPruneError("config", str(file), f"has the unknown key {key!r}", _nearest(str(key), known))
     return data

@@ -277,8 +277,8 @@ class SelectConfig(ScopeConfig):
     round_to: Any = option(
         None,
         parsing.multiples("round_to"),
-        "Keep channels (roles ffn, expert_ffn, latent, state, hidden, channels) in multiples of N, or by role. Those of "
-        "stacked experts are kept in multiples of 8 in any case.",
+        "Keep channels (roles ffn, expert_ffn, latent, state, hidden, channels) in multiples of N, or by role. "
+        "Those of stacked experts are kept in multiples of 8 in any case.",
     )
     min_keep: Any = option(
         None, parsing.amounts("min_keep", alone=True), "The least that stays in every layer, as units or fraction."

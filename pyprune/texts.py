@@ -11,7 +11,7 @@ from pyprune.errors import PyPruneError
 from pyprune.evaluation.generation import sample_prompts
 from pyprune.evaluation.perplexity import read_windows
 from pyprune.evaluation.protocols import PROTOCOLS
-from pyprune.importance.sources import asked_prefix, behind_prefix
+from pyprune.importance.sources import NO_TOKENIZER, asked_prefix, behind_prefix
 from pyprune.preflight import check_length
 from pyprune.stage_options import EvalConfig
 
@@ -19,7 +19,7 @@ from pyprune.stage_options import EvalConfig
 def evaluation_windows(config: EvalConfig, model: Any, tokenizer: Any) -> tuple[Tensor | None, str]:
     """Windows of the evaluation text, without what each is begun with, and its name; None without one."""
     if config.prompt is not None and tokenizer is None:
-        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", "Give tokenizer=.")
+        raise PyPruneError("prompt", config.prompt, "there is no tokenizer to read it with", NO_TOKENIZER)
     if config.eval_text is None:
         return None, ""
     check_length("eval_length", config.eval_length, model)
@@ -54,5 +54,5 @@ def page_prompts(recipe: Any, tokenizer: Any, stored: Sequence[Mapping[str, str]
         return [one["prompt"] for one in stored] or (sample_prompts(None, None) if runs else [])
     found = sample_prompts(page.prompts, page.generations)
     if found and tokenizer is None:
-        raise PyPruneError("generations", len(found), "there is no tokenizer to read prompts with", "Give tokenizer=.")
+        raise PyPruneError("generations", len(found), "there is no tokenizer to read prompts with", NO_TOKENIZER)
     return found

@@ -28,9 +28,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` as it stands."""
     path = folder / "config.json"
     if not path.is_file():
-        raise PyPruneError(
-            OPTION, str(folder), "has no config.json", "Name a folder with a checkpoint of transformers."
-        )
+        gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+        hint = "Name a folder with a checkpoint of transformers." if gguf is None else f"Name its GGUF file: {gguf}."
+        raise PyPruneError(OPTION, str(folder), "has no config.json", hint)
     config = _json(path)
     if not isinstance(config, dict):
         raise PyPruneError(OPTION, str(path), "is not a configuration")

@@ -268,6 +268,8 @@ def open_tokenizer(name: str, trust_remote_code: bool, folder: Path | None, **op
 
 
 def reworded(error: Exception, name: str) -> PyPruneError:
+    from huggingface_hub import constants
+
     text = str(error)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         return PyPruneError(
@@ -278,6 +280,9 @@ def reworded(error: Exception, name: str) -> PyPruneError:
     if "mismatched" in text:
         return PyPruneError(OPTION, name, "has weights of other shapes than its config.json says")
     if isinstance(error, OSError) and not Path(name).exists():
+        if constants.HF_HUB_OFFLINE:
+            problem = "is no local folder, and the hub is not asked, because HF_HUB_OFFLINE is set"
+            return PyPruneError(OPTION, name, problem, "Check the path, or unset HF_HUB_OFFLINE.")
         return PyPruneError(
             OPTION,
             name,

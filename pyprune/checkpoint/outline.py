@@ -23,7 +23,8 @@ def open_outline(model_name_or_path: str | Path, trust_remote_code: bool = False
     if path.is_dir():
         read_config(path)
     elif path.exists() or looks_like_a_path(name):
-        raise PyPruneError(OPTION, name, "is not a folder" if path.exists() else "does not exist")
+        hint = "Make one of a GGUF file: `pyprune export FILE.gguf --output FOLDER`." if path.suffix == ".gguf" else ""
+        raise PyPruneError(OPTION, name, "is not a folder" if path.exists() else "does not exist", hint)
     with quiet():
         config = open_config(name, trust_remote_code)
         model = skeleton.build(model_class(config, name, trust_remote_code), config)

@@ -17,6 +17,12 @@ from pyprune.errors import PyPruneError
 
 MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
 
+GOES_ON = {
+    "recover": "; the same command with --resume goes on from its last checkpoint",
+    "run": "; the same command goes on",
+}
+"""Verb -> what an interrupted one is told."""
+
 
 class _Terminated(BaseException):
     """SIGTERM as an exception, so that an unfinished output folder is removed on the way out."""
@@ -69,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return int(cli.main(args=args, prog_name="pyprune", standalone_mode=False) or 0)
     except PyPruneError as error:
-        return _fail(error.render(_label(error.option)), MISTAKE)
+        return _fail(error.render(_label(error.option, _verb_of(args))), MISTAKE)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return MISTAKE
@@ -78,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (_Interrupted, KeyboardInterrupt):
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C on this line
-        return _fail("interrupted", INTERRUPTED)
+        return _fail("interrupted" + GOES_ON.get(_verb_of(args), ""), INTERRUPTED)
     except _Terminated:
         return _fail("terminated", TERMINATED)
     except BrokenPipeError:
@@ -89,8 +95,16 @@ def main(args: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _label(option: str) -> str:
-    """``--option`` when some verb has such a flag, else the bare name."""
+def _verb_of(args: Sequence[str] | None) -> str:
+    given = sys.argv[1:] if args is None else args
+    return next((one for one in given if one in cli.commands), "")
+
+
+def _label(option: str, verb: str) -> str:
+    """``--option`` when some verb has such a flag, but MODEL in one that has the model's place alone; else the name."""
+    own = {name for param in (cli.commands[verb].params if verb else ()) for name in param.opts}
+    if option == "model_name_or_path" and "model" in own and f"--{option}" not in own:
+        return "MODEL"
     flags = {name for command in cli.commands.values() for param in command.params for name in param.opts}
     return f"--{option}" if f"--{option}" in flags else option
 

@@ -23,6 +23,12 @@ def emit(data: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
         console.print(part)
 
 
+def tell_unsaved(output_dir: str | None, quiet: bool) -> None:
+    """That nothing of a long run will be left, before it begins."""
+    if output_dir is None and not quiet:
+        click.echo("note: there is no --output_dir: the model will not be saved", err=True)
+
+
 @contextmanager
 def reporting(quiet: bool) -> Iterator[None]:
     """Settings of a run from the command line: whether progress is shown, and how much the libraries may say.

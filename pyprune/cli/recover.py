@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, reporting
+from pyprune.cli.output import emit, reporting, tell_unsaved
 from pyprune.config import RecoverConfig
 
 HELP = """Train MODEL a little, so that it recovers from pruning.
@@ -45,6 +45,7 @@ def register(cli: click.Group) -> None:
         from pyprune import recover_pipeline, report
 
         helping = int(os.environ.get("RANK", "0")) > 0  # one of several processes; the first one speaks
+        tell_unsaved(recipe.save.output_dir, quiet or helping)
         with reporting(quiet or helping):
             result = recover_pipeline.run(recipe)
         if result.main:

@@ -20,6 +20,7 @@ TEXT_FILES = (".txt", ".txt.gz")
 RECORD_FILES = (".jsonl", ".jsonl.gz")
 TOKEN_FILES = (".npy", ".safetensors")
 HINT = "Give a .txt or .jsonl file (.gz too), a .npy or .safetensors file of token ids, or a Hugging Face dataset name."
+NO_TOKENIZER = "Put the tokenizer's files beside the weights, give tokenizer= from Python, or token ids for a text."
 
 
 def kind_of(source: str, option: str = "calibration") -> str:
@@ -41,7 +42,9 @@ def kind_of(source: str, option: str = "calibration") -> str:
     if path.exists():
         raise PyPruneError(option, source, "is not a kind of file that can be read", HINT)
     if kind is not None or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
-        raise PyPruneError(option, source, "does not exist", "Check the path.")
+        several = "," in source and all(Path(one).is_file() for one in source.split(","))
+        hint = "It is one source: join the files first." if several else "Check the path."
+        raise PyPruneError(option, source, "does not exist", hint)
     return "dataset"
 
 
@@ -136,7 +139,7 @@ def read_tokens(
 def encode(tokenizer: Any, text: str, source: str, option: str = "calibration", special_tokens: bool = False) -> Tensor:
     """Int64 token ids [tokens] of a text, with or without the tokenizer's special tokens."""
     if tokenizer is None:
-        raise PyPruneError(option, source, "is text, and there is no tokenizer", "Give tokenizer=, or token ids.")
+        raise PyPruneError(option, source, "is text, and there is no tokenizer", NO_TOKENIZER)
     text = well_formed(text)
     ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64).reshape(-1)
@@ -248,11 +251,21 @@ def open_dataset(source: str, seed: int | None, option: str) -> Iterator[Any]:
         first = next(iterator, None)
 
 
+_FIELDS = {"calibration": "text_field", "eval_text": "eval_text_field"}  # option -> the one that names its field
+
+
 def _field_of(record: Any, field: str, where: str, option: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        has = f"It has: {', '.join(map(str, record))}." if isinstance(record, dict) else "Records are JSON objects."
-        raise PyPruneError(option, where, f"has no text in a field {field!r}", has)
-    return record[field]
+    if not isinstance(record, dict):
+        raise PyPruneError(option, where, f"has no text in a field {field!r}", "Records are JSON objects.")
+    found = record.get(field)
+    if isinstance(found, str):
+        return found
+    if found is not None:
+        problem = f"has no text in the field {field!r} but a value of type {type(found).__name__}"
+        raise PyPruneError(option, where, problem, "Texts are JSON strings.")
+    names = _FIELDS.get(option)
+    hint = f"It has: {', '.join(map(str, record))}." + (f" Name the one that is text with {names}." if names else "")
+    raise PyPruneError(option, where, f"has no text in a field {field!r}", hint)
 
 
 def _permutation(count: int, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pyprune.errors import PyPruneError
-from pyprune.importance.sources import text_prefix, well_formed
+from pyprune.importance.sources import NO_TOKENIZER, text_prefix, well_formed
 
 # The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which Alpaca-cleaned and LLM-Pruner keep.
 WITH_INPUT = (
@@ -69,7 +69,7 @@ class Encoder:
         if isinstance(record, Tensor):
             return _example([(record.tolist(), True)], whole=False)
         if self.tokenizer is None:
-            raise PyPruneError(self.option, where, "is text, and there is no tokenizer", "Give tokenizer=, or ids.")
+            raise PyPruneError(self.option, where, "is text, and there is no tokenizer", NO_TOKENIZER)
         if isinstance(record, str):
             return self._plain(record)
         if not isinstance(record, Mapping):

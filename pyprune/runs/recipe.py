@@ -124,7 +124,9 @@ def _read(file: str | Path) -> dict[str, Any]:
     known = ("model", "output_dir", *SECTIONS)
     for key in data:
         if key not in known:
-            raise _wrong(file, f"has the unknown section {key!r}", _near(str(key), known))
+            options = {f.name for recipe in SECTIONS.values() for _, f in recipe.options()}
+            own = "It looks like a recipe of one verb, which takes it as --config." if key in options else ""
+            raise _wrong(file, f"has the unknown section {key!r}", own or _near(str(key), known))
     return data
 
 

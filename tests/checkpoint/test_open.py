@@ -128,7 +128,7 @@ def test_a_missing_path_is_named(name):
 
 
 def test_a_name_that_the_hub_does_not_give_is_named():
-    with pytest.raises(PyPruneError, match="neither a local folder nor a model that the hub gives"):
+    with pytest.raises(PyPruneError, match=r"(is neither a|is no) local folder"):  # by HF_HUB_OFFLINE
         open_model("nobody/no-such-model")
 
 

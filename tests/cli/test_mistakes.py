@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_fresh import pyprune_fresh
-from helpers_run import refused, tiny_llama
+from helpers_run import UNSAVED, refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 PRUNE = ("prune", "model", "--calibration", "train.txt", "--samples", "2", "--length", "32", "--output_dir", "out")
@@ -310,6 +310,70 @@ def test_the_model_as_the_output_folder(call, place) -> None:
     ended = call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "--output_dir", "./model", "--overwrite")
     assert ended.status == 2 and "model_name_or_path 'model': is the output folder, ./model. Name another" in ended.err
     assert (place / "model/config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"text": 3}, "has no text in the field 'text' but a value of type int. Texts are JSON strings."),
+        ({"body": "a"}, "has no text in a field 'text'. It has: body. Name the one that is text with text_field."),
+    ],
+)
+def test_records_without_text(call, place, record: dict, said: str) -> None:
+    (place / "r.jsonl").write_text(json.dumps(record) + "\n")
+    assert said in refused(call, place, *PRUNE[:2], "--ratio", "0.2", "--calibration", "r.jsonl")
+
+
+def test_two_texts_where_one_is_taken(call, place) -> None:
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--calibration", "train.txt,test.txt")
+    assert "--calibration 'train.txt,test.txt': does not exist. It is one source: join the files first." in line
+
+
+def test_the_hub_is_not_asked_offline(call, place, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused(call, place, "prune", "nowhere", "--ratio", "0.2", "--criterion", "l2")
+    assert "'nowhere': is no local folder, and the hub is not asked, because HF_HUB_OFFLINE is set." in line
+
+
+def test_a_folder_that_holds_a_gguf_file(call, place) -> None:
+    (place / "smaller").mkdir()
+    (place / "smaller/model.gguf").write_bytes(b"")
+    line = refused(call, place, "eval", "smaller", "--eval_text", "test.txt")
+    assert "'smaller': has no config.json. Name its GGUF file: smaller/model.gguf." in line
+    line = refused(call, place, "inspect", "smaller/model.gguf")
+    assert "is not a folder. Make one of a GGUF file: `pyprune export FILE.gguf --output FOLDER`." in line
+
+
+def test_the_two_kinds_of_recipes_are_told_apart(call, place) -> None:
+    (place / "run.yaml").write_text("model: model\noutput_dir: work\nprune: {ratio: 0.2}\n")
+    line = refused(call, place, "prune", "model", "--config", "run.yaml")
+    assert "holds sections of stages, not options. It looks like a file for `pyprune run`." in line
+    (place / "prune.yaml").write_text("ratio: 0.2\n")
+    line = refused(call, place, "run", "prune.yaml")
+    assert "has the unknown section 'ratio'. It looks like a recipe of one verb, which takes it as --config." in line
+
+
+def test_chat_names_the_models_place(call, place) -> None:
+    assert "MODEL './nosuch': does not exist" in refused(call, place, "chat", "./nosuch", "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"), [("recover", "; the same command with --resume goes on"), ("run", "; the same command goes on")]
+)
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys, verb: str, more: str) -> None:
+    from pyprune.cli import main
+
+    def interrupted(**given) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.cli.commands[verb], "callback", interrupted)
+    assert main.main([verb, "x"]) == 130
+    assert capsys.readouterr().err.startswith(f"error: interrupted{more}")
+
+
+def test_a_long_run_that_will_leave_nothing_says_so(call, place) -> None:
+    assert call("prune", "model", "--ratio", "0.2", "--criterion", "l2").err == UNSAVED
+    assert call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "-q").err == ""
 
 
 def test_token_ids_of_another_tokenizer(call, place) -> None:

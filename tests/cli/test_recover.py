@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers_run import byte_tokenizer, refused, tiny_llama, write_model
+from helpers_run import UNSAVED, byte_tokenizer, refused, tiny_llama, write_model
 
 TRAIN = ("recover", "model", "--data", "train.txt", "--cutoff", "64", "--lora_r", "4", "--val_tokens", "512")
 
@@ -158,7 +158,8 @@ def test_options_that_cannot_be_met(call, place, options: tuple[str, ...], said:
 
 
 def test_the_progress_line_is_not_drawn_into_a_file(call, place) -> None:
-    assert call(*TRAIN, "--epochs", "0.2").err == ""
+    assert call(*TRAIN, "--epochs", "0.2").err == UNSAVED
+    assert call(*TRAIN, "--epochs", "0.2", "-q").err == ""
 
 
 def test_the_log_of_a_run_can_be_read_while_it_goes_on(call, place, monkeypatch) -> None:
