@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -27,6 +28,7 @@ def report_tables(report: Report) -> list[RenderableType]:
         gone, part = report.depth["removed_layers"], report.depth["layer_part"]
         what = {"layer": "layers removed", "attention": "attention removed in layers", "ffn": "FFN removed in layers"}
         parts.append(Text(f"{what[part]}: {spans(gone)} ({len(gone)}, by {report.depth['criterion']})"))
+    parts += _units_kept(report.plan)
     parts += [Text(f"note: {w}") for w in report.warnings]
     if report.output_dir is not None:
         parts.append(Text(f"saved in {report.output_dir}"))
@@ -107,6 +109,16 @@ def _before_after(report: Report) -> Table:
         table.add_row("perplexity", *shown, f"{b - a:+.3f} nats")
         table.caption, table.caption_justify = Text(report.perplexity["before"]["protocol"]), "left"
     return table
+
+
+def _units_kept(plan: Mapping[str, Any]) -> list[Text]:
+    """How many of each role, from the least to the greatest where groups differ, and what chose them."""
+    kept = []
+    for role, width in (plan.get("widths") or {}).items():
+        some = [width] if isinstance(width, int) else sorted(set(width.values()))
+        kept.append(f"{role} {some[0]:,}" + (f" to {some[-1]:,}" if len(some) > 1 else ""))
+    by = [f"{name} {plan[name]}" for name in ("criterion", "allocation") if plan.get(name)]
+    return [Text(f"units kept: {', '.join(kept)}" + (f" ({', '.join(by)})" if by else ""))] if kept else []
 
 
 def _stages(report: Report) -> Table:

@@ -153,6 +153,15 @@ def test_scores_from_a_file_give_the_same_model_as_scoring(call, place) -> None:
     assert (place / "one" / "model.safetensors").read_bytes() == (place / "two" / "model.safetensors").read_bytes()
 
 
+def test_what_is_left_of_each_role_is_printed(call, place) -> None:
+    prune = ("prune", "model", "--criterion", "l2")
+    ended = call(*prune, "--widths", "ffn=160", "--output_dir", "one")
+    assert "units kept: ffn 160 (criterion l2" in ended.out
+    ended = call(*prune, "--ratio", "0.3", "--allocation", "global", "--roles", "ffn", "--output_dir", "two")
+    widths = json.loads((place / "two/pyprune_report.json").read_text())["plan"]["widths"]["ffn"].values()
+    assert f"units kept: ffn {min(widths)} to {max(widths)} (criterion l2, allocation global)" in ended.out
+
+
 def test_scores_from_a_file_keep_the_name_of_their_criterion(call, place) -> None:
     ended = call("score", "model", "--criterion", "l2", "--output_file", "s.safetensors")
     assert ended.status == 0 and ended.out.endswith("saved in s.safetensors\n")
