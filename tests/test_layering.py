@@ -33,7 +33,7 @@ LAYERS = [
     {"ops"},
     {"_C"},
 ]
-EVERYBODY = {"caching", "errors", "files", "progress"}
+EVERYBODY = {"caching", "errors", "files", "progress", "units"}
 FACADE = "__init__"  # names the public functions, imports nothing when imported
 READERS_OF_FAMILIES = {"surgery", "checkpoint"}
 

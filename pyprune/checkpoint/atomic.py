@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pyprune.errors import PyPruneError
 from pyprune.files import PARTIAL, lock, set_permissions, sync_file
+from pyprune.units import size
 
 OTHER_FILES = 32_000_000  # bytes left for tokenizer, plan and report
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -81,7 +82,7 @@ def check_space(folder: Path, needed: int) -> None:
         raise PyPruneError(
             "folder",
             str(folder),
-            f"the disk has {free / 1e6:,.0f} MB left and {needed / 1e6:,.0f} MB are needed",
+            f"the disk has {size(free)} left and {size(needed)} are needed",
             "Free some space, or name a folder on another disk.",
         )
 

@@ -12,6 +12,7 @@ import yaml
 
 from pyprune.selection.plan import Plan
 from pyprune.surgery import skeleton, skip
+from pyprune.units import size
 
 _MOST_LAYERS = 200
 _OPEN = "How to open it"
@@ -65,8 +66,8 @@ def _title(name: str) -> str:
 
 def _what(model: Any, name: str, plan: Plan | None) -> str:
     source = f" from `{name.rstrip('/').rsplit('/', 1)[-1]}`" if name else ""
-    size = sum(p.numel() for p in model.parameters())
-    made = f"`{type(model).__name__}` with {size:,} parameters"
+    numbers = sum(p.numel() for p in model.parameters())
+    made = f"`{type(model).__name__}` with {numbers:,} parameters"
     version = _version()
     if plan is None or not plan.cuts:
         return f"{made}, saved{source} by pyprune{version}. Nothing was cut."
@@ -107,9 +108,9 @@ def _figures(report: Mapping[str, Any] | None) -> str:
     for key, values in (report.get("parameters") or {}).items():
         label = f"parameters ({key.replace('_', ' ')})"
         rows.append((label, f"{values['before']:,}", f"{values['after']:,}"))
-    size = report.get("weights_bytes")
-    if size:
-        rows.append(("weights, MB", f"{size['before'] / 1e6:,.1f}", f"{size['after'] / 1e6:,.1f}"))
+    held = report.get("weights_bytes")
+    if held:
+        rows.append(("weights", size(held["before"]), size(held["after"])))
     perplexity = report.get("perplexity") or {}
     values = [perplexity.get(k) or {} for k in ("before", "after")]
     if any(v.get("perplexity") is not None for v in values):

@@ -10,6 +10,7 @@ from pyprune.cli.options import verb
 from pyprune.cli.output import emit, reporting
 from pyprune.config import ExportingConfig
 from pyprune.errors import PyPruneError
+from pyprune.units import size
 
 HELP = """Write MODEL for another program.
 
@@ -52,4 +53,4 @@ def register(cli: click.Group) -> None:
         files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
         sizes = {f.name: f.stat().st_size for f in files}
         data = {"output": str(path), "profile": target.profile, "files": sizes}
-        emit(data, json, lambda: [f"{path} ({sum(sizes.values()) / 1e6:,.1f} MB, profile {target.profile})"])
+        emit(data, json, lambda: [f"{path} ({size(sum(sizes.values()))}, profile {target.profile})"])

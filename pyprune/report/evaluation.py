@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from pyprune.report.units import count, perplexity, seconds, size
+from pyprune.units import count, perplexity, seconds, size
 
 Row = tuple[str, str, str]  # label, value, key of its ratio or ""
 

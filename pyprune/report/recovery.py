@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyprune.report.units import perplexity, seconds
+from pyprune.units import perplexity, seconds
 
 
 def recovery_tables(report: Mapping[str, Any]) -> list[RenderableType]:

@@ -13,8 +13,8 @@ from rich.text import Text
 from pyprune.discovery.groups import Group, Groups
 from pyprune.importance.scores import Scores
 from pyprune.report.data import Report
-from pyprune.report.units import perplexity as shown_perplexity
-from pyprune.report.units import seconds, size, spans
+from pyprune.units import perplexity as shown_perplexity
+from pyprune.units import seconds, size, spans
 
 MEMBERS = 4  # shown of each group; JSON has all
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.errors import PyPruneError
-from pyprune.report.units import perplexity
 from pyprune.runs.identity import Hashes, Identity, of_name
 from pyprune.runs.recipe import RunRecipe, options_of
 from pyprune.runs.record import write_json
+from pyprune.units import perplexity, size
 
 LIKELIHOODS = ".likelihoods.jsonl"  # log-likelihoods of an evaluation, kept as they come
 
@@ -125,8 +125,8 @@ class Prune(RunStage):
         from pyprune import pipeline
 
         report = pipeline.run(self._verb()).report
-        size = report.parameters["with_embeddings"]
-        line = f"{size['before']:,} -> {size['after']:,} parameters (-{100 * size['ratio']:.1f} %)"
+        counts = report.parameters["with_embeddings"]
+        line = f"{counts['before']:,} -> {counts['after']:,} parameters (-{100 * counts['ratio']:.1f} %)"
         return line + _perplexities(report.perplexity)
 
     def _verb(self) -> Any:
@@ -294,7 +294,7 @@ class Export(RunStage):
             trust_remote_code=self.recipe.model.trust_remote_code,
         )  # fmt: skip
         files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-        return f"{own.profile}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB"
+        return f"{own.profile}, {size(sum(f.stat().st_size for f in files))}"
 
 
 class WriteReport(RunStage):

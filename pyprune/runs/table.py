@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from pyprune.report.units import seconds
+from pyprune.units import seconds
 
 if TYPE_CHECKING:
     from pyprune.runs.pipeline import RunResult

@@ -154,7 +154,7 @@ def test_a_disk_without_room_is_noticed_before_scoring(call, place, monkeypatch)
     full = shutil.disk_usage(place.root)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     line = refused(call, place, *PRUNE, "--ratio", "0.2")
-    assert "--output_dir" in line and "the disk has 0 MB left" in line
+    assert "--output_dir" in line and "the disk has 1000 B left" in line
 
 
 def test_a_disk_that_fills_up_while_saving(call, place, monkeypatch) -> None:

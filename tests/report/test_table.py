@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pyprune.discovery import discover
 from pyprune.report import Report, evaluation_table, group_tables, report_tables
-from pyprune.report.units import count, seconds, size, spans
+from pyprune.units import count, seconds, size, spans
 
 
 def stage(name: str, peak: int, gpu: int | None = None) -> dict:

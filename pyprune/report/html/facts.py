@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pyprune.report.html.pictures import NAMES
-from pyprune.report.units import seconds, size, spans
+from pyprune.units import seconds, size, spans
 
 Record = Mapping[str, Any]
 

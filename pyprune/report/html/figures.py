@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyprune.report.units import count, perplexity, size
+from pyprune.units import count, perplexity, size
 
 QUALITY, COST = "quality", "cost"
 MINUS = "\N{MINUS SIGN}"

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from pyprune.report.html import facts, figures, pictures
-from pyprune.report.units import count, perplexity, seconds, size
+from pyprune.units import count, perplexity, seconds, size
 
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 Record = Mapping[str, Any]

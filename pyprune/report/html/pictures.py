@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyprune.report.units import spans
+from pyprune.units import spans
 
 NAMES = {
     "kv_heads": "KV heads", "query_heads": "query heads", "qk_dim": "query and key dimensions of a head",
