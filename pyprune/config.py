@@ -97,7 +97,7 @@ class Recipe:
         sized = bool(merged.get("ratio") or merged.get("target_params"))
         if "method" in known and "method" not in merged and sized:
             merged["method"] = "plain" if cls._says_how(merged) else "best"
-        for option, sets in (("recipe", PRESETS), ("method", METHODS)):
+        for option, sets in (("preset", PRESETS), ("method", METHODS)):
             if option in known:
                 merged = {**sets.get(str(merged.get(option)), {}), **merged}
         merged = {k: v for k, v in merged.items() if k in known}

@@ -76,7 +76,7 @@ def check(recipe: RecoverConfig) -> None:
     if find_spec("peft") is None:
         raise PyPruneError("recover", None, "needs the package peft", "pip install 'pyprune[recovery]'.")
     given, merging = recipe.data, recipe.adapter.adapter
-    if merging is not None and (given.data is not None or recipe.resuming.recipe is not None):
+    if merging is not None and (given.data is not None or recipe.resuming.preset is not None):
         problem = "merges an adapter that is there, while data trains a new one"
         raise PyPruneError("adapter", merging, problem, "Give one of them.")
     if merging is not None:

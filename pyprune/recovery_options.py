@@ -99,7 +99,7 @@ class DistillConfig(Stage):
 class ResumeConfig(Stage):
     """Going on after an interruption."""
 
-    recipe: str | None = option(None, parsing.choice(*PRESETS), "Published settings; other options win over them.")
+    preset: str | None = option(None, parsing.choice(*PRESETS), "Published settings; other options win over them.")
     resume: bool = option(False, parsing.flag(), "Go on from the last checkpoint of the same command.")
     checkpoint_dir: str | None = option(
         None, parsing.path(), "Where checkpoints lie until the end. Left out: OUTPUT_DIR.unfinished."

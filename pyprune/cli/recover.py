@@ -28,7 +28,7 @@ Examples:
     pyprune recover smaller --data c4.jsonl.gz=3,dolly.jsonl.gz=1 --max_minutes 30 --output_dir recovered
 
   LLM-Pruner's published setting:
-    pyprune recover smaller --recipe llm-pruner --data yahma/alpaca-cleaned --output_dir recovered
+    pyprune recover smaller --preset llm-pruner --data yahma/alpaca-cleaned --output_dir recovered
 
   With the dense model as teacher, and perplexity on other text before and after:
     pyprune recover smaller --data c4.jsonl.gz --teacher dense --eval_text test.txt --output_dir recovered

@@ -44,7 +44,7 @@ def test_a_recipe_file_and_the_saved_recipe_repeat_the_run(call, place) -> None:
 
 
 def test_a_named_recipe_yields_to_the_file_and_the_file_to_flags(call, place) -> None:
-    (place / "r.yaml").write_text("recipe: llm-pruner\nlora_r: 6\ncutoff: 128\n")
+    (place / "r.yaml").write_text("preset: llm-pruner\nlora_r: 6\ncutoff: 128\n")
     ended = call(*TRAIN[:4], "--config", "r.yaml", "--cutoff", "64", "--epochs", "0.2", "--json")
     recipe = json.loads(ended.out)["recipe"]
     assert [recipe[k] for k in ("lora_alpha", "lora_r", "cutoff", "epochs")] == [16, 6, 64, 0.2]
@@ -144,7 +144,7 @@ def test_an_adapter_of_another_model(call, place) -> None:
             "--lora_targets 'c_attn': is no linear layer of the model",
         ),
         (("--cutoff", "300"), "--cutoff 300: is more than the 256 positions that the model knows."),
-        (("--recipe", "llm-prunner"), "--recipe 'llm-prunner': is not known. Did you mean 'llm-pruner'?"),
+        (("--preset", "llm-prunner"), "--preset 'llm-prunner': is not known. Did you mean 'llm-pruner'?"),
         (("--lora_dropout", "1"), "--lora_dropout '1': must be at least 0 and below 1."),
         (("--distill_weight", "1.5"), "--distill_weight 1.5: must be a number from 0 to 1."),
         (("--max_minutes", "0"), "--max_minutes 0: must be a number above 0."),

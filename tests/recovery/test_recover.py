@@ -271,7 +271,7 @@ def test_token_ids_are_trained_on_without_a_tokenizer() -> None:
 def test_llm_pruners_setting_is_its_paper_s() -> None:
     model = small_llama()
     data = [{"instruction": f"{i}", "input": "", "output": "yes"} for i in range(130)]
-    out = quick(model, data=data, recipe="llm-pruner", lora_r=None, learning_rate=None, cutoff=256, bf16=None)
+    out = quick(model, data=data, preset="llm-pruner", lora_r=None, learning_rate=None, cutoff=256, bf16=None)
     recipe = out.recipe
     assert (recipe.adapter.lora_r, recipe.adapter.lora_alpha, recipe.adapter.lora_dropout) == (8, 16, 0.05)
     assert (recipe.train.learning_rate, recipe.train.train_batch_size, recipe.train.epochs) == (1e-4, 64, 2)
@@ -301,7 +301,7 @@ def test_too_small_a_disk_is_refused_before_training(pruned, tmp_path, monkeypat
 
     monkeypatch.setattr("pyprune.recovery.train.Trainer.run", lambda *a: pytest.fail("training has begun"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(PyPruneError, match=r"output_dir.*MB are needed"):
+    with pytest.raises(PyPruneError, match=r"output_dir.*MiB are needed"):
         quick(pruned, output_dir=tmp_path / "out")
 
 
