@@ -189,7 +189,7 @@ def test_a_damaged_weight_is_refused_and_nothing_is_left(tmp_path) -> None:
 
 def test_too_little_room_is_refused_before_any_work(sharded, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run, "_stream_bytes", lambda disk, batches: 10**18)
-    assert "MB are needed" in refused(sharded, tmp_path / "out")
+    assert "iB are needed" in refused(sharded, tmp_path / "out")
 
 
 def test_a_full_disk_is_said_in_one_line_and_finished_work_is_kept(sharded, tmp_path, monkeypatch) -> None:
