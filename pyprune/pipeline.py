@@ -6,6 +6,7 @@ folder, the disk's room, and whether the size asked for can be reached at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,15 @@ def prune(
 
 
 @own_modes()
-def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False) -> PruneResult:
-    """:func:`prune` with its options gathered in a recipe."""
+def run(
+    recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> PruneResult:  # fmt: skip
+    """:func:`prune` with its options gathered in a recipe.
+
+    Args:
+        say: takes a line for the user before long work begins.
+    """
     recipe = method.for_profile(recipe)
     if recipe.streaming.stream:
         streamed = PruneResult(None, *prune_from_disk(recipe, model, tokenizer), recipe)
@@ -118,6 +126,8 @@ def run(recipe: PruneConfig, model: Any = None, tokenizer: Any = None, copy: boo
     check_model(dense.model)
     job, texts = _prepare(recipe, dense, stages)
     recipe = job.recipe
+    if recipe.save.output_dir is None:
+        say(preflight.UNSAVED)
     before = _figures(dense.model, dense.tokenizer, recipe, texts, stages, " before")
     texts.prompts = texts.prompts[: len(before["samples"])]
     cut = cut_down(job, dense, stages, copy)

@@ -24,6 +24,8 @@ from pyprune.stage_options import (
     Stage,
 )
 
+UNSAVED = "note: no output_dir: nothing will be saved"
+
 
 @contextmanager
 def renamed(**options: str) -> Iterator[None]:

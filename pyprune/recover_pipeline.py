@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +87,14 @@ def recover(model: Any, *, tokenizer: Any = None, config: str | Path | None = No
 
 
 @own_modes()
-def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> RecoverResult:
-    """:func:`recover` with its options gathered in a recipe."""
+def run(
+    recipe: RecoverConfig, model: Any = None, tokenizer: Any = None, say: Callable[[str], None] = lambda line: None
+) -> RecoverResult:
+    """:func:`recover` with its options gathered in a recipe.
+
+    Args:
+        say: takes a line for the user before long work begins.
+    """
     check(recipe)
     stages = Stages()
     wanted = preflight.device(recipe.model.device) if model is None else next(model.parameters()).device.type
@@ -100,6 +106,8 @@ def run(recipe: RecoverConfig, model: Any = None, tokenizer: Any = None) -> Reco
     prompts = page_prompts(recipe, start.tokenizer, start.report.get("samples") or ())
     merging = recipe.adapter.adapter is not None
     ready = None if merging else prepare(recipe, start, stages)
+    if recipe.save.output_dir is None:
+        say(preflight.UNSAVED)
     figures = [measure(start.model, start.tokenizer, recipe.evaluation, windows, text_name, stages, " before")]
     said = [ask(start.model, start.tokenizer, prompts, recipe, stages, " before")]
     prompts = prompts[: len(said[0])]

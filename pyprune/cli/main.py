@@ -17,12 +17,6 @@ from pyprune.errors import PyPruneError
 
 MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
 
-GOES_ON = {
-    "recover": "; the same command with --resume goes on from its last checkpoint",
-    "run": "; the same command goes on",
-}
-"""Verb -> what an interrupted one is told."""
-
 
 class _Terminated(BaseException):
     """SIGTERM as an exception, so that an unfinished output folder is removed on the way out."""
@@ -38,8 +32,8 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _Interrupted from None
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted(*interrupt.args) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -81,10 +75,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return MISTAKE
     except click.ClickException as error:
         return _fail(error.format_message(), MISTAKE)
-    except (_Interrupted, KeyboardInterrupt):
+    except (_Interrupted, KeyboardInterrupt) as interrupt:
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C on this line
-        return _fail("interrupted" + GOES_ON.get(_verb_of(args), ""), INTERRUPTED)
+        return _fail(". ".join(("interrupted", *map(str, interrupt.args))), INTERRUPTED)
     except _Terminated:
         return _fail("terminated", TERMINATED)
     except BrokenPipeError:

@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from pyprune.errors import PyPruneError
+from pyprune.stage_options import PageConfig
+
 
 def emit(data: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
     """Print ``data`` as JSON, or the rich renderables that ``tables`` makes."""
@@ -23,10 +26,31 @@ def emit(data: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
         console.print(part)
 
 
-def tell_unsaved(output_dir: str | None, quiet: bool) -> None:
-    """That nothing of a long run will be left, before it begins."""
-    if output_dir is None and not quiet:
-        click.echo("note: there is no --output_dir: the model will not be saved", err=True)
+SAME_COMMAND = "The same command goes on."
+
+
+def teller(quiet: bool) -> Callable[[str], None]:
+    """What shows a line on stderr, or with ``quiet`` leaves it out."""
+    return lambda line: None if quiet else click.echo(line, err=True)
+
+
+def check_answers_shown(page: PageConfig, output_dir: str | None, as_json: bool) -> None:
+    """Raises PyPruneError: models shall answer, and neither a folder nor JSON takes the answers."""
+    option = "generations" if page.generations else "prompts" if page.prompts is not None else None
+    if option is not None and page.generations != 0 and output_dir is None and not as_json:
+        problem = "is for the report, which lies in output_dir"
+        hint = "Give output_dir too, or leave it out."
+        raise PyPruneError(option, getattr(page, option), problem, hint)
+
+
+@contextmanager
+def going_on(how: Callable[[], str | None]) -> Iterator[None]:
+    """An interrupt within says how the run goes on, where ``how`` then knows it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = how()
+        raise KeyboardInterrupt(*([] if said is None else [said])) from None
 
 
 @contextmanager

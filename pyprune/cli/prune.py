@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, reporting, tell_unsaved
+from pyprune.cli.output import SAME_COMMAND, check_answers_shown, emit, going_on, reporting, teller
 from pyprune.config import PruneConfig
 
 HELP = """Make MODEL smaller, measure it, save it.
@@ -67,9 +67,15 @@ def register(cli: click.Group) -> None:
     @verb(cli, PruneConfig, "prune", HELP, EXAMPLES)
     def run(flags: dict[str, Any], config: str | None, json: bool, quiet: bool) -> None:
         recipe = PruneConfig.build(flags, config)
-        tell_unsaved(recipe.save.output_dir, quiet)
+        check_answers_shown(recipe.page, recipe.save.output_dir, json)
         from pyprune import pipeline, report
 
-        with reporting(quiet):
-            result = pipeline.run(recipe)
+        def how() -> str | None:
+            from pyprune.schedule import search_file
+
+            searched = recipe.select.allocation == "search" and search_file(recipe) is not None
+            return SAME_COMMAND if recipe.streaming.stream or searched else None
+
+        with reporting(quiet), going_on(how):
+            result = pipeline.run(recipe, say=teller(quiet))
         emit(result.report.to_dict(), json, lambda: report.report_tables(result.report))

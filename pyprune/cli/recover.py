@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyprune.cli.options import verb
-from pyprune.cli.output import emit, reporting, tell_unsaved
+from pyprune.cli.output import check_answers_shown, emit, going_on, reporting, teller
 from pyprune.config import RecoverConfig
 
 HELP = """Train MODEL a little, so that it recovers from pruning.
@@ -42,11 +42,18 @@ def register(cli: click.Group) -> None:
     @verb(cli, RecoverConfig, "recover", HELP, EXAMPLES)
     def run(flags: dict[str, Any], config: str | None, json: bool, quiet: bool) -> None:
         recipe = RecoverConfig.build(flags, config)
+        check_answers_shown(recipe.page, recipe.save.output_dir, json)
         from pyprune import recover_pipeline, report
+        from pyprune.recover_preflight import work_folder
 
         helping = int(os.environ.get("RANK", "0")) > 0  # one of several processes; the first one speaks
-        tell_unsaved(recipe.save.output_dir, quiet or helping)
-        with reporting(quiet or helping):
-            result = recover_pipeline.run(recipe)
+
+        def how() -> str | None:
+            work = work_folder(recipe)
+            begun = work is not None and work.is_dir()
+            return f"The same command with --resume goes on from {work}." if begun else None
+
+        with reporting(quiet or helping), going_on(how):
+            result = recover_pipeline.run(recipe, say=teller(quiet or helping))
         if result.main:
             emit(result.report, json, lambda: report.recovery_tables(result.report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pyprune.cli.options import add_verb, common
-from pyprune.cli.output import emit, reporting
+from pyprune.cli.output import SAME_COMMAND, emit, going_on, reporting, teller
 
 HELP = """Run RECIPE: prune, recover, evaluate, export, report.
 
@@ -59,12 +59,8 @@ def _run(
     from pyprune.runs import run_recipe
     from pyprune.runs.table import run_table
 
-    def say(line: str) -> None:
-        if not quiet:
-            click.echo(line, err=True)
-
-    with reporting(quiet):
+    with reporting(quiet), going_on(lambda: SAME_COMMAND):
         result = run_recipe(
-            recipe, model=model, output_dir=output_dir, until=until, force=force, dry_run=dry_run, say=say
+            recipe, model=model, output_dir=output_dir, until=until, force=force, dry_run=dry_run, say=teller(quiet)
         )
     emit(result.to_dict(), json, lambda: [run_table(result)])

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_fresh import pyprune_fresh
-from helpers_run import UNSAVED, refused, tiny_llama
+from helpers_fresh import PACKAGE, pyprune_fresh, run_fresh
+from helpers_run import refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 PRUNE = ("prune", "model", "--calibration", "train.txt", "--samples", "2", "--length", "32", "--output_dir", "out")
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_ratio_of_one_or_more(call, place) -> None:
@@ -191,6 +195,49 @@ def test_an_interrupt_while_saving_leaves_what_was_there(
     assert place.files() == before
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), ""),
+        (("--stream",), " The same command goes on."),
+        (("--allocation", "search", "--samples", "8"), " The same command goes on."),
+    ],
+    ids=["plain", "stream", "search"],
+)
+def test_an_interrupted_prune_says_whether_it_goes_on(call, place, monkeypatch, more, said: str) -> None:
+    monkeypatch.setattr("pyprune.pipeline.run", interrupt)
+    ended = call(*PRUNE, "--ratio", "0.2", "--criterion", "l2", *more)
+    assert (ended.status, ended.err) == (130, f"error: interrupted{said and '.'}{said}\n")
+
+
+def test_an_interrupted_recover_says_how_it_goes_on_once_there_is_something(call, place, monkeypatch) -> None:
+    monkeypatch.setattr("pyprune.recover_pipeline.run", interrupt)
+    command = ("recover", "model", "--data", "train.txt", "--output_dir", "out")
+    assert call(*command).err == "error: interrupted\n"
+    (place / "out.unfinished").mkdir()
+    said = f"The same command with --resume goes on from {place / 'out.unfinished'}."
+    assert call(*command).err == f"error: interrupted. {said}\n"
+
+
+def test_an_interrupted_run_says_that_it_goes_on(call, place, monkeypatch) -> None:
+    monkeypatch.setattr("pyprune.runs.run_recipe", interrupt)
+    assert call("run", "recipe.yaml").err == "error: interrupted. The same command goes on.\n"
+
+
+def test_an_interrupt_during_the_first_imports_is_one_line_too(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'pyprune.cli.prune': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from pyprune.__main__ import main\n"
+        "raise SystemExit(main())"
+    )
+    ended = run_fresh(script, cwd=tmp_path, path=(PACKAGE,))
+    assert (ended.status, ended.out, ended.err) == (130, "", "error: interrupted\n")
+
+
 def test_a_missing_shard(call, place) -> None:
     shutil.rmtree(place / "model")
     tiny_llama().save_pretrained(place / "model", max_shard_size="200KB")
@@ -355,25 +402,6 @@ def test_the_two_kinds_of_recipes_are_told_apart(call, place) -> None:
 
 def test_chat_names_the_models_place(call, place) -> None:
     assert "MODEL './nosuch': does not exist" in refused(call, place, "chat", "./nosuch", "--prompt", "x")
-
-
-@pytest.mark.parametrize(
-    ("verb", "more"), [("recover", "; the same command with --resume goes on"), ("run", "; the same command goes on")]
-)
-def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys, verb: str, more: str) -> None:
-    from pyprune.cli import main
-
-    def interrupted(**given) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(main.cli.commands[verb], "callback", interrupted)
-    assert main.main([verb, "x"]) == 130
-    assert capsys.readouterr().err.startswith(f"error: interrupted{more}")
-
-
-def test_a_long_run_that_will_leave_nothing_says_so(call, place) -> None:
-    assert call("prune", "model", "--ratio", "0.2", "--criterion", "l2").err == UNSAVED
-    assert call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "-q").err == ""
 
 
 def test_token_ids_of_another_tokenizer(call, place) -> None:

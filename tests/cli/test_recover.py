@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers_run import UNSAVED, byte_tokenizer, refused, tiny_llama, write_model
+from helpers_run import byte_tokenizer, refused, tiny_llama, write_model
 
 TRAIN = ("recover", "model", "--data", "train.txt", "--cutoff", "64", "--lora_r", "4", "--val_tokens", "512")
 
@@ -158,8 +158,18 @@ def test_options_that_cannot_be_met(call, place, options: tuple[str, ...], said:
 
 
 def test_the_progress_line_is_not_drawn_into_a_file(call, place) -> None:
-    assert call(*TRAIN, "--epochs", "0.2").err == UNSAVED
-    assert call(*TRAIN, "--epochs", "0.2", "-q").err == ""
+    assert call(*TRAIN, "--epochs", "0.2", "--output_dir", "out").err == ""
+
+
+def test_that_nothing_will_be_saved_is_said_before_the_work(call, place) -> None:
+    assert call(*TRAIN, "--epochs", "0.1").err == "note: no output_dir: nothing will be saved\n"
+    assert call(*TRAIN, "--epochs", "0.1", "-q").err == ""
+
+
+def test_answers_that_nobody_would_see_are_refused(call, place) -> None:
+    assert "--generations 1: is for the report, which lies in output_dir." in refused(
+        call, place, *TRAIN, "--generations", "1"
+    )
 
 
 def test_the_log_of_a_run_can_be_read_while_it_goes_on(call, place, monkeypatch) -> None:

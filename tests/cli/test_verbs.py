@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers_fresh import run_fresh
-from helpers_run import tiny_llama
+from helpers_run import refused, tiny_llama
 from helpers_tasks import trained_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -224,6 +224,37 @@ def test_quiet_prints_the_result_only(call, place) -> None:
     ended = call("prune", "model", "--criterion", "l2", "--ratio", "0.2", "--quiet")
     assert (ended.status, ended.err) == (0, "")
     assert "parameters" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [((), "note: no output_dir: nothing will be saved\n"), (("-q",), ""), (("--output_dir", "out"), "")],
+)
+def test_that_nothing_will_be_saved_is_said_before_the_work(call, place, more, said: str) -> None:
+    ended = call("prune", "model", "--ratio", "0.2", "--criterion", "l2", *more)
+    assert (ended.status, ended.err) == (0, said)
+
+
+def test_python_returns_the_model_and_says_nothing_of_saving(place, capfd) -> None:
+    pyprune.prune(place / "model", ratio=0.2, criterion="l2")
+    assert "output_dir" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("generations", "1"), ("prompts", "train.txt")])
+def test_answers_that_nobody_would_see_are_refused_before_work(
+    call, place, monkeypatch, option: str, value: str
+) -> None:
+    line = ("--ratio", "0.2", "--criterion", "l2", f"--{option}", value)
+    with monkeypatch.context() as m:
+        m.setattr("pyprune.pipeline.run", lambda *a, **k: pytest.fail("it has begun"))
+        refusal = refused(call, place, "prune", "model", *line)
+    assert f"--{option} " in refusal
+    assert refusal.endswith(": is for the report, which lies in output_dir. Give output_dir too, or leave it out.\n")
+
+
+def test_json_shows_answers_without_a_folder(call, place) -> None:
+    ended = call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "--generations", "1", "--json")
+    assert len(json.loads(ended.out)["samples"]) == 1
 
 
 def test_env_reports_in_text_and_json(call) -> None:
