@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -37,5 +37,8 @@ def unknown_name(option: str, value: str, known: Iterable[str]) -> PyPruneError:
 
 
 def _short(value: Any) -> str:
-    text = str(value) if not isinstance(value, str) else repr(value)
+    if isinstance(value, Mapping):  # as it is written
+        text = ",".join(f"{key}={one}" for key, one in value.items())
+    else:
+        text = str(value) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

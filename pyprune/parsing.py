@@ -189,7 +189,13 @@ def positive() -> Parser:
 
 
 def ratio() -> Parser:
-    return Parser(lambda v: _requests().parse_ratio(_number(v)), "a number", "FRACTION")
+    def convert(value: Any) -> float:
+        percent = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", value) if isinstance(value, str) else None
+        if percent is not None:
+            raise PyPruneError("ratio", value, "must be a number", f"Did you mean {float(percent[1]) / 100:g}?")
+        return _requests().parse_ratio(_number(value))
+
+    return Parser(convert, "a number", "FRACTION")
 
 
 def removal() -> Parser:

@@ -31,7 +31,7 @@ from pyprune.opening import Opened, calibration_for, groups_of, measure, open_or
 from pyprune.report.data import Report, versions
 from pyprune.report_pipeline import add_page, ask
 from pyprune.schedule import forget_search
-from pyprune.score_files import check_file, scores_of, write_scores
+from pyprune.score_files import blamed_on, check_file, scores_of, write_scores
 from pyprune.search.plan import check_roles
 from pyprune.search.plan import check_samples as check_search_samples
 from pyprune.selection.plan import Plan
@@ -192,7 +192,8 @@ def _prepare(recipe: PruneConfig, dense: Opened, stages: Stages) -> tuple[Job, _
     with stages("discover"):
         groups = groups_of(dense.model)
         ways = method.ways(recipe, groups, 0 if batches is None else batches.samples)
-        settled, requests, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
+        with blamed_on(recipe.select.scores_file):
+            settled, requests, trial, smallest = first_that_fits(ways, dense.model, groups, batches, ready)
         method.tell(recipe, settled)
         recipe = settled
         roles, layers = trial.details["roles"], trial.details["layers"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +62,18 @@ def scores_of(recipe: PruneConfig) -> tuple[PruneConfig, Scores | None]:
     if scores.criterion not in CRITERIA:  # somebody's own: no recipe could name it
         return recipe, scores
     return replace(recipe, score=replace(recipe.score, criterion=scores.criterion)), scores
+
+
+@contextmanager
+def blamed_on(file: str | None) -> Iterator[None]:
+    """Errors about scores name the file that they came from, where they came from one."""
+    try:
+        yield
+    except PyPruneError as error:
+        if file is None or error.option != "scores":
+            raise
+        hint = "Make one of this model, with these roles: pyprune score --output_file."
+        raise PyPruneError("scores_file", file, error.problem, hint) from error
 
 
 def write_scores(scores: Scores, file: str) -> None:

@@ -88,7 +88,7 @@ def _run(
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     with reporting(quiet):
         speakers = [] if compare is None else [open_speaker(compare, **options, option="compare")]
-        speakers.append(open_speaker(model, **options))
+        speakers.append(open_speaker(model, **options, option="MODEL"))
         talk = Conversation(speakers, Sampling(max_new_tokens, temperature, seed))
         if web:
             from pyprune.chat.page import serve

@@ -41,10 +41,10 @@ def kind_of(source: str, option: str = "calibration") -> str:
         raise PyPruneError(option, source, "is a folder, not a file", HINT)
     if path.exists():
         raise PyPruneError(option, source, "is not a kind of file that can be read", HINT)
+    if "," in source and any(Path(part.strip()).is_file() for part in source.split(",")):
+        raise PyPruneError(option, source, "names several files, and is one source", "Join the files first.")
     if kind is not None or source.startswith((".", "~", os.sep)) or source.count("/") > 1:
-        several = "," in source and all(Path(one).is_file() for one in source.split(","))
-        hint = "It is one source: join the files first." if several else "Check the path."
-        raise PyPruneError(option, source, "does not exist", hint)
+        raise PyPruneError(option, source, "does not exist", "Check the path.")
     return "dataset"
 
 
@@ -251,21 +251,25 @@ def open_dataset(source: str, seed: int | None, option: str) -> Iterator[Any]:
         first = next(iterator, None)
 
 
-_FIELDS = {"calibration": "text_field", "eval_text": "eval_text_field"}  # option -> the one that names its field
-
-
 def _field_of(record: Any, field: str, where: str, option: str) -> str:
     if not isinstance(record, dict):
         raise PyPruneError(option, where, f"has no text in a field {field!r}", "Records are JSON objects.")
-    found = record.get(field)
-    if isinstance(found, str):
-        return found
-    if found is not None:
-        problem = f"has no text in the field {field!r} but a value of type {type(found).__name__}"
-        raise PyPruneError(option, where, problem, "Texts are JSON strings.")
-    names = _FIELDS.get(option)
-    hint = f"It has: {', '.join(map(str, record))}." + (f" Name the one that is text with {names}." if names else "")
-    raise PyPruneError(option, where, f"has no text in a field {field!r}", hint)
+    if field not in record:
+        named = "eval_text_field" if option == "eval_text" else "text_field"
+        hint = f"It has: {', '.join(map(str, record)) or 'none'}. Name it with {named}."
+        raise PyPruneError(option, where, f"has no text in a field {field!r}", hint)
+    if not isinstance(record[field], str):
+        problem = f"the field {field!r} holds {_kind(record[field])}, not text"
+        raise PyPruneError(option, where, problem, "Give text, or leave the record out.")
+    return record[field]
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is called."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds: dict[type, str] = {dict: "an object", list: "a list"}
+    return kinds.get(type(value), "a number")
 
 
 def _permutation(count: int, seed: int) -> list[int]:

@@ -18,6 +18,8 @@ _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMBT]?)", re.IGNORECASE)
 _LAYERS = re.compile(r"(?P<only>\d+)|(?P<first>\d+)-(?P<last>\d+)|(?P<start>\d*):(?P<stop>\d*)")
 
+_HEADS = ("attention", "attn", "heads")  # what is often said for roles whose names are far from it
+
 
 def parse_ratio(ratio: Any) -> float:
     """A fraction in [0, 1).
@@ -118,6 +120,9 @@ def parse_roles(option: str, roles: str | Iterable[str]) -> list[str]:
     """
     names = [r.strip() for r in roles.split(",")] if isinstance(roles, str) else list(roles)
     for name in names:
+        if name in _HEADS:
+            hint = f"Heads are kv_heads and query_heads. Known: {', '.join(sorted(ROLES))}."
+            raise PyPruneError(option, name, "is not known", hint)
         if not isinstance(name, str) or name not in ROLES:
             raise unknown_name(option, str(name), ROLES)
     if not names:

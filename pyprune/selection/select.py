@@ -134,7 +134,7 @@ def select(
         shared = [g for role, of_role in members.items() if role not in asked for g in of_role]
         goal = goal_of(ratio, left, counts.count({}))
         limit = within(goal.target)
-        _check_reachable(goal, limit, shared, groups, only)
+        _check_reachable(goal, limit, shared, other_roles(groups, members), only)
         if goal.target < limit.count({}):
             kept |= chosen.allocate(shared, costs, limit)
         missed = goal.missed_by(counts.count(kept))
@@ -204,9 +204,9 @@ def goal_of(ratio: float | None, left: int | None, total: int) -> Goal:
 
 
 def _check_reachable(
-    goal: Goal, budget: Budget, shared: Sequence[Group], groups: Groups, layers: Sequence[int] | None
+    goal: Goal, budget: Budget, shared: Sequence[Group], more: Sequence[str], layers: Sequence[int] | None
 ) -> None:
-    """Raise with the way out when no widths of the ``shared`` groups meet the goal."""
+    """Raise with the way out when no widths of the ``shared`` groups meet the goal; ``more`` roles could be cut."""
     roles = list(dict.fromkeys(g.role for g in shared))
     for role in roles:
         if not any(budget.cost[g.name] for g in shared if g.role == role):
@@ -219,7 +219,6 @@ def _check_reachable(
         raise PyPruneError(goal.option, goal.value, problem, f"Widen the widths, or leave {goal.option} out.")
     if goal.target >= smallest:
         return
-    more = other_roles(groups, roles)
     ways = [f"allow more roles ({', '.join(more)})"] if more else []
     ways += ["more layers"] if layers is not None else []
     ways += ["a smaller min_keep"] if any(budget.limits[g.name].least > 1 for g in shared) else []

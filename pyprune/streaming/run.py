@@ -25,7 +25,7 @@ from pyprune.importance.scores import Scores
 from pyprune.opening import groups_of
 from pyprune.report.data import Report, versions
 from pyprune.schedule import equal_scores, requests, without_scores
-from pyprune.score_files import scores_of
+from pyprune.score_files import blamed_on, scores_of
 from pyprune.selection.plan import Plan
 from pyprune.selection.select import select
 from pyprune.streaming.disk import DiskModel
@@ -93,7 +93,8 @@ def prune_from_disk(recipe: PruneConfig, model: Any = None, tokenizer: Any = Non
         if ready is None:
             trial = select(groups, equal_scores(groups), **without_scores(asked))
         else:
-            trial = select(groups, ready, **asked)
+            with blamed_on(recipe.select.scores_file):
+                trial = select(groups, ready, **asked)
         Slicer(disk, trial)  # for its errors: the class must be able to have such widths
         if not workspace_path(target).exists():
             after = trial.details["achieved"]["with_embeddings"]["after"]

@@ -181,7 +181,7 @@ def test_markup_in_an_answer_is_text(speaker) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("nowhere/at/all",), "does not exist"),
+        (("nowhere/at/all",), "MODEL 'nowhere/at/all': does not exist"),
         (("dense", "--compare", "./nowhere"), "--compare './nowhere': does not exist"),
         (("dense", "--temperature", "-1", "--prompt", "x"), "--temperature -1.0: must be a number, at least 0."),
         (("dense", "--temperature", "nan", "--prompt", "x"), "--temperature nan: must be a number, at least 0."),

@@ -31,6 +31,44 @@ def test_a_ratio_in_percent_is_understood_and_refused(call, place) -> None:
     assert "--ratio 20: must be at least 0 and below 1. Did you mean 0.2?" in refused(call, place, *PRUNE, "--ratio=20")
 
 
+def test_a_ratio_with_a_percent_sign_is_understood_and_refused(call, place) -> None:
+    assert "--ratio '20%': must be a number. Did you mean 0.2?" in refused(call, place, *PRUNE, "--ratio", "20%")
+
+
+@pytest.mark.parametrize("word", ["attention", "heads"])
+def test_words_for_heads_lead_to_their_roles(call, place, word: str) -> None:
+    line = refused(call, place, *PRUNE, "--ratio", "0.2", "--roles", word)
+    assert f"--roles '{word}': is not known. Heads are kv_heads and query_heads. Known: " in line
+
+
+def test_widths_are_shown_as_they_are_written(call, place) -> None:
+    line = refused(call, place, *PRUNE, "--criterion", "l2", "--widths", "ffn=5000")
+    assert "--widths ffn=5000: model.layers.0.mlp:ffn has only 192 units." in line
+
+
+def test_a_role_of_fixed_width_is_no_way_to_a_ratio_that_is_out_of_reach(call, place) -> None:
+    line = refused(call, place, *PRUNE, "--criterion", "l2", "--ratio", "0.6", "--widths", "ffn=0.9")
+    assert "allow more roles (query_heads" in line and "ffn" not in line
+
+
+def test_several_files_where_one_source_is_read(call, place) -> None:
+    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--calibration", "train.txt,test.txt")
+    assert "--calibration 'train.txt,test.txt': names several files, and is one source. Join the files first." in line
+
+
+@pytest.mark.parametrize(("option", "named"), [("calibration", "text_field"), ("eval_text", "eval_text_field")])
+def test_records_without_text_name_the_option_for_their_field(call, place, option: str, named: str) -> None:
+    command = (
+        ("eval", "model", "--eval_length", "64") if option == "eval_text" else ("prune", "model", "--ratio", "0.2")
+    )
+    (place / "r.jsonl").write_text('{"body": "words"}\n')
+    assert f"It has: body. Name it with {named}." in refused(call, place, *command, f"--{option}", "r.jsonl")
+    for value, kind in (("3", "a number"), ("null", "null"), ("[1]", "a list")):
+        (place / "r.jsonl").write_text(f'{{"text": {value}}}\n')
+        line = refused(call, place, *command, f"--{option}", "r.jsonl")
+        assert f"the field 'text' holds {kind}, not text." in line
+
+
 def test_a_ratio_below_zero(call, place) -> None:
     assert "--ratio -0.1: must be" in refused(call, place, *PRUNE, "--ratio=-0.1")
 
@@ -288,7 +326,10 @@ def test_nothing_to_evaluate_on(call, place) -> None:
 def test_scores_of_another_model(call, place) -> None:
     save_file({"x": torch.zeros(1, 3)}, place / "s.safetensors", metadata={"criterion": "l2", "details": "{}"})
     line = refused(call, place, "prune", "model", "--ratio", "0.2", "--scores_file", "s.safetensors")
-    assert "scores" in line and "no scores for" in line
+    assert line.startswith("error: --scores_file 's.safetensors': no scores for ")
+    assert line.endswith("Make one of this model, with these roles: pyprune score --output_file.\n")
+    streamed = refused(call, place, *PRUNE, "--ratio", "0.2", "--scores_file", "s.safetensors", "--stream")
+    assert streamed.startswith("error: --scores_file 's.safetensors': no scores for ")
     (place / "t.safetensors").write_text("not scores")
     line = refused(call, place, "prune", "model", "--ratio", "0.2", "--scores_file", "t.safetensors")
     assert "--scores_file 't.safetensors': is not a file of scores" in line
@@ -357,23 +398,6 @@ def test_the_model_as_the_output_folder(call, place) -> None:
     ended = call("prune", "model", "--ratio", "0.2", "--criterion", "l2", "--output_dir", "./model", "--overwrite")
     assert ended.status == 2 and "model_name_or_path 'model': is the output folder, ./model. Name another" in ended.err
     assert (place / "model/config.json").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        ({"text": 3}, "has no text in the field 'text' but a value of type int. Texts are JSON strings."),
-        ({"body": "a"}, "has no text in a field 'text'. It has: body. Name the one that is text with text_field."),
-    ],
-)
-def test_records_without_text(call, place, record: dict, said: str) -> None:
-    (place / "r.jsonl").write_text(json.dumps(record) + "\n")
-    assert said in refused(call, place, *PRUNE[:2], "--ratio", "0.2", "--calibration", "r.jsonl")
-
-
-def test_two_texts_where_one_is_taken(call, place) -> None:
-    line = refused(call, place, "prune", "model", "--ratio", "0.2", "--calibration", "train.txt,test.txt")
-    assert "--calibration 'train.txt,test.txt': does not exist. It is one source: join the files first." in line
 
 
 def test_the_hub_is_not_asked_offline(call, place, monkeypatch) -> None:
