@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return int(cli.main(args=args, prog_name="pyprune", standalone_mode=False) or 0)
     except PyPruneError as error:
-        return _fail(error.render(_label(error.option, _verb_of(args))), MISTAKE)
+        return _fail(error.render(_label(error.option)), MISTAKE)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return MISTAKE
@@ -89,16 +89,8 @@ def main(args: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _verb_of(args: Sequence[str] | None) -> str:
-    given = sys.argv[1:] if args is None else args
-    return next((one for one in given if one in cli.commands), "")
-
-
-def _label(option: str, verb: str) -> str:
-    """``--option`` when some verb has such a flag, but MODEL in one that has the model's place alone; else the name."""
-    own = {name for param in (cli.commands[verb].params if verb else ()) for name in param.opts}
-    if option == "model_name_or_path" and "model" in own and f"--{option}" not in own:
-        return "MODEL"
+def _label(option: str) -> str:
+    """``--option`` when some verb has such a flag, else the bare name."""
     flags = {name for command in cli.commands.values() for param in command.params for name in param.opts}
     return f"--{option}" if f"--{option}" in flags else option
 
