@@ -192,7 +192,7 @@ class ScopeConfig(Stage):
         None,
         parsing.roles(),
         "Roles, as ffn,kv_heads. Left out: of kv_heads, ffn, expert_ffn those that there are (prune's method best "
-        "up to 35 %, of parameters: FFN channels).",
+        "up to 35 %: FFN channels, and heads too where the ratio is of macs or memory).",
     )
     layers: Any = option(None, parsing.layers(), "Decoder layers: 4-27 (27 too), 4:28, 0,2,5-9. Left out: all.")
 
@@ -277,8 +277,8 @@ class SelectConfig(ScopeConfig):
     round_to: Any = option(
         None,
         parsing.multiples("round_to"),
-        "Keep channels (roles ffn, expert_ffn, latent, state, hidden, channels) in multiples of N, or by role. "
-        "Those of stacked experts are kept in multiples of 8 in any case.",
+        "Keep the roles ffn, expert_ffn, latent, state, hidden and channels in multiples of N, or any role, as "
+        "kv_heads=2,ffn=64. Channels of stacked experts are kept in multiples of 8 in any case.",
     )
     min_keep: Any = option(
         None, parsing.amounts("min_keep", alone=True), "The least that stays in every layer, as units or fraction."

@@ -103,7 +103,8 @@ def _plain(default: Any) -> str:
 
 def common() -> list[click.Parameter]:
     """What every verb takes."""
-    return [json_flag(), click.Option(["--quiet", "-q", "quiet"], is_flag=True, help="No progress, no warnings.")]
+    help = "No progress, warnings or notes on stderr; results and errors stay."
+    return [json_flag(), click.Option(["--quiet", "-q", "quiet"], is_flag=True, help=help)]
 
 
 def json_flag() -> click.Option:
