@@ -213,6 +213,15 @@ RECIPES: tuple[type[Recipe], ...] = (
 )  # fmt: skip
 
 
+STAGES = ("prune", "recover", "eval", "export", "report")
+"""Sections in the recipe of a whole run (:mod:`pyprune.runs`), which are called as the verbs are."""
+
+
+def option_names() -> set[str]:
+    """The options of all verbs."""
+    return {f.name for recipe in RECIPES for _, f in recipe.options()}
+
+
 def parse_yaml(text: str) -> Any:
     """What a YAML text holds; a key that stands twice in a mapping is a mistake, and not the last one's word.
 
@@ -254,11 +263,11 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise PyPruneError("config", str(file), "holds no options", "Write one 'option: value' a line.")
-    known = {f.name for recipe in RECIPES for _, f in recipe.options()}
+    if any(isinstance(data.get(name), dict) for name in STAGES):
+        problem = "has sections for stages, as a recipe of `pyprune run` has"
+        raise PyPruneError("config", str(file), problem, f"Give it to that: pyprune run {file}.")
+    known = option_names()
     for key in data:
-        if key not in known and any(isinstance(value, dict) for name, value in data.items() if name not in known):
-            problem = "holds sections of stages, not options"
-            raise PyPruneError("config", str(file), problem, "It looks like a file for `pyprune run`.")
         if key not in known:
             raise PyPruneError("config", str(file), f"has the unknown key {key!r}", _nearest(str(key), known))
     return data

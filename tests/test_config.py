@@ -93,6 +93,15 @@ def test_an_unknown_key_is_an_error_with_the_nearest_name(tmp_path: Path) -> Non
         PruneConfig.build({}, recipe_file(tmp_path, "rato: 0.2\n"))
 
 
+@pytest.mark.parametrize("section", ["prune: {ratio: 0.2}", "report: {}"])
+def test_the_recipe_of_a_whole_run_is_recognised(tmp_path: Path, section: str) -> None:
+    file = recipe_file(tmp_path, f"model: m\noutput_dir: o\n{section}\n")
+    with pytest.raises(
+        PyPruneError, match=rf"as a recipe of `pyprune run` has\. Give it to that: pyprune run {file}\."
+    ):
+        PruneConfig.build({}, file)
+
+
 def test_an_unknown_option_from_python_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(PyPruneError, match=r"alocation: is not an option\. Did you mean 'allocation'\?"):
         PruneConfig.build({"alocation": "global"})

@@ -15,6 +15,7 @@ from pyprune.config import (
     Recipe,
     RecoverConfig,
     ReportingConfig,
+    option_names,
     parse_yaml,
 )
 from pyprune.errors import PyPruneError
@@ -124,9 +125,10 @@ def _read(file: str | Path) -> dict[str, Any]:
     known = ("model", "output_dir", *SECTIONS)
     for key in data:
         if key not in known:
-            options = {f.name for recipe in SECTIONS.values() for _, f in recipe.options()}
-            own = "It looks like a recipe of one verb, which takes it as --config." if key in options else ""
-            raise _wrong(file, f"has the unknown section {key!r}", own or _near(str(key), known))
+            if key in option_names() and not any(isinstance(data.get(s), dict) for s in SECTIONS):
+                hint = f"Give it to that verb: pyprune VERB --config {file}."
+                raise _wrong(file, f"is a recipe of one verb: {key!r} is no section", hint)
+            raise _wrong(file, f"has the unknown section {key!r}", _near(str(key), known))
     return data
 
 

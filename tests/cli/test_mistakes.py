@@ -415,15 +415,6 @@ def test_a_folder_that_holds_a_gguf_file(call, place) -> None:
     assert "is not a folder. Make one of a GGUF file: `pyprune export FILE.gguf --output FOLDER`." in line
 
 
-def test_the_two_kinds_of_recipes_are_told_apart(call, place) -> None:
-    (place / "run.yaml").write_text("model: model\noutput_dir: work\nprune: {ratio: 0.2}\n")
-    line = refused(call, place, "prune", "model", "--config", "run.yaml")
-    assert "holds sections of stages, not options. It looks like a file for `pyprune run`." in line
-    (place / "prune.yaml").write_text("ratio: 0.2\n")
-    line = refused(call, place, "run", "prune.yaml")
-    assert "has the unknown section 'ratio'. It looks like a recipe of one verb, which takes it as --config." in line
-
-
 def test_chat_names_the_models_place(call, place) -> None:
     assert "MODEL './nosuch': does not exist" in refused(call, place, "chat", "./nosuch", "--prompt", "x")
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from helpers_run import ROOT
 
-from pyprune.config import ReportingConfig
+from pyprune.config import STAGES, ReportingConfig
 from pyprune.errors import PyPruneError
 from pyprune.runs.recipe import OURS, SECTIONS, read_recipe
 
@@ -105,6 +105,23 @@ def test_mistakes_name_the_section_the_key_and_the_way_out(tmp_path, change: dic
     with pytest.raises(PyPruneError) as caught:
         read_recipe(written(tmp_path, {**SMALL, **change}))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_recipe_of_one_verb_is_recognised(tmp_path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model_name_or_path: m\nratio: 0.2\nreport: true\noutput_dir: o\n")
+    said = rf"is a recipe of one verb: 'model_name_or_path' is no section\. .* pyprune VERB --config {file}\."
+    with pytest.raises(PyPruneError, match=said):
+        read_recipe(file)
+
+
+def test_an_option_beside_sections_is_an_unknown_section(tmp_path) -> None:
+    with pytest.raises(PyPruneError, match="has the unknown section 'ratio'"):
+        read_recipe(written(tmp_path, {**SMALL, "ratio": 0.2}))
+
+
+def test_the_sections_are_those_that_verbs_tell_such_a_file_by() -> None:
+    assert tuple(SECTIONS) == STAGES
 
 
 @pytest.mark.parametrize(
