@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ def keep_terms(model: Any, folder: Path) -> dict[str, Any]:
     if source is None:
         return {}
     for pattern in FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        for file in filter(Path.is_file, source.glob(pattern)):
+            try:
+                text = file.read_bytes()
+            except OSError as error:  # no reason to lose the model that was made
+                warnings.warn(f"{file} cannot be read ({error.strerror}) and does not go along.", stacklevel=3)
+            else:
+                (folder / file.name).write_bytes(text)
     try:
-        text = (source / "README.md").read_text(encoding="utf-8")
-        header = yaml.safe_load(found[1]) if (found := re.match(r"---\n(.*?\n)---\s*\n", text, re.DOTALL)) else None
+        card = (source / "README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(found[1]) if (found := re.match(r"---\n(.*?\n)---\s*\n", card, re.DOTALL)) else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         header = None
     return {k: header[k] for k in KEYS if header.get(k)} if isinstance(header, dict) else {}

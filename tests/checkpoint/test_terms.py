@@ -47,6 +47,20 @@ def test_a_card_that_says_nothing_of_terms(licensed, tmp_path, card):
     assert "license" not in header(folder) and (folder / "NOTICE").exists()
 
 
+def test_a_file_that_cannot_be_read_costs_no_model(licensed, tmp_path, monkeypatch):
+    real = Path.read_bytes
+
+    def read_bytes(self):
+        if self.name == "NOTICE":
+            raise PermissionError(13, "Permission denied")
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.warns(UserWarning, match=r"NOTICE cannot be read \(Permission denied\) and does not go along"):
+        folder = save(open_model(licensed)[0], None, tmp_path / "one")
+    assert (folder / "LICENSE.txt").exists() and not (folder / "NOTICE").exists()
+
+
 def test_a_model_of_the_hub_has_them_in_the_cache(licensed, tmp_path, monkeypatch):
     def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         assert local_files_only and name == "owner/theirs"
